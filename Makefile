@@ -1,0 +1,53 @@
+# Everything runs in .venv, which each target makes by itself; PYTHON chooses the interpreter it is made with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PACKAGING := setup.py pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help quickstart test lint format types install clean
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per extra: a target installs what it needs, and again only when the packaging changes.
+$(VENV)/%.stamp: $(PACKAGING) | $(BIN)/python
+	$(PIP) install -q -c constraints.txt setuptools
+	$(PIP) install -q -c constraints.txt --no-build-isolation ".[$*]"
+	@touch $@
+
+# An ordinary install, not an editable one, so that what is tested is what users get. setuptools never removes a deleted
+# module from build/, and a wheel would still carry it.
+install: $(BIN)/python
+	@rm -rf build
+	$(PIP) install -q --no-deps --no-build-isolation .
+
+quickstart: $(VENV)/demo.stamp  ## train, compress and fold LeNet-300-100 on MNIST; ARGS="--quick" for a short run
+	@$(MAKE) -s install
+	$(BIN)/python examples/quickstart.py $(ARGS)
+
+# The console script, not `python -m pytest`: the latter puts the repository on sys.path, before the installed package.
+test: $(VENV)/test.stamp  ## run all tests and doctests against the installed package; ARGS="-k name" selects
+	@$(MAKE) -s install
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/lint.stamp  ## ruff
+	$(BIN)/ruff check .
+
+format: $(VENV)/lint.stamp  ## sort imports, fix what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/lint.stamp $(VENV)/demo.stamp  ## mypy --strict
+	@$(MAKE) -s install
+	$(BIN)/mypy
+
+clean:  ## remove .venv and everything built
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

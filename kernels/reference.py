@@ -1,0 +1,240 @@
+"""The constrained step, readable: a *direction* times a *retraction*.
+
+A direction turns a gradient into an ``update`` and a ``gain``; a retraction moves the weight by ``delta = lr * update``
+while its factors shrink by ``rho = 1 - decay`` with ``decay = lr * strength * gain``::
+
+    direction    grad, moments          ->  update, gain, moments
+    retraction   w, delta, decay, c     ->  w'
+
+so m directions and n retractions make m * n optimizers out of m + n functions.  Everything here is a pure function of
+tensors and numbers; ``decay`` is passed instead of ``rho`` because ``1 - rho`` would lose the last bits of a small one.
+
+The retractions are the fixed gauge (one imbalance ``c`` per tensor) of gradient descent on factors, for the rescaling
+symmetry of L. Ziyin, *Symmetry Induces Structure and Constraint of Learning*, ICML 2024 (arXiv 2309.16932), Section 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "SNAP",
+    "Groups",
+    "adam",
+    "adamw",
+    "group",
+    "imbalance_law",
+    "plain",
+    "sgd",
+    "sparse",
+]
+
+SNAP = 1e-6
+"""A weight below ``SNAP * metric_scale`` that is still being attracted is set to exactly zero."""
+
+_SAMPLE = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """A partition of a tensor's elements.
+
+    Regular partitions are a view plus the dimensions of it that lie inside a group; irregular ones an int64 ``index``
+    with the tensor's shape that names each element's group.  Group values are flat vectors of length ``count``.
+    """
+
+    count: int
+    view: tuple[int, ...]
+    dims: tuple[int, ...]
+    index: Tensor | None = None
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over each group: shape of the weight -> ``(count,)``."""
+        if self.index is not None:
+            return x.new_zeros(self.count).index_add_(0, self.index.flatten(), x.flatten())
+        return x.reshape(self.view).sum(self.dims).flatten() if self.dims else x.flatten()
+
+    def expand(self, v: Tensor) -> Tensor:
+        """Give every element its group's value: ``(count,)`` -> ``view``, or the index's shape if there is one."""
+        if self.index is not None:
+            return v[self.index]
+        return v.reshape([1 if d in self.dims else n for d, n in enumerate(self.view)]).expand(self.view)
+
+    def first(self, x: Tensor) -> Tensor:
+        """One member of each group: shape of the weight -> ``(count,)``."""
+        if self.index is not None:
+            return x.new_zeros(self.count).scatter_(0, self.index.flatten(), x.flatten())
+        x = x.reshape(self.view)
+        for d in sorted(self.dims, reverse=True):
+            x = x.select(d, 0)
+        return x.flatten()
+
+    def size(self, like: Tensor) -> Tensor:
+        """Number of elements in each group, ``(count,)``."""
+        if self.index is not None:
+            return torch.bincount(self.index.flatten(), minlength=self.count).to(like.dtype)
+        return like.new_full((self.count,), like.numel() / self.count)
+
+    def scale(self, v: Tensor, x: Tensor) -> Tensor:
+        """Multiply every element of ``x`` by its group's value; keeps the shape of ``x``."""
+        return (self.expand(v) * x.reshape(self.view)).reshape(x.shape)
+
+
+# ---------------------------------------------------------------------------------------------------- directions
+
+
+def sgd(
+    grad: Tensor, momentum_buffer: Tensor | None, *, momentum: float, dampening: float, nesterov: bool
+) -> tuple[Tensor, float, Tensor | None]:
+    """``torch.optim.SGD``'s direction.  Returns ``update, gain, momentum_buffer``.
+
+    Momentum amplifies a constant gradient by ``(1 - dampening) / (1 - momentum)``; the strength is amplified alike
+    (``gain``), so that the fixed points are those of loss + penalty whatever the momentum.
+    """
+    if momentum == 0:
+        return grad, 1.0, None
+    buffer = grad.clone() if momentum_buffer is None else momentum * momentum_buffer + (1 - dampening) * grad
+    update = grad + momentum * buffer if nesterov else buffer
+    return update, (1 - dampening) / (1 - momentum), buffer
+
+
+def adam(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    *,
+    step: Tensor | float,
+    beta1: Tensor | float,
+    beta2: Tensor | float,
+    eps: float,
+    groups: Groups | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Adam's direction on the effective gradient.  Returns ``update, gain, exp_avg, exp_avg_sq, max_exp_avg_sq``.
+
+    With ``groups`` the second moment is one number per group (the mean of ``grad**2``), because a preconditioner that
+    differs inside a group breaks the symmetry that makes the group's zero attracting.  ``gain`` is the preconditioner
+    itself, so the strength passes through it like the gradient does and fixed points are those of loss + penalty.
+    """
+    square = grad * grad if groups is None else groups.sum(grad * grad) / groups.size(grad)
+    exp_avg = exp_avg + (1 - beta1) * (grad - exp_avg)
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * square
+    peak = exp_avg_sq if max_exp_avg_sq is None else torch.maximum(max_exp_avg_sq, exp_avg_sq)
+    gain = 1 / ((peak / (1 - beta2**step)).sqrt() + eps)
+    mean = exp_avg / (1 - beta1**step)
+    update = gain * mean if groups is None else groups.scale(gain, mean)
+    return update, gain, exp_avg, exp_avg_sq, None if max_exp_avg_sq is None else peak
+
+
+def adamw(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    *,
+    step: Tensor | float,
+    beta1: Tensor | float,
+    beta2: Tensor | float,
+    eps: float,
+    groups: Groups | None = None,
+) -> tuple[Tensor, Tensor | float, Tensor, Tensor, Tensor | None]:
+    """AdamW's direction: :func:`adam` with a decoupled strength.  Returns the same five values.
+
+    ``gain`` is 1 for single weights and the square root of the size for groups, which makes the strength a
+    signal-to-noise ratio *per coordinate* whatever the size of the group.
+    """
+    update, _, *moments = adam(
+        grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, beta1=beta1, beta2=beta2, eps=eps, groups=groups
+    )
+    gain = 1.0 if groups is None else groups.size(grad).sqrt()
+    return (update, gain, *moments)
+
+
+# --------------------------------------------------------------------------------------------------- retractions
+
+
+def plain(w: Tensor, delta: Tensor, decay: Tensor | float) -> Tensor:
+    """No constraint: ``w' = rho w - delta``."""
+    return (1 - decay) * w - delta
+
+
+def _time(metric: Tensor, decay: Tensor | float, metric_scale: Tensor | None) -> Tensor:
+    """The time scale ``t = 1 / max(metric_scale, metric)``, or 1 without a ``metric_scale``; never ``decay t > 1``.
+
+    Above ``metric_scale`` a weight moves as under the plain optimizer; without it steps would be a fixed *factor* of
+    the weight and large weights blow up.  The bound keeps ``rho >= 0`` where a preconditioner is huge (a pixel that is
+    always dark has 1 / eps): delta and decay shrink together, so fixed points stay.
+    """
+    t = torch.ones_like(metric) if metric_scale is None else 1 / torch.maximum(metric, metric_scale)
+    return t / (decay * t).clamp(min=1)
+
+
+def sparse(
+    w: Tensor,
+    delta: Tensor,
+    decay: Tensor | float,
+    imbalance: Tensor,
+    metric_scale: Tensor,
+    *,
+    saturated: bool = True,
+) -> Tensor:
+    """``w = u * v`` in the fixed gauge ``u**2 - v**2 = imbalance``: one gradient step on both factors at once,
+
+        w' = (rho**2 + delta**2) w - rho delta sqrt(c**2 + 4 w**2),
+
+    then exact zeros: ``|w'| <= SNAP * metric_scale`` while ``|delta| < decay`` (attracted).
+    """
+    metric = (imbalance * imbalance + 4 * w * w).sqrt()
+    t = _time(metric, decay, metric_scale if saturated else None)
+    delta, decay = t * delta, t * decay
+    rho = 1 - decay
+    new = (rho * rho + delta * delta) * w - rho * delta * metric
+    snapped = (new.abs() <= SNAP * metric_scale) & (delta.abs() < decay)
+    return torch.where(snapped, 0.0, new)
+
+
+def group(
+    w: Tensor,
+    delta: Tensor,
+    decay: Tensor | float,
+    imbalance: Tensor,
+    metric_scale: Tensor,
+    groups: Groups,
+    *,
+    saturated: bool = True,
+) -> Tensor:
+    """``w_g = s_g d_g`` (scalar gate ``s_g``) in the fixed gauge ``s_g**2 - ||d_g||**2 = imbalance``:
+
+        w_g' = (rho - <delta, w_g> / s**2) (rho w_g - s**2 delta),   s**2 = (c + sqrt(c**2 + 4 ||w_g||**2)) / 2,
+
+    then exact zeros as in :func:`sparse`, by the norm of the group.  ``decay`` is a number or one value per group.
+    """
+    metric = (imbalance * imbalance + 4 * groups.sum(w * w)).sqrt()
+    t = _time(metric, decay, metric_scale if saturated else None)
+    delta, decay = groups.scale(t, delta), t * decay
+    rho = 1 - decay
+    gate_sq = (imbalance + metric) / 2
+    radial = groups.sum(delta * w) / gate_sq.clamp(min=torch.finfo(w.dtype).tiny)
+    shared = rho - radial
+    new = groups.scale(shared * rho, w) - groups.scale(shared * gate_sq, delta)
+    snapped = (groups.sum(new * new).sqrt() <= SNAP * metric_scale) & (groups.sum(delta * delta).sqrt() < decay)
+    return torch.where(groups.expand(snapped).reshape(w.shape), 0.0, new)
+
+
+def imbalance_law(imbalance: Tensor, decay: Tensor | float, metric_scale: Tensor, *, saturated: bool = True) -> Tensor:
+    """One step of the imbalance's own decay, ``c' = rho**2 c``, and 0 below ``SNAP * metric_scale``.
+
+    Factors would have one rate per coordinate; one number per tensor needs one rate.  It is that of the slow
+    coordinates (a low quantile of ``decay``, from a strided sample): if c dies before they have settled, zeros freeze
+    in the wrong places.
+    """
+    if isinstance(decay, Tensor) and decay.numel() > 1:
+        flat = decay.flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLE)]
+        decay = sample.kthvalue(1 + sample.numel() // 10).values
+    shrink = 1 - decay / metric_scale if saturated else 1 - torch.as_tensor(decay)
+    new = imbalance * shrink.clamp(min=0) ** 2
+    return torch.where(new <= SNAP * metric_scale, 0.0, new)

@@ -1,0 +1,46 @@
+"""symopt: structure by symmetry, while training.
+
+One idea.  If a loss cannot tell ``theta`` from its mirror image ``(I - 2 O O^T) theta``, then the plane
+``O^T theta = 0`` is stationary, and with enough weight decay it attracts.  So a hard constraint is imposed by *adding*
+a symmetry: write the weight as a product of factors that a mirror flips together, and decay the factors.  symopt does
+this inside the optimizer, where the factors never exist: the weight is the only state.
+
+Exactly zero weights::
+
+    net = symopt.constrain(net, {"*.weight": symopt.Sparse()})
+    opt = symopt.AdamW(net, lr=1e-3)
+
+Neurons that are really gone::
+
+    net = symopt.constrain(net, {"encoder.*.weight": symopt.GroupSparse("out")})
+    ...
+    small = symopt.fold(net)
+
+The Lasso, to its optimum::
+
+    model = symopt.constrain(torch.nn.Linear(500, 1), {"weight": symopt.Sparse(strength=0.1)})
+    opt = symopt.Adam(model, lr=1e-2)
+
+Source: L. Ziyin, *Symmetry Induces Structure and Constraint of Learning*, ICML 2024, arXiv 2309.16932.
+"""
+
+from symopt.constrain import constrain, constraints, param_groups, release
+from symopt.constraints import Constraint, GroupSparse, Sparse
+from symopt.optim import SGD, Adam, AdamW
+from symopt.schedule import Anneal
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Anneal",
+    "Constraint",
+    "GroupSparse",
+    "Sparse",
+    "constrain",
+    "constraints",
+    "param_groups",
+    "release",
+]

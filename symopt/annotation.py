@@ -1,0 +1,117 @@
+"""Where constraints are written down, so that no constrained weight silently becomes a plain one.
+
+An :class:`Annotation` hangs on the module that owns the weights and names them; it survives ``deepcopy``, pickling,
+``.to()``, sharding and everything else that replaces Parameter objects, because it is looked up by what the module
+holds *now*.  Optimizers ask :func:`constraints_by_parameter`; forward passes are watched by :class:`Guard`.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from symopt.constraints import Constraint
+
+__all__ = ["ATTRIBUTE", "Annotation", "Guard", "Owner", "constraints_by_parameter", "epoch", "forget", "register_owner"]
+
+ATTRIBUTE = "_symopt_annotation"
+
+
+class Owner(Protocol):
+    """What this file needs of an optimizer: the parameters it steps, and a way to drop one's constraint."""
+
+    def owns(self, param: Tensor) -> bool: ...
+
+    def forget(self, param: Tensor) -> None: ...
+
+
+_annotations: weakref.WeakSet[Annotation] = weakref.WeakSet()
+_owners: weakref.WeakSet[Any] = weakref.WeakSet()
+_epoch = 0
+
+
+class Annotation:
+    """The constraints of one module's own parameters, by name; ``module`` is the module they belong to."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.constraints: dict[str, Constraint] = {}
+        self._register()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register()
+
+    def _register(self) -> None:
+        global _epoch
+        _epoch += 1
+        _annotations.add(self)
+
+    def set(self, name: str, constraint: Constraint) -> None:
+        self.constraints[name] = constraint
+        self._register()
+
+    def parameters(self) -> Iterator[tuple[str, Tensor | None, Constraint]]:
+        """Name, the parameter of that name now (None if the module no longer has one), constraint."""
+        for name, constraint in self.constraints.items():
+            yield name, self.module._parameters.get(name), constraint
+
+
+class Guard:
+    """Forward pre-hook: warns once if a constrained weight is being trained and no symopt optimizer owns it."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def __reduce__(self) -> tuple[type[Guard], tuple[()]]:
+        return Guard, ()  # a copy of the module watches for itself
+
+    def __call__(self, module: Any, args: Any) -> None:
+        if torch.compiler.is_compiling() or self.done or not module.training or not torch.is_grad_enabled():
+            return
+        self.done = True
+        loose = []
+        for prefix, sub in module.named_modules():
+            annotation = sub.__dict__.get(ATTRIBUTE)
+            for name, param, _ in annotation.parameters() if annotation else ():
+                if param is None or not any(owner.owns(param) for owner in _owners):
+                    loose.append(f"{prefix}.{name}" if prefix else name)
+        if loose:
+            warnings.warn(
+                f"constrained weights are being trained but belong to no symopt optimizer, so nothing imposes their "
+                f"constraint: {', '.join(loose)}. Train with symopt.SGD, Adam or AdamW on this very module, or remove "
+                "the constraints with symopt.release(module).",
+                stacklevel=3,
+            )
+
+
+def constraints_by_parameter() -> dict[int, tuple[str, Constraint]]:
+    """``id(parameter) -> (name, constraint)`` for every annotated parameter alive."""
+    return {
+        id(param): (name, constraint)
+        for annotation in _annotations
+        for name, param, constraint in annotation.parameters()
+        if param is not None
+    }
+
+
+def epoch() -> int:
+    """Changes whenever an annotation does; a cached lookup is valid while this number stays."""
+    return _epoch
+
+
+def forget(param: Tensor) -> None:
+    """Tell every optimizer that ``param`` is free again."""
+    global _epoch
+    _epoch += 1
+    for owner in list(_owners):
+        owner.forget(param)
+
+
+def register_owner(owner: Owner) -> None:
+    _owners.add(owner)

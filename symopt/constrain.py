@@ -1,0 +1,300 @@
+"""Attach constraints to the parameters of a module, and take them off again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import nn
+
+from symopt import annotation
+from symopt.annotation import ATTRIBUTE, Annotation, Guard
+from symopt.constraints import Constraint, GroupSparse
+
+__all__ = ["constrain", "constraints", "free", "param_groups", "release"]
+
+M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
+Patterns = Mapping[str | tuple[str, ...], Constraint | None]
+
+
+@overload
+def constrain(target: M, patterns: Patterns) -> M: ...
+@overload
+def constrain(target: Patterns) -> Callable[[T], T]: ...
+
+
+def constrain(target: Any, patterns: Patterns | None = None) -> Any:
+    """Write down which parameters of a module obey which constraint.
+
+    Nothing about the module changes: weights, ``state_dict`` keys, forward pass and memory stay as they are.  The
+    constraint is imposed by the symopt optimizer that trains the module.
+
+    Three forms: ``constrain(module, patterns)`` returns the module; ``@constrain(patterns)`` on a Module subclass
+    constrains every new instance (patterns see the class's own parameters); on a factory function, what it returns.
+
+    Args:
+        target: a module, or the patterns when used as a decorator.
+        patterns: maps an :mod:`fnmatch` pattern on qualified parameter names, or a tuple of patterns, to a constraint,
+            or to None to leave what it matches free.  The first match wins.  A pattern with a wildcard binds parameters
+            of two or more dimensions only: a bias or normalisation scale must be named in full.
+
+    Raises:
+        TypeError: for a target that is no module, a value that is no constraint, integer or complex parameters.
+        ValueError: for a pattern that binds nothing, a weight constrained twice, frozen, empty, 0-dim or with NaN or
+            infinite entries, and for a constraint that does not fit its weight.
+
+    Source: the construction is DCS of L. Ziyin, ICML 2024 (arXiv 2309.16932), Section 4.
+
+    Example:
+        >>> import torch
+        >>> from symopt import constrain, constraints, GroupSparse, Sparse
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> net = constrain(net, {"0.weight": GroupSparse("out"), "*.weight": Sparse(strength=0.2)})
+        >>> constraints(net)
+        {'0.weight': GroupSparse(groups='out', strength=None), '2.weight': Sparse(strength=0.2)}
+        >>> @constrain({"weight": Sparse()})
+        ... class Block(torch.nn.Linear): ...
+        >>> constraints(Block(2, 2))
+        {'weight': Sparse(strength=None)}
+    """
+    if isinstance(target, nn.Module):
+        if patterns is None:
+            raise TypeError("constrain: give the patterns too, constrain(module, {'*.weight': Sparse()})")
+        _apply(target, _checked(patterns))
+        return target
+    if patterns is None and isinstance(target, Mapping):
+        return functools.partial(_decorate, _checked(target))
+    raise TypeError(f"constrain: expected a torch.nn.Module or a mapping of patterns, got {type(target).__name__}")
+
+
+def release(module: M) -> M:
+    """Remove every constraint from ``module`` and its submodules, in place; weights stay as they are.
+
+    Optimizers that own these weights treat them as unconstrained from then on.
+
+    Raises:
+        TypeError: if ``module`` is no Module.
+
+    Example:
+        >>> import torch, symopt
+        >>> net = symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Sparse()})
+        >>> symopt.constraints(symopt.release(net))
+        {}
+    """
+    for sub in _module("release", module).modules():
+        found = sub.__dict__.pop(ATTRIBUTE, None)
+        if found is not None:
+            freed = [param for _, param, _ in found.parameters() if param is not None]
+            found.constraints = {}
+            for param in freed:
+                annotation.forget(param)
+        for key, hook in list(sub._forward_pre_hooks.items()):
+            if isinstance(hook, Guard):
+                del sub._forward_pre_hooks[key]
+    return module
+
+
+def constraints(module: nn.Module) -> dict[str, Constraint]:
+    """Qualified parameter name -> constraint, for everything :func:`constrain` bound under ``module``.
+
+    Raises:
+        TypeError: if ``module`` is no Module.
+    """
+    return {name: constraint for name, _, constraint in _annotated(_module("constraints", module))}
+
+
+def free(module: nn.Module) -> list[str]:
+    """Names of the parameters of ``module`` that no constraint binds."""
+    bound = {id(param) for _, param, _ in _annotated(_module("free", module))}
+    return [name for name, p in module.named_parameters() if id(p) not in bound]
+
+
+def param_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Param groups for any symopt optimizer: one per distinct constraint, one for the rest.
+
+    Each group of constrained parameters has its own ``"strength"`` (None means the constraint's own), which a scheduler
+    may change; the group of the rest comes last.
+
+    Raises:
+        TypeError: if ``module`` is no Module.
+
+    Example:
+        >>> import torch, symopt
+        >>> net = symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Sparse(strength=0.3)})
+        >>> [(len(g["params"]), g["strength"]) for g in symopt.param_groups(net)]
+        [(1, 0.3), (1, None)]
+    """
+    by_constraint: dict[Constraint | None, list[tuple[str, nn.Parameter]]] = {}
+    of = {id(param): constraint for _, param, constraint in _annotated(_module("param_groups", module))}
+    for name, p in module.named_parameters():
+        by_constraint.setdefault(of.get(id(p)), []).append((name, p))
+    rest = by_constraint.pop(None, [])
+    groups = [{"params": named, "strength": c.strength} for c, named in by_constraint.items() if c is not None]
+    return groups + ([{"params": rest, "strength": None}] if rest else [])
+
+
+# ------------------------------------------------------------------------------------------------------------ binding
+
+
+def _module(function: str, module: M) -> M:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{function}: expected a torch.nn.Module, got {type(module).__name__}")
+    return module
+
+
+def _annotated(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None, Constraint]]:
+    for prefix, sub in module.named_modules():
+        found = sub.__dict__.get(ATTRIBUTE)
+        for name, param, constraint in found.parameters() if found else ():
+            yield f"{prefix}.{name}" if prefix else name, param, constraint
+
+
+def _checked(patterns: Patterns) -> list[tuple[tuple[str, ...], Constraint | None]]:
+    if not isinstance(patterns, Mapping):
+        raise TypeError(f"constrain: patterns must be a mapping, got {type(patterns).__name__}")
+    if not patterns:
+        raise ValueError("constrain: patterns is empty, so nothing would be constrained")
+    rows = []
+    for key, value in patterns.items():
+        keys = key if isinstance(key, tuple) else (key,)
+        if not keys or not all(isinstance(k, str) for k in keys):
+            raise TypeError(f"constrain: a pattern must be a string or a tuple of strings, got {key!r}")
+        if value is not None and not isinstance(value, Constraint):
+            kind = f"class {value.__name__}; call it" if isinstance(value, type) else type(value).__name__
+            raise TypeError(f"constrain: the value of {key!r} must be a Constraint or None, got {kind}")
+        rows.append((keys, value))
+    return rows
+
+
+def _decorate(rows: list[tuple[tuple[str, ...], Constraint | None]], target: Any) -> Any:
+    if isinstance(target, type) and issubclass(target, nn.Module):
+        original = target.__init__
+
+        @functools.wraps(original)
+        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            _apply(self, rows)
+
+        target.__init__ = __init__  # type: ignore[method-assign]
+        return target
+    if inspect.isroutine(target):
+
+        @functools.wraps(target)
+        def factory(*args: Any, **kwargs: Any) -> Any:
+            module = target(*args, **kwargs)
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"constrain: {target.__name__} must return a Module, got {type(module).__name__}")
+            _apply(module, rows)
+            return module
+
+        return factory
+    raise TypeError(
+        f"constrain: decorate a torch.nn.Module subclass or a function that returns one, not {type(target).__name__}; "
+        "for an instance call constrain(module, patterns)"
+    )
+
+
+def _apply(module: nn.Module, rows: list[tuple[tuple[str, ...], Constraint | None]]) -> None:
+    """Match and check everything first, so that an error leaves the module as it was."""
+    places: list[tuple[str, nn.Module, str, nn.Parameter]] = []
+    for prefix, sub in module.named_modules():
+        for name, p in sub.named_parameters(recurse=False):
+            places.append((f"{prefix}.{name}" if prefix else name, sub, name, p))
+    chosen: dict[int, tuple[str, Constraint]] = {}
+    bound: list[tuple[nn.Module, str, Constraint]] = []
+    hits = [dict.fromkeys(keys, 0) for keys, _ in rows]
+    for full, sub, name, p in places:
+        row, key = _first_match(full, p, rows)
+        if key is None:
+            continue
+        hits[row][key] += 1
+        constraint = rows[row][1]
+        if constraint is None:
+            continue
+        if id(p) in chosen:  # one tensor under two names
+            other, before = chosen[id(p)]
+            if before != constraint:
+                raise ValueError(
+                    f"constrain: {other} and {full} are the same tensor but get different constraints, {before} and "
+                    f"{constraint}; give both names one constraint"
+                )
+        chosen[id(p)] = (full, constraint)
+        bound.append((sub, name, _check(full, sub, name, p, constraint)))
+    for (_, value), counts in zip(rows, hits, strict=True):
+        for key, n in counts.items():
+            if n == 0:
+                raise ValueError(_nothing(key, value, places))
+    for sub, name, constraint in bound:
+        found = sub.__dict__.get(ATTRIBUTE)
+        if found is None:
+            found = sub.__dict__[ATTRIBUTE] = Annotation(sub)
+        found.set(name, constraint)
+        _watch(sub)
+    if bound:
+        _watch(module)
+
+
+def _watch(module: nn.Module) -> None:
+    if not any(isinstance(hook, Guard) for hook in module._forward_pre_hooks.values()):
+        module.register_forward_pre_hook(Guard())
+
+
+def _wild(key: str) -> bool:
+    return any(c in key for c in "*?[")
+
+
+def _first_match(
+    name: str, p: nn.Parameter, rows: list[tuple[tuple[str, ...], Constraint | None]]
+) -> tuple[int, str | None]:
+    for i, (keys, value) in enumerate(rows):
+        for key in keys:
+            if name == key or (_wild(key) and fnmatchcase(name, key) and (p.dim() >= 2 or value is None)):
+                return i, key
+    return -1, None
+
+
+def _nothing(key: str, value: Constraint | None, places: list[tuple[str, nn.Module, str, nn.Parameter]]) -> str:
+    matched = [full for full, _, _, p in places if full == key or (_wild(key) and fnmatchcase(full, key))]
+    small = [full for full, _, _, p in places if full in matched and p.dim() < 2]
+    if not matched:
+        names = ", ".join(full for full, *_ in places[:8]) + (", ..." if len(places) > 8 else "")
+        return f"constrain: pattern {key!r} matches no parameter; there are: {names or 'none'}"
+    if value is not None and len(small) == len(matched):
+        return (
+            f"constrain: pattern {key!r} matches only parameters of fewer than two dimensions ({', '.join(small[:4])}); "
+            "a wildcard does not bind those, name them in full"
+        )
+    return f"constrain: pattern {key!r} binds nothing: earlier patterns already bind {', '.join(matched[:4])}"
+
+
+def _check(full: str, sub: nn.Module, name: str, p: nn.Parameter, constraint: Constraint) -> Constraint:
+    found = sub.__dict__.get(ATTRIBUTE)
+    if found is not None and name in found.constraints:
+        raise ValueError(
+            f"constrain: {full} is already constrained by {found.constraints[name]}; call symopt.release(module) first"
+        )
+    if isinstance(p, nn.parameter.UninitializedParameter):
+        raise ValueError(f"constrain: {full} is uninitialised; run the lazy module once before constraining it")
+    if p.is_complex() or not p.is_floating_point():
+        raise TypeError(f"constrain: {full} has dtype {p.dtype}; only real floating-point weights can be constrained")
+    if not p.requires_grad:
+        raise ValueError(
+            f"constrain: {full} is frozen (requires_grad=False) and would never move; unfreeze it or leave it out, "
+            f"e.g. with {{{full!r}: None}} as the first pattern"
+        )
+    if p.dim() == 0 or p.numel() == 0:
+        raise ValueError(f"constrain: {full} has shape {tuple(p.shape)}; there is nothing to constrain, leave it out")
+    if p.device.type != "meta" and not bool(torch.isfinite(p).all()):
+        raise ValueError(f"constrain: {full} contains NaN or infinite values; initialise it before constraining")
+    if isinstance(constraint, GroupSparse) and isinstance(constraint.groups, str):
+        if isinstance(sub, nn.modules.conv._ConvTransposeNd):
+            raise ValueError(
+                f"constrain: {full} belongs to a transposed convolution, whose weight is stored (in, out, ...), so "
+                f"{constraint.groups!r} would be ambiguous; give GroupSparse an index tensor"
+            )
+    return constraint.bind(full, p)

@@ -1,0 +1,192 @@
+"""GroupSparse: whole neurons, inputs, heads, blocks or any groups of weights may become exactly zero."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
+
+import torch
+from symopt_kernels import reference
+from symopt_kernels.reference import Groups
+from torch import Tensor
+
+from symopt.constraints.base import Constraint, Factors
+
+__all__ = ["GroupSparse"]
+
+_HEAD = re.compile(r"head:([1-9]\d*)")
+_BLOCK = re.compile(r"block:([1-9]\d*)x([1-9]\d*)")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class GroupSparse(Constraint):
+    """Exact zeros of whole groups, by the rescaling symmetry of a gate, ``w_g = s_g d_g`` (``s -> a s, d -> d / a``).
+
+    Weight decay kappa on gate and direction charges ``kappa * sum_g ||w_g||_2``.
+
+    Args:
+        groups: which weights belong together; every weight is in exactly one group.
+
+            - ``"out"``: slices along dimension 0: neurons of a Linear, filters of a Conv, rows of an Embedding.
+            - ``"in"``: slices along dimension 1: inputs of a Linear, input channels of a Conv.
+            - ``"head:<n>"``: ``n`` equal runs of dimension 0.  A packed query-key-value weight (out = 3 * in) is read
+              as ``(3, n, out / 3n, in)``, so that a head takes its rows of all three.
+            - ``"block:<r>x<c>"``: blocks of r outputs by c inputs, kernel positions included.
+            - an integer tensor: a group number per weight (the weight's shape) or per slice of dimension 0 (1-d).
+            - a callable ``weight -> integer tensor``, called once by :func:`symopt.constrain`.
+        strength: kappa, as in :class:`symopt.Sparse`.  With ``AdamW`` it counts per coordinate, whatever the group's
+            size: a group dies while ``||E m / rms|| < strength * sqrt(size)``.  Defaults: 0.1 with AdamW, 1e-4 with SGD
+            and Adam.
+
+    Raises:
+        TypeError, ValueError: for an unknown ``groups``, one that does not fit the weight, or a bad ``strength``.
+
+    Source: D-Gating (Kolb et al., NeurIPS 2025), depth 2; the symmetry: Ziyin, ICML 2024 (arXiv 2309.16932),
+    Section 4.
+
+    Example:
+        >>> import torch
+        >>> from symopt import GroupSparse
+        >>> w = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+        >>> GroupSparse("out").size(w)
+        tensor([5., 0.])
+        >>> GroupSparse("out").penalty(w)
+        tensor(5.)
+    """
+
+    name: ClassVar[str] = "group"
+
+    groups: str | Tensor | Callable[[Tensor], Tensor]
+    strength: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        groups = self.groups
+        if isinstance(groups, str):
+            if groups not in ("out", "in") and not _HEAD.fullmatch(groups) and not _BLOCK.fullmatch(groups):
+                raise ValueError(
+                    "GroupSparse: groups must be 'out', 'in', 'head:<n>', 'block:<r>x<c>', an integer tensor or a "
+                    f"callable, got {groups!r}"
+                )
+        elif isinstance(groups, Tensor):
+            if groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
+                raise TypeError(f"GroupSparse: an index tensor must hold integers, got {groups.dtype}")
+        elif not callable(groups):
+            raise TypeError(
+                f"GroupSparse: groups must be a string, integer tensor or callable, got {type(groups).__name__}"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, GroupSparse) or self.strength != other.strength:
+            return False
+        if isinstance(self.groups, Tensor) and isinstance(other.groups, Tensor):
+            return torch.equal(self.groups, other.groups)
+        return type(self.groups) is type(other.groups) and self.groups == other.groups
+
+    def __hash__(self) -> int:
+        return hash((self.strength, self.groups if isinstance(self.groups, str) else None))
+
+    def bind(self, name: str, w: Tensor) -> Constraint:
+        index = self.index(w, name)
+        if index is not None:
+            return replace(self, groups=index.cpu())
+        self._view(name, w)
+        return self
+
+    def index(self, w: Tensor, name: str = "weight") -> Tensor | None:
+        if isinstance(self.groups, str):
+            return None
+        index = self.groups if isinstance(self.groups, Tensor) else self.groups(w.detach())
+        if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+            kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"GroupSparse on {name}: the callable must return an integer tensor, got {kind}")
+        if index.dim() == 1 and w.dim() > 1 and index.shape[0] == w.shape[0]:
+            index = index.reshape(-1, *[1] * (w.dim() - 1)).expand(w.shape)
+        if index.shape != w.shape:
+            raise ValueError(
+                f"GroupSparse on {name}: the index tensor has shape {tuple(index.shape)}; give one group per weight "
+                f"{tuple(w.shape)} or one per slice of dimension 0 ({w.shape[0]},)"
+            )
+        return torch.unique(index.to(w.device), return_inverse=True)[1]
+
+    def partition(self, w: Tensor, index: Tensor | None = None) -> Groups:
+        if not isinstance(self.groups, str):
+            index = self.index(w) if index is None else index
+            assert index is not None
+            return Groups(int(index.max()) + 1, tuple(w.shape), (), index)
+        view, dims = self._view("weight", w)
+        return Groups(math.prod(n for d, n in enumerate(view) if d not in dims), view, dims)
+
+    def _view(self, name: str, w: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        shape, kind = tuple(w.shape), self.groups
+        rows, rest = shape[0], math.prod(shape[1:])
+        assert isinstance(kind, str)
+        if kind == "out":
+            return (rows, rest), (1,)
+        if kind == "in":
+            if w.dim() < 2:
+                raise ValueError(f"GroupSparse('in') on {name}: shape {shape} has no dimension 1; use 'out'")
+            return (rows, shape[1], math.prod(shape[2:])), (0, 2)
+        if head := _HEAD.fullmatch(kind):
+            heads = int(head[1])
+            packed = 3 if w.dim() == 2 and rows == 3 * shape[1] else 1
+            if rows % (packed * heads):
+                raise ValueError(
+                    f"GroupSparse({kind!r}) on {name}: {rows // packed} outputs do not split into {heads} equal heads"
+                )
+            return (packed, heads, rows // (packed * heads) * rest), (0, 2)
+        block = _BLOCK.fullmatch(kind)
+        assert block is not None
+        r, c = int(block[1]), int(block[2])
+        if w.dim() < 2 or rows % r or shape[1] % c:
+            raise ValueError(
+                f"GroupSparse({kind!r}) on {name}: shape {shape} does not split into {r} x {c} blocks; choose divisors "
+                "of its first two dimensions or give an index tensor"
+            )
+        return (rows // r, r, shape[1] // c, c, math.prod(shape[2:])), (1, 3, 4)
+
+    def compose(self, factors: Factors) -> Tensor:
+        gate, direction = factors
+        return self.partition(direction).scale(gate, direction)
+
+    def split(self, w: Tensor, imbalance: Tensor | float = 0.0) -> Factors:
+        groups = self.partition(w)
+        gate = ((imbalance + (imbalance**2 + 4 * groups.sum(w * w)).sqrt()) / 2).sqrt()
+        inverse = torch.where(gate > 0, 1 / gate.clamp(min=torch.finfo(w.dtype).tiny), 0.0)
+        return gate, groups.scale(inverse, w)
+
+    def pullback(self, factors: Factors, grad: Tensor) -> Factors:
+        gate, direction = factors
+        groups = self.partition(direction)
+        return groups.sum(grad * direction), groups.scale(gate, grad)
+
+    def mirror(self, factors: Factors) -> Factors:
+        gate, direction = factors
+        return -gate, -direction
+
+    def retract(
+        self,
+        w: Tensor,
+        delta: Tensor,
+        decay: Tensor | float,
+        imbalance: Tensor,
+        metric_scale: Tensor,
+        groups: Groups | None,
+        *,
+        saturated: bool = True,
+    ) -> Tensor:
+        groups = groups or self.partition(w)
+        return reference.group(w, delta, decay, imbalance, metric_scale, groups, saturated=saturated)
+
+    def penalty(self, w: Tensor) -> Tensor:
+        return self.size(w).sum()
+
+    def size(self, w: Tensor, groups: Groups | None = None) -> Tensor:
+        return (groups or self.partition(w)).sum(w * w).sqrt()
+
+    def default_strength(self, *, decoupled: bool) -> float:
+        return 0.1 if decoupled else 1e-4

@@ -1,0 +1,211 @@
+"""The two passes over a network's graph: forwards for constants, backwards for the units that nothing alive needs."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.utils.parametrize import is_parametrized
+
+from symopt.folding.rules import SIZED, SOURCES, VIEWS, rule_of, rule_of_module
+from symopt.folding.units import Axis, Call, Keep, Layer
+
+__all__ = ["Opaque", "Plan", "analyse", "same_graph", "shapes_of", "trace"]
+
+Shapes = dict[fx.Node, tuple[int, ...]]
+
+
+class Opaque(Exception):
+    """The forward pass as a whole cannot be analysed; the message says why."""
+
+
+@dataclass
+class Plan:
+    """Which units every layer keeps, and by module name why a shape was kept."""
+
+    layers: list[Layer] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+# -- tracing -----------------------------------------------------------------------------------------------------------
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # Hooks are code that must not run on fakes: the module becomes a black box, of which nothing is known.
+        return _hooked(m) or rule_of_module(m) is not None or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module, *, training: bool = False) -> tuple[nn.Module, fx.Graph]:
+    """A shadow of ``model`` and its graph.  User code runs, so it runs on a copy, which shares only the parameters."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise Opaque("a ScriptModule cannot be traced")
+    shadow = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    shadow.train(training)
+    try:
+        return shadow, _Tracer().trace(shadow)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise Opaque(f"torch.fx cannot trace forward ({reason})") from error
+
+
+def same_graph(one: fx.Graph, two: fx.Graph, *, values: bool) -> bool:
+    """Whether two traces run the same operations on the same tensors, and with the same numbers if ``values``."""
+
+    def described(graph: fx.Graph) -> list[str]:
+        return [f"{n.op} {n.target} {n.all_input_nodes} {(n.args, n.kwargs) if values else ''}" for n in graph.nodes]
+
+    return described(one) == described(two)
+
+
+def shapes_of(shadow: nn.Module, graph: fx.Graph, inputs: tuple[Any, ...]) -> Shapes:
+    """The shape of every tensor in ``graph``, from running it once."""
+    ran = fx.GraphModule(shadow, graph)
+    with torch.no_grad():
+        ShapeProp(ran).propagate(*inputs)
+    metas = [(node, other.meta.get("tensor_meta")) for node, other in zip(graph.nodes, ran.graph.nodes, strict=True)]
+    return {node: tuple(meta.shape) for node, meta in metas if hasattr(meta, "shape")}
+
+
+# -- the two passes ----------------------------------------------------------------------------------------------------
+
+
+def analyse(model: nn.Module, graph: fx.Graph, shapes: Shapes, barred: dict[str, str]) -> Plan:
+    """Find what every layer of ``model``, in eval mode, may lose; modules in ``barred`` must keep their shape."""
+    modules = dict(model.named_modules())
+    obstacles = _obstacles(modules, graph) | barred
+    plan = Plan(notes={name: f"{why}, shape kept" for name, why in obstacles.items()})
+    axes: dict[fx.Node, Axis] = {}
+    for node in graph.nodes:
+        if _in_place(node, modules) and _shared(node, modules, axes):
+            raise Opaque(f"`{node.name}` works in place on a tensor that is also used elsewhere")
+        call = Call(node, node.name, None, [axes[n] for n in node.all_input_nodes if n in axes])
+        if node.op == "call_module":
+            call.name, call.module = str(node.target), modules[str(node.target)]
+        try:
+            axis = _step(call, modules, obstacles, shapes)
+        except Keep as why:
+            call.pin(why)
+            if call.module is not None and rule_of_module(call.module) is None and _has_parameters(call.module):
+                plan.notes.setdefault(call.name, f"no rule for {type(call.module).__name__}, shape kept")
+            continue
+        if axis is not None:
+            axes[node] = axis
+            if all(axis.layer is not other.layer for other in call.inputs):
+                plan.layers.append(axis.layer)
+    _find_dead(plan)
+    plan.notes = {name or "model": note for name, note in plan.notes.items()}
+    return plan
+
+
+def _step(call: Call, modules: dict[str, nn.Module], obstacles: dict[str, str], shapes: Shapes) -> Axis | None:
+    rule = rule_of(call.node, modules)
+    if call.module is not None and call.name in obstacles:
+        raise Keep(f"which {obstacles[call.name]}")
+    if rule is None:
+        raise Keep
+    axis = rule(call) if call.inputs or rule in SOURCES else None
+    if axis is None or call.node not in shapes:
+        return axis
+    shape = shapes[call.node]
+    return replace(axis.sized(shape[axis.dim] if len(shape) >= -axis.dim else 0), ndim=len(shape))
+
+
+def _find_dead(plan: Plan) -> None:
+    # Readers come after what they read, so one pass from the end sees whole chains of dead units.
+    for layer in reversed(plan.layers):
+        if not layer.readers and not layer.pinned:
+            layer.pinned = "output is not used"
+        if layer.pinned:
+            plan.notes[layer.name] = f"{layer.pinned}, shape kept"
+            continue
+        layer.keep = torch.zeros_like(layer.keep)
+        for reader in layer.readers:
+            assert reader.source is not None
+            needed = reader.needed()
+            layer.keep |= needed.view(layer.units, -1).any(1)
+            stuck = (needed & reader.source.const.isfinite()).view(layer.units, -1).any(1)
+            if count := int(stuck.sum()):
+                plan.notes[layer.name] = f"{count} constant channels kept, because `{reader.name}` pads with zeros"
+        if not layer.keep.any():
+            layer.keep[0] = True
+            plan.notes[layer.name] = "every unit is dead, one kept because torch layers need a width of at least 1"
+
+
+# -- what stands in the way ----------------------------------------------------------------------------------------------
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _obstacles(modules: dict[str, nn.Module], graph: fx.Graph) -> dict[str, str]:
+    """Why modules that have a rule must keep their shape all the same."""
+    calls, owners, touched = Counter[int](), Counter[int](), set[str]()
+    for node in graph.nodes:
+        if node.op == "call_module":
+            module = modules[str(node.target)]
+            calls.update(map(id, [module] if rule_of_module(module) else module.modules()))
+        elif node.op == "get_attr":
+            touched.add(str(node.target).rpartition(".")[0])
+    for module in modules.values():
+        owners.update(id(p) for p in module._parameters.values() if p is not None)
+    return {
+        name: why
+        for name, module in modules.items()
+        if rule_of_module(module) is not None
+        and (why := _obstacle(module, calls[id(module)], name in touched, owners)) is not None
+    }
+
+
+def _obstacle(module: nn.Module, calls: int, touched: bool, owners: Counter[int]) -> str | None:
+    parameters = [p for p in module._parameters.values() if p is not None]
+    plain = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    if _hooked(module):
+        return "has hooks or a replaced forward"
+    if rule_of_module(module) not in SIZED:
+        return None
+    if calls != 1:
+        return "is called more than once" if calls else "is not called by forward"
+    if touched:
+        return "has parameters that forward reads directly"
+    if is_parametrized(module):
+        return "has parametrizations"
+    if any(owners[id(p)] > 1 for p in parameters):
+        return "shares a parameter with another module"
+    if not plain.issuperset(module._parameters | module._buffers) or next(module.children(), None) is not None:
+        return "has state of its own"
+    if not all(type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta for p in parameters):
+        return "has a weight that is not a plain floating point Parameter with data"
+    if getattr(module, "groups", 1) not in (1, getattr(module, "in_channels", 1)):
+        return "is a grouped convolution that is not depthwise"
+    return None
+
+
+def _in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(modules[str(node.target)], "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
+
+
+def _shared(node: fx.Node, modules: dict[str, nn.Module], axes: dict[fx.Node, Axis]) -> bool:
+    """Whether units whose memory ``node`` may write are also read elsewhere, where stale constants would be believed."""
+
+    def fresh(n: fx.Node) -> bool:
+        rule = rule_of(n, modules)
+        if n.op == "call_module" and rule is None:
+            return _has_parameters(modules[str(n.target)])
+        return rule is not None and rule not in VIEWS and not _in_place(n, modules)
+
+    return any((n in axes and len(n.users) > 1) or (not fresh(n) and _shared(n, modules, axes)) for n in node.all_input_nodes)

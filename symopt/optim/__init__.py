@@ -1,0 +1,10 @@
+"""Drop-in optimizers: one direction per file, everything they share in ``base``."""
+
+from symopt.optim.adam import Adam, AdamW
+from symopt.optim.base import ConstrainedOptimizer
+from symopt.optim.sgd import SGD
+
+OPTIMIZERS: tuple[type[ConstrainedOptimizer], ...] = (SGD, Adam, AdamW)
+"""Every public optimizer; the tests fail for one without a row in their table."""
+
+__all__ = ["OPTIMIZERS", "SGD", "Adam", "AdamW", "ConstrainedOptimizer"]

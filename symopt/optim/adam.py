@@ -1,0 +1,146 @@
+"""Adam and AdamW: one direction, with a strength that passes through the preconditioner or around it."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from symopt_kernels import reference
+from symopt_kernels.reference import Groups
+from torch import Tensor
+from torch.optim.adam import adam as torch_adam
+
+from symopt.constraints import Constraint
+from symopt.optim.base import ConstrainedOptimizer
+
+__all__ = ["Adam", "AdamW"]
+
+
+class _AdamBase(ConstrainedOptimizer):
+    """Abstract: everything but the torch class behind it."""
+
+    def decoupled(self, group: dict[str, Any]) -> bool:
+        return bool(group["decoupled_weight_decay"])
+
+    def gain(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> Tensor | float | None:
+        groups, state = self.groups(p, constraint), self.state.get(p, {})
+        if self.decoupled(group):
+            return 1.0 if groups is None else groups.size(p.detach()).sqrt()
+        if "exp_avg_sq" not in state or not state["step"]:
+            return None
+        peak = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        return 1 / ((peak / (1 - group["betas"][1] ** state["step"])).sqrt() + group["eps"])  # type: ignore[no-any-return]
+
+    def _init_moments(self, group: dict[str, Any], state: dict[str, Any], p: Tensor, groups: Groups | None) -> None:
+        dtype = state["imbalance"].dtype
+        if "step" not in state:
+            state["step"] = torch.zeros((), device=p.device if group["capturable"] or group["fused"] else "cpu")
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        for key in ("exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg_sq",):
+            if key not in state:
+                state[key] = torch.zeros_like(p, dtype=dtype) if groups is None else p.new_zeros(groups.count, dtype=dtype)
+
+    def _direction(
+        self, group: dict[str, Any], state: dict[str, Any], w: Tensor, grad: Tensor, groups: Groups | None
+    ) -> tuple[Tensor, Tensor | float]:
+        direction = reference.adamw if self.decoupled(group) else reference.adam
+        state["step"] += 1
+        update, gain, *moments = direction(
+            grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["max_exp_avg_sq"] if group["amsgrad"] else None,
+            step=state["step"] if group["capturable"] else state["step"].item(),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            groups=groups,
+        )
+        for key, value in zip(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), moments, strict=True):
+            if value is not None:
+                state[key].copy_(value)
+        return update, gain
+
+    def _step_plain(self, group: dict[str, Any]) -> None:
+        lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
+        has_complex = self._init_group(group, *lists)
+        torch_adam(
+            *lists,
+            has_complex=has_complex,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            **{k: group[k] for k in _PASSED},
+        )
+
+
+_PASSED = (
+    "amsgrad lr weight_decay eps maximize foreach capturable differentiable fused decoupled_weight_decay"
+).split()
+
+
+@final
+class Adam(_AdamBase, torch.optim.Adam):
+    """``torch.optim.Adam`` (same arguments, defaults and state keys) that imposes its parameters' constraints.
+
+    The strength goes through the same preconditioner as the gradient: with ``p = 1 / (sqrt(v_hat) + eps)`` a
+    constrained weight takes ``delta = lr t m_hat p`` and ``rho = 1 - lr t strength p``.  Fixed points are those of
+    ``loss + strength * penalty``, in the units of the loss: the Lasso, the group Lasso.
+
+    Preconditioning happens on the gradient of the effective weight; groups share one second moment
+    (``exp_avg_sq`` is a vector with one entry per group, written out per weight in ``state_dict``).
+
+    Args:
+        params: a module, or anything ``torch.optim.Adam`` takes.
+        lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
+            decoupled_weight_decay: as in torch; ``weight_decay`` applies to unconstrained parameters only.
+        strength, time_scale, imbalance: see :class:`symopt.optim.ConstrainedOptimizer`.
+
+    Raises:
+        ValueError, TypeError: as torch's; also for a bad strength, time_scale or imbalance.
+
+    Source: Kingma & Ba, ICLR 2015 (arXiv 1412.6980), Algorithm 1; L. Ziyin, ICML 2024 (arXiv 2309.16932), Section 4.
+
+    Example:
+        >>> import torch, symopt
+        >>> net = symopt.constrain(torch.nn.Linear(3, 1), {"weight": symopt.Sparse(strength=0.01)})
+        >>> opt = symopt.Adam(net, lr=1e-2)
+        >>> net(torch.randn(8, 3)).square().mean().backward()
+        >>> opt.step()
+        >>> sorted(opt.state[net.weight])
+        ['exp_avg', 'exp_avg_sq', 'imbalance', 'metric_scale', 'step']
+    """
+
+
+@final
+class AdamW(_AdamBase, torch.optim.AdamW):
+    """``torch.optim.AdamW`` (same arguments, defaults and state keys) that imposes its parameters' constraints.
+
+    A constrained weight takes ``delta = lr t m_hat / (sqrt(v_hat) + eps)`` and ``rho = 1 - lr t strength``: the
+    strength is a dimensionless signal-to-noise threshold.  A weight dies while its mean gradient, towards growth, stays
+    below ``strength`` times its root mean square, and lives above; nothing needs tuning to the loss's scale.  It does
+    *not* minimise loss + l1: use :class:`symopt.Adam` or :class:`symopt.SGD` for that.
+
+    Groups share one second moment, and their strength counts per coordinate (times the root of the group's size).
+
+    Args:
+        params: a module, or anything ``torch.optim.AdamW`` takes.
+        lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as in torch;
+            ``weight_decay`` applies to unconstrained parameters only.
+        strength, time_scale, imbalance: see :class:`symopt.optim.ConstrainedOptimizer`.
+
+    Raises:
+        ValueError, TypeError: as torch's; also for a bad strength, time_scale or imbalance.
+
+    Source: Loshchilov & Hutter, ICLR 2019 (arXiv 1711.05101), Algorithm 2; L. Ziyin, ICML 2024 (arXiv 2309.16932),
+    Section 4.
+
+    Example:
+        >>> import torch, symopt
+        >>> net = symopt.constrain(torch.nn.Linear(3, 2), {"weight": symopt.GroupSparse("out")})
+        >>> opt = symopt.AdamW(net, lr=1e-2)
+        >>> net(torch.randn(8, 3)).square().mean().backward()
+        >>> opt.step()
+        >>> opt.state[net.weight]["exp_avg_sq"].shape
+        torch.Size([2])
+    """

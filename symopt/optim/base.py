@@ -1,0 +1,315 @@
+"""What every symopt optimizer shares: which parameters are constrained, their state, checkpoints, and the step.
+
+A symopt optimizer *is* its torch.optim counterpart.  Parameters without a constraint go through torch's own code, so
+their trajectories are torch's to the last bit; a constrained one takes ``retraction(direction(gradient))``.  A new
+optimizer is one file that says what its direction is.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from symopt_kernels import reference
+from symopt_kernels.reference import Groups
+from torch import Tensor
+from torch.optim.optimizer import _use_grad_for_differentiable
+
+from symopt import annotation
+from symopt.constraints import Constraint
+
+__all__ = ["ConstrainedOptimizer"]
+
+_DEFAULTS: dict[str, Any] = {"strength": None, "time_scale": "saturated", "imbalance": 1.0, "imbalance_decay": None}
+
+
+class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
+    """Abstract mixin in front of a torch.optim class.
+
+    Args:
+        params: a module, or anything torch.optim takes: parameters, named parameters, or groups of them.  Constraints
+            are found by the parameter itself, so every form finds them.
+        strength: overrides the constraints' own; a number, a 0-dim tensor or None.  Group key ``"strength"``, so it
+            may be scheduled like ``lr``.
+        time_scale: ``"saturated"`` (a weight above its tensor's typical size moves as under the plain optimizer) or
+            ``"none"`` (steps of the explicit factors to the letter; large weights move by a fixed factor per step).
+        imbalance: initial plasticity c of each tensor, in units of its root mean square; 0 locks signs and makes zeros
+            permanent from the start.  It decays by itself (see :class:`symopt.Anneal` for a schedule).
+
+    ``weight_decay`` keeps torch's meaning and applies to unconstrained parameters only.
+    """
+
+    param_groups: list[dict[str, Any]]
+
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        strength: float | Tensor | None = None,
+        time_scale: str = "saturated",
+        imbalance: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        self._names: dict[Tensor, str] = {}
+        self._bound: dict[Tensor, Constraint | None] = {}
+        self._groups: dict[Tensor, Groups] = {}
+        self._epoch = -1
+        given = {"strength": strength, "time_scale": time_scale, "imbalance": imbalance, "imbalance_decay": None}
+        _check_group(given, type(self).__name__)
+        if hasattr(params, "named_parameters"):
+            params = params.named_parameters()
+        super().__init__(params, *args, **kwargs)
+        self.defaults.update(given)
+        for group in self.param_groups:
+            for key, value in given.items():
+                group.setdefault(key, value)
+            _check_group(group, type(self).__name__)
+        # GradScaler then unscales and skips itself; torch's fused path would hide found_inf from the constrained step.
+        self._step_supports_amp_scaling = False
+        self._bind()
+        annotation.register_owner(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check_group(param_group, type(self).__name__)
+        super().add_param_group(param_group)
+        self._epoch = -1
+
+    # -- whose constraint is it ----------------------------------------------------------------------------------
+
+    def _bind(self) -> None:
+        """Look every parameter up again; those a module no longer vouches for keep what they had."""
+        found, known = annotation.constraints_by_parameter(), self._bound
+        self._bound = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                name, constraint = found.get(id(p), (self._names.get(p, "a parameter"), known.get(p)))
+                self._bound[p], self._names[p] = constraint, name
+                if constraint is not None:
+                    self._check_supported(name, group, constraint)
+        self._names = {p: self._names[p] for p in self._bound}
+        self._groups = {p: g for p, g in self._groups.items() if p in self._bound}
+        self._epoch = annotation.epoch()
+
+    def _check_supported(self, name: str, group: dict[str, Any], constraint: Constraint) -> None:
+        """Raise if this optimizer's settings cannot step a constrained parameter."""
+
+    def _constraint(self, p: Tensor) -> Constraint | None:
+        if self._epoch != annotation.epoch() or p not in self._bound:
+            self._bind()
+        return self._bound[p]
+
+    def owns(self, param: Tensor) -> bool:
+        """Whether ``param`` is in one of the groups."""
+        return any(param is p for group in self.param_groups for p in group["params"])
+
+    def forget(self, param: Tensor) -> None:
+        """Treat ``param`` as unconstrained from now on (:func:`symopt.release` calls this)."""
+        self._bound.pop(param, None)
+
+    def constrained(self) -> Iterator[tuple[dict[str, Any], Tensor, str, Constraint]]:
+        """Group, parameter, name and constraint of every constrained parameter."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                constraint = self._constraint(p)
+                if constraint is not None:
+                    yield group, p, self._names[p], constraint
+
+    def strength(self, group: dict[str, Any], constraint: Constraint) -> float | Tensor:
+        """The strength in force: the group's, else the constraint's own, else its default for this optimizer."""
+        if group["strength"] is not None:
+            return group["strength"]  # type: ignore[no-any-return]
+        if constraint.strength is not None:
+            return constraint.strength
+        return constraint.default_strength(decoupled=self.decoupled(group))
+
+    def groups(self, p: Tensor, constraint: Constraint) -> Groups | None:
+        """The partition of ``p`` into units, cached; an index map is the state tensor ``group_index``."""
+        cached = self._groups.get(p)
+        index = self.state[p].get("group_index") if p in self.state else None
+        if cached is None or cached.index is not index:
+            cached = constraint.partition(p.detach(), index)
+            if cached is not None and (cached.index is index):
+                self._groups[p] = cached
+        return cached
+
+    # -- the step --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def decoupled(self, group: dict[str, Any]) -> bool:
+        """Whether the strength bypasses the preconditioner (AdamW)."""
+
+    @abstractmethod
+    def gain(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> Tensor | float | None:
+        """What multiplies ``lr * strength`` in the step of ``p``; None if unknown before a first gradient."""
+
+    @abstractmethod
+    def _direction(
+        self, group: dict[str, Any], state: dict[str, Any], w: Tensor, grad: Tensor, groups: Groups | None
+    ) -> tuple[Tensor, Tensor | float]:
+        """Update the moments in ``state`` and return ``update, gain``."""
+
+    @abstractmethod
+    def _step_plain(self, group: dict[str, Any]) -> None:
+        """Step the unconstrained parameters of ``group`` with torch's own functions."""
+
+    def _init_group(self, group: dict[str, Any], *lists: Any, **kwargs: Any) -> Any:
+        plain = [p for p in group["params"] if self._constraint(p) is None]
+        return super()._init_group({**group, "params": plain}, *lists, **kwargs)  # type: ignore[misc]
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimization step, as ``torch.optim.Optimizer.step``."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_plain(group)
+            for p in group["params"]:
+                constraint = self._constraint(p)
+                if constraint is not None and p.grad is not None:
+                    self._step_constrained(group, p, constraint)
+        return loss
+
+    def _step_constrained(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> None:
+        grad = p.grad
+        assert grad is not None
+        if grad.is_sparse:
+            raise RuntimeError(
+                f"{self._names[p]}: sparse gradients are not supported for constrained parameters; use sparse=False, "
+                "or leave this parameter out of symopt.constrain"
+            )
+        state = self._ready(group, p, constraint)
+        groups, saturated = self.groups(p, constraint), group["time_scale"] == "saturated"
+        w, grad = state.get("master", p), grad.to(_math_dtype(p))
+        update, gain = self._direction(group, state, w, -grad if group["maximize"] else grad, groups)
+        delta, decay = group["lr"] * update, group["lr"] * self.strength(group, constraint) * gain
+        c, scale = state["imbalance"], state["metric_scale"]
+        w.copy_(constraint.retract(w, delta, decay, c, scale, groups, saturated=saturated))
+        if w is not p:
+            p.copy_(w)
+        if group["imbalance_decay"] is None:
+            c.copy_(reference.imbalance_law(c, decay, scale, saturated=saturated))
+        else:
+            new = c * group["imbalance_decay"]
+            c.copy_(torch.where(new <= reference.SNAP * scale, 0.0, new))
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def _ready(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> dict[str, Any]:
+        """The state of ``p``: what is missing is made (a checkpoint may bring a part), what does not fit is fitted."""
+        state, dtype = self.state[p], _math_dtype(p)
+        if "group_index" not in state and (index := constraint.index(p)) is not None:
+            state["group_index"] = index
+        groups = self.groups(p, constraint)
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and key != "step" and value.dtype != dtype:
+                state[key] = value.to(dtype)
+        if p.dtype != dtype:
+            # Half precision cannot hold the small shrink of a step: without an fp32 copy weights would stop short of
+            # zero.  Wherever the weight was changed from outside, it and not the copy is right.
+            master = state.get("master")
+            state["master"] = p.to(dtype) if master is None else torch.where(master.to(p.dtype) == p, master, p)
+        else:
+            state.pop("master", None)
+        for key in ("exp_avg_sq", "max_exp_avg_sq"):
+            if groups is not None and key in state and state[key].shape == p.shape != (groups.count,):
+                state[key] = _shared(state[key], groups)
+        if "imbalance" not in state or "metric_scale" not in state:
+            w = p.detach().to(dtype)
+            c, scale = constraint.start(w, group["imbalance"], groups)
+            if not bool(scale > 0):
+                raise ValueError(
+                    f"{self._names[p]} is zero everywhere and imbalance=0 makes zeros permanent, so it could never "
+                    "train; give the optimizer imbalance > 0 or initialise the weight"
+                )
+            state["imbalance"], state["metric_scale"] = c, scale
+        self._init_moments(group, state, p, groups)
+        return state
+
+    @abstractmethod
+    def _init_moments(self, group: dict[str, Any], state: dict[str, Any], p: Tensor, groups: Groups | None) -> None:
+        """Create whatever moments are missing from ``state``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; second moments shared by a group are written out per weight, so torch.optim can load them."""
+        packed = super().state_dict()
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, p in enumerate(params):
+            constraint = self._constraint(p)
+            groups = self.groups(p, constraint) if constraint is not None and p in self.state else None
+            shared = [k for k in ("exp_avg_sq", "max_exp_avg_sq") if groups and k in self.state[p]]
+            if groups and shared:
+                packed["state"][index] = {
+                    **packed["state"][index],
+                    **{k: groups.expand(self.state[p][k]).reshape(p.shape).contiguous() for k in shared},
+                }
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, and loads torch.optim checkpoints; float state keeps the precision it was saved in.
+
+        Second moments saved per weight are averaged over each group that shares one.
+        """
+        # torch casts float state to the parameter's dtype, which costs an fp32 state of bf16 weights its last bits
+        # (pytorch #43706); what the last pre-hook leaves is what gets loaded, so that is what is kept uncast.
+        final: dict[str, Any] = {}
+        handle = self.register_load_state_dict_pre_hook(lambda _, d: final.update(d))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        params = [p for group in self.param_groups for p in group["params"]]
+        ids = [i for group in final["param_groups"] for i in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            if self._constraint(p) is None:
+                continue
+            for key, value in final["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and key != "step":
+                    self.state[p][key] = value.detach().to(device=p.device, copy=True)
+                elif value is None:
+                    self.state[p].pop(key, None)
+        self._groups.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._bind()
+        return {**super().__getstate__(), "_bound": self._bound, "_names": self._names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in _DEFAULTS.items():
+                group.setdefault(key, self.defaults.get(key, value))
+        if "_bound" in state:  # unpickled or deep-copied
+            self._groups, self._epoch = {}, -1
+            self._step_supports_amp_scaling = False
+            self._bound, self._names = dict(state["_bound"]), dict(state["_names"])
+            annotation.register_owner(self)
+
+
+def _math_dtype(p: Tensor) -> torch.dtype:
+    return torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype
+
+
+def _shared(per_weight: Tensor, groups: Groups) -> Tensor:
+    """Mean over each group, exact where all its members are equal (so that saving and loading changes no bit)."""
+    first = groups.first(per_weight)
+    return first + groups.sum(per_weight - groups.expand(first).reshape(per_weight.shape)) / groups.size(per_weight)
+
+
+def _check_group(group: dict[str, Any], owner: str) -> None:
+    strength, imbalance = group.get("strength"), group.get("imbalance", 1.0)
+    if isinstance(strength, Tensor) and strength.numel() != 1:
+        raise ValueError(f"{owner}: strength as a tensor must have one element, got shape {tuple(strength.shape)}")
+    for field, value in (("strength", strength), ("imbalance", imbalance)):
+        if value is None and field == "strength" or isinstance(value, Tensor):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{owner}: {field} must be a number, got {type(value).__name__}")
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{owner}: {field} must be finite and >= 0, got {value}")
+    if group.get("time_scale", "saturated") not in ("saturated", "none"):
+        raise ValueError(f"{owner}: time_scale must be 'saturated' or 'none', got {group['time_scale']!r}")

@@ -1,0 +1,94 @@
+"""SGD: gradient, momentum, dampening, Nesterov."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from symopt_kernels import reference
+from symopt_kernels.reference import Groups
+from torch import Tensor
+from torch.optim.sgd import sgd as torch_sgd
+
+from symopt.constraints import Constraint
+from symopt.optim.base import ConstrainedOptimizer
+
+__all__ = ["SGD"]
+
+
+@final
+class SGD(ConstrainedOptimizer, torch.optim.SGD):
+    """``torch.optim.SGD`` (same arguments, defaults and state keys) that imposes the constraints of its parameters.
+
+    A constrained weight moves by its constraint's retraction with ``delta = lr t d`` and
+    ``rho = 1 - lr t strength (1 - dampening) / (1 - momentum)``, d being torch's momentum direction and t the time
+    scale.  Fixed points are those of ``loss + strength * penalty``: the Lasso, the group Lasso.
+
+    Args:
+        params: a module, or anything ``torch.optim.SGD`` takes.
+        lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused: as in torch;
+            ``weight_decay`` applies to unconstrained parameters only, ``foreach`` and ``fused`` to how those step.
+        strength, time_scale, imbalance: see :class:`symopt.optim.ConstrainedOptimizer`.
+
+    Raises:
+        ValueError, TypeError: as torch's; also for a bad strength, time_scale or imbalance, and for ``momentum >= 1``
+            with constrained parameters.
+
+    Source: L. Ziyin, ICML 2024 (arXiv 2309.16932), Section 4; Ziyin & Wang, ICML 2023 (arXiv 2210.01212), Section 3.
+
+    Example:
+        >>> import torch, symopt
+        >>> net = symopt.constrain(torch.nn.Linear(3, 1, bias=False), {"weight": symopt.Sparse(strength=1.0)})
+        >>> opt = symopt.SGD(net, lr=0.1)
+        >>> for _ in range(200):
+        ...     opt.zero_grad()
+        ...     net(torch.ones(1, 3)).sum().mul(0.1).backward()  # a gradient of 0.1 is weaker than strength 1
+        ...     opt.step()
+        >>> net.weight.detach().abs().max()
+        tensor(0.)
+    """
+
+    def decoupled(self, group: dict[str, Any]) -> bool:
+        return False
+
+    def gain(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> float:
+        return float((1 - group["dampening"]) / (1 - group["momentum"])) if group["momentum"] else 1.0
+
+    def _check_supported(self, name: str, group: dict[str, Any], constraint: Constraint) -> None:
+        if group["momentum"] >= 1:
+            raise ValueError(f"{name}: momentum must be < 1 for a constrained parameter, got {group['momentum']}")
+
+    def _init_moments(self, group: dict[str, Any], state: dict[str, Any], p: Tensor, groups: Groups | None) -> None:
+        pass
+
+    def _direction(
+        self, group: dict[str, Any], state: dict[str, Any], w: Tensor, grad: Tensor, groups: Groups | None
+    ) -> tuple[Tensor, float]:
+        update, gain, buffer = reference.sgd(
+            grad,
+            state.get("momentum_buffer"),
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+        )
+        if buffer is not None:
+            state["momentum_buffer"] = buffer
+        return update, gain
+
+    def _step_plain(self, group: dict[str, Any]) -> None:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        buffers: list[Tensor | None] = []
+        has_sparse_grad = self._init_group(group, params, grads, buffers)
+        torch_sgd(
+            params,
+            grads,
+            buffers,
+            has_sparse_grad=has_sparse_grad,
+            foreach=group["foreach"],
+            fused=group["fused"],
+            **{k: group[k] for k in ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")},
+        )
+        if group["momentum"] != 0:
+            for p, buffer in zip(params, buffers, strict=True):
+                self.state[p]["momentum_buffer"] = buffer

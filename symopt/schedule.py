@@ -1,0 +1,125 @@
+"""Anneal: tells the optimizer how long training is, so that structure has settled when it ends."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+
+from symopt.optim import ConstrainedOptimizer
+
+__all__ = ["Anneal"]
+
+_RATE = 25.0  # exp(-25 k / N) passes SNAP after 55 % of training: the rest settles what is left with zeros permanent
+
+
+class Anneal:
+    """Schedule of the imbalance (the plasticity of zeros) over a known number of steps; used like an LR scheduler.
+
+    Each step multiplies every tensor's imbalance by ``exp(-25 / total_steps)``: it reaches 0 after about 55 % of
+    training, whatever the learning rate, strength or preconditioner.  Without Anneal it decays at the rate of the
+    slowest weights, which is safe but can take long.
+
+    Before the first step it warns if ``lr * total_steps * strength`` is too small to bring even the median weight of
+    some tensor to zero, and says what would do.
+
+    Args:
+        optimizer: a symopt optimizer.
+        total_steps: number of optimizer steps in the whole training, >= 1.
+
+    Raises:
+        TypeError: for another kind of optimizer or a non-integer ``total_steps``.
+        ValueError: for ``total_steps < 1``.
+
+    Example:
+        >>> import torch, symopt
+        >>> net = symopt.constrain(torch.nn.Linear(8, 4), {"weight": symopt.Sparse(strength=0.5)})
+        >>> opt = symopt.AdamW(net, lr=1e-2)
+        >>> anneal = symopt.Anneal(opt, total_steps=300)
+        >>> for _ in range(300):
+        ...     opt.zero_grad()
+        ...     net(torch.randn(16, 8)).square().mean().backward()
+        ...     opt.step()
+        ...     anneal.step()
+        >>> opt.state[net.weight]["imbalance"]
+        tensor(0.)
+    """
+
+    def __init__(self, optimizer: ConstrainedOptimizer, total_steps: int) -> None:
+        if not isinstance(optimizer, ConstrainedOptimizer):
+            raise TypeError(
+                f"Anneal: optimizer must be a symopt optimizer (SGD, Adam, AdamW), got {type(optimizer).__name__}"
+            )
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int):
+            raise TypeError(f"Anneal: total_steps must be an integer, got {type(total_steps).__name__}")
+        if total_steps < 1:
+            raise ValueError(f"Anneal: total_steps must be >= 1, got {total_steps}")
+        self.optimizer = optimizer
+        self.total_steps = total_steps
+        self.last_step = 0
+        self._warned: set[int] = set()
+        self._set()
+        self._check()
+
+    def _set(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["imbalance_decay"] = math.exp(-_RATE / self.total_steps)
+
+    def step(self) -> None:
+        """Call once after every ``optimizer.step()``."""
+        self.last_step += 1
+        if self.last_step == 1:
+            self._check()  # Adam's preconditioner is known only now
+        if len(self.optimizer.param_groups) and "imbalance_decay" in self.optimizer.param_groups[-1]:
+            self._set()  # groups may have been added
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total_steps": self.total_steps, "last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.total_steps, self.last_step = state_dict["total_steps"], state_dict["last_step"]
+        self._set()
+
+    def _check(self) -> None:
+        for group, p, name, constraint in self.optimizer.constrained():
+            needed = collapse_steps(self.optimizer, group, p, constraint)
+            if needed is None or id(p) in self._warned or needed <= self.total_steps:
+                continue
+            self._warned.add(id(p))
+            factor, strength = needed / self.total_steps, float(self.optimizer.strength(group, constraint))
+            if math.isinf(factor):
+                fix = "give a strength > 0" if strength == 0 else "give an lr > 0"
+            else:
+                fix = (
+                    f"use lr >= {float(group['lr']) * factor:.2g}, strength >= {strength * factor:.2g}, or "
+                    f"{math.ceil(needed)} steps"
+                )
+            warnings.warn(
+                f"{name}: {self.total_steps} steps at lr {float(group['lr']):.2g} and strength {strength:.2g} are too "
+                f"few to bring even its median weight to zero without a gradient; {fix}",
+                stacklevel=4,
+            )
+
+
+@torch.no_grad()
+def collapse_steps(
+    optimizer: ConstrainedOptimizer, group: dict[str, Any], p: torch.Tensor, constraint: Any
+) -> float | None:
+    """Steps at the current rate until the median live unit of ``p`` is zero if no gradient holds it.
+
+    None while the preconditioner is unknown (Adam before its first step), 0 if nothing is left alive.
+    """
+    gain = optimizer.gain(group, p, constraint)
+    if gain is None:
+        return None
+    groups, state, w = optimizer.groups(p, constraint), optimizer.state.get(p, {}), p.detach().float()
+    scale = state["metric_scale"] if "metric_scale" in state else constraint.start(w, group["imbalance"], groups)[1]
+    size = constraint.size(w, groups)
+    live = size > 0
+    if not bool(live.any()):
+        return 0.0
+    rate = group["lr"] * optimizer.strength(group, constraint) * torch.as_tensor(gain).flatten()
+    need = constraint.collapse(size, scale, saturated=group["time_scale"] == "saturated") / rate
+    return float(need[live].median())
