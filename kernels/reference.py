@@ -224,17 +224,23 @@ def group(
     return torch.where(groups.expand(snapped).reshape(w.shape), 0.0, new)
 
 
-def imbalance_law(imbalance: Tensor, decay: Tensor | float, metric_scale: Tensor, *, saturated: bool = True) -> Tensor:
-    """One step of the imbalance's own decay, ``c' = rho**2 c``, and 0 below ``SNAP * metric_scale``.
+def imbalance_law(
+    imbalance: Tensor, decay: Tensor | float, metric_scale: Tensor, size: Tensor, *, saturated: bool = True
+) -> Tensor:
+    """One step of the imbalance's own decay, and 0 below ``SNAP * metric_scale``.
 
-    Factors would have one rate per coordinate; one number per tensor needs one rate.  It is that of the slow
-    coordinates (a low quantile of ``decay``, from a strided sample): if c dies before they have settled, zeros freeze
-    in the wrong places.
+    Factors would have one imbalance and rate per coordinate; one number per tensor needs one rate.  If c dies before
+    the slow coordinates have settled, zeros freeze in the wrong places, so ``c' = rho**4 c`` takes rho from the slow
+    end: of ``decay`` a low quantile (from a strided sample), and of the time scale that of the size the tensor's mass
+    has *now*, ``sum size**2 / sum size`` over the units, because weights may have to grow far beyond their initial
+    ``metric_scale``.  (Factors alone have rho**2; measured in docs/imbalance.md.)
     """
     if isinstance(decay, Tensor) and decay.numel() > 1:
         flat = decay.flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLE)]
         decay = sample.kthvalue(1 + sample.numel() // 10).values
-    shrink = 1 - decay / metric_scale if saturated else 1 - torch.as_tensor(decay)
-    new = imbalance * shrink.clamp(min=0) ** 2
+    if saturated:
+        typical = 2 * (size * size).sum() / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
+        decay = decay / torch.maximum(metric_scale, typical)
+    new = imbalance * (1 - torch.as_tensor(decay)).clamp(min=0) ** 4
     return torch.where(new <= SNAP * metric_scale, 0.0, new)

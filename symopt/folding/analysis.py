@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,11 +13,12 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.parametrize import is_parametrized
 
-from symopt.folding.rules import SIZED, SOURCES, VIEWS, rule_of, rule_of_module
+from symopt.folding.rules import IN_PLACE, SIZED, SOURCES, VIEWS, rule_of, rule_of_module
 from symopt.folding.units import Axis, Call, Keep, Layer
 
-__all__ = ["Opaque", "Plan", "analyse", "same_graph", "shapes_of", "trace"]
+__all__ = ["Opaque", "Plan", "Traced", "analyse", "same_graph", "shapes_of", "trace"]
 
+Traced = tuple[nn.Module, fx.Graph]
 Shapes = dict[fx.Node, tuple[int, ...]]
 
 
@@ -40,13 +42,28 @@ def _hooked(module: nn.Module) -> bool:
     return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
 
 
+class _Proxy(fx.Proxy):
+    """Records ``x += 1`` as the in-place operation it is, where torch.fx would record ``x = x + 1``."""
+
+
+def _augmented(function: Any) -> Any:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _function in IN_PLACE:
+    setattr(_Proxy, f"__{_function.__name__}__", _augmented(_function))
+
+
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Hooks are code that must not run on fakes: the module becomes a black box, of which nothing is known.
         return _hooked(m) or rule_of_module(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(model: nn.Module, *, training: bool = False) -> tuple[nn.Module, fx.Graph]:
+def trace(model: nn.Module, *, training: bool = False) -> Traced:
     """A shadow of ``model`` and its graph.  User code runs, so it runs on a copy, which shares only the parameters."""
     if isinstance(model, torch.jit.ScriptModule):
         raise Opaque("a ScriptModule cannot be traced")
@@ -55,33 +72,39 @@ def trace(model: nn.Module, *, training: bool = False) -> tuple[nn.Module, fx.Gr
     try:
         return shadow, _Tracer().trace(shadow)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = textwrap.shorten(str(error), 120, placeholder=" ...") or type(error).__name__
         raise Opaque(f"torch.fx cannot trace forward ({reason})") from error
 
 
-def same_graph(one: fx.Graph, two: fx.Graph, *, values: bool) -> bool:
+def same_graph(one: Traced, two: Traced, *, values: bool) -> bool:
     """Whether two traces run the same operations on the same tensors, and with the same numbers if ``values``."""
 
-    def described(graph: fx.Graph) -> list[str]:
-        return [f"{n.op} {n.target} {n.all_input_nodes} {(n.args, n.kwargs) if values else ''}" for n in graph.nodes]
+    def described(shadow: nn.Module, graph: fx.Graph) -> list[str]:
+        rows = [f"{n.op} {n.target} {n.all_input_nodes} {(n.args, n.kwargs) if values else ''}" for n in graph.nodes]
+        made = {str(n.target) for n in graph.nodes if n.op == "get_attr" and "_tensor_constant" in str(n.target)}
+        return rows + [str(getattr(shadow, name).tolist()) for name in sorted(made) if values]
 
-    return described(one) == described(two)
+    return described(*one) == described(*two)
 
 
-def shapes_of(shadow: nn.Module, graph: fx.Graph, inputs: tuple[Any, ...]) -> Shapes:
-    """The shape of every tensor in ``graph``, from running it once."""
-    ran = fx.GraphModule(shadow, graph)
-    with torch.no_grad():
-        ShapeProp(ran).propagate(*inputs)
-    metas = [(node, other.meta.get("tensor_meta")) for node, other in zip(graph.nodes, ran.graph.nodes, strict=True)]
+def shapes_of(traced: Traced, inputs: tuple[Any, ...]) -> Shapes:
+    """The shape of every tensor in the graph, from running it once."""
+    ran = fx.GraphModule(*traced)
+    try:
+        with torch.no_grad():
+            ShapeProp(ran).propagate(*inputs)
+    except Exception as error:
+        raise Opaque(f"its torch.fx trace does not run ({error})") from error
+    metas = [(n, m.meta.get("tensor_meta")) for n, m in zip(traced[1].nodes, ran.graph.nodes, strict=True)]
     return {node: tuple(meta.shape) for node, meta in metas if hasattr(meta, "shape")}
 
 
 # -- the two passes ----------------------------------------------------------------------------------------------------
 
 
-def analyse(model: nn.Module, graph: fx.Graph, shapes: Shapes, barred: dict[str, str]) -> Plan:
-    """Find what every layer of ``model``, in eval mode, may lose; modules in ``barred`` must keep their shape."""
+def analyse(traced: Traced, shapes: Shapes, barred: dict[str, str]) -> Plan:
+    """Find what every layer may lose in eval mode; modules in ``barred`` keep their shape, for the reason given."""
+    model, graph = traced
     modules = dict(model.named_modules())
     obstacles = _obstacles(modules, graph) | barred
     plan = Plan(notes={name: f"{why}, shape kept" for name, why in obstacles.items()})
@@ -104,7 +127,7 @@ def analyse(model: nn.Module, graph: fx.Graph, shapes: Shapes, barred: dict[str,
             if all(axis.layer is not other.layer for other in call.inputs):
                 plan.layers.append(axis.layer)
     _find_dead(plan)
-    plan.notes = {name or "model": note for name, note in plan.notes.items()}
+    plan.notes = {name or "model": plan.notes[name] for name in modules if name in plan.notes}
     return plan
 
 
@@ -129,20 +152,19 @@ def _find_dead(plan: Plan) -> None:
         if layer.pinned:
             plan.notes[layer.name] = f"{layer.pinned}, shape kept"
             continue
-        layer.keep = torch.zeros_like(layer.keep)
+        layer.alive = torch.zeros_like(layer.alive)
         for reader in layer.readers:
             assert reader.source is not None
             needed = reader.needed()
-            layer.keep |= needed.view(layer.units, -1).any(1)
+            layer.alive |= needed.view(layer.units, -1).any(1)
             stuck = (needed & reader.source.const.isfinite()).view(layer.units, -1).any(1)
             if count := int(stuck.sum()):
                 plan.notes[layer.name] = f"{count} constant channels kept, because `{reader.name}` pads with zeros"
-        if not layer.keep.any():
-            layer.keep[0] = True
+        if not layer.alive.any():
             plan.notes[layer.name] = "every unit is dead, one kept because torch layers need a width of at least 1"
 
 
-# -- what stands in the way ----------------------------------------------------------------------------------------------
+# -- what stands in the way --------------------------------------------------------------------------------------------
 
 
 def _has_parameters(module: nn.Module) -> bool:
@@ -156,7 +178,7 @@ def _obstacles(modules: dict[str, nn.Module], graph: fx.Graph) -> dict[str, str]
         if node.op == "call_module":
             module = modules[str(node.target)]
             calls.update(map(id, [module] if rule_of_module(module) else module.modules()))
-        elif node.op == "get_attr":
+        elif node.op == "get_attr" and not all(_reads_kind(user) for user in node.users):
             touched.add(str(node.target).rpartition(".")[0])
     for module in modules.values():
         owners.update(id(p) for p in module._parameters.values() if p is not None)
@@ -164,8 +186,12 @@ def _obstacles(modules: dict[str, nn.Module], graph: fx.Graph) -> dict[str, str]
         name: why
         for name, module in modules.items()
         if rule_of_module(module) is not None
-        and (why := _obstacle(module, calls[id(module)], name in touched, owners)) is not None
+        and (why := _obstacle(module, calls[id(module)], name in touched, owners) if name else "is the model itself")
     }
+
+
+def _reads_kind(node: fx.Node) -> bool:
+    return node.target is getattr and node.args[1] in ("device", "dtype")
 
 
 def _obstacle(module: nn.Module, calls: int, touched: bool, owners: Counter[int]) -> str | None:
@@ -183,7 +209,7 @@ def _obstacle(module: nn.Module, calls: int, touched: bool, owners: Counter[int]
         return "has parametrizations"
     if any(owners[id(p)] > 1 for p in parameters):
         return "shares a parameter with another module"
-    if not plain.issuperset(module._parameters | module._buffers) or next(module.children(), None) is not None:
+    if not plain.issuperset([*module._parameters, *module._buffers]) or next(module.children(), None) is not None:
         return "has state of its own"
     if not all(type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta for p in parameters):
         return "has a weight that is not a plain floating point Parameter with data"
@@ -196,11 +222,12 @@ def _in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return bool(getattr(modules[str(node.target)], "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
+    named = name.endswith("_") and not name.endswith("__")
+    return named or node.target in IN_PLACE or node.kwargs.get("inplace") is True
 
 
 def _shared(node: fx.Node, modules: dict[str, nn.Module], axes: dict[fx.Node, Axis]) -> bool:
-    """Whether units whose memory ``node`` may write are also read elsewhere, where stale constants would be believed."""
+    """Whether units whose memory ``node`` may write are also read elsewhere, where their constants would be stale."""
 
     def fresh(n: fx.Node) -> bool:
         rule = rule_of(n, modules)
@@ -208,4 +235,6 @@ def _shared(node: fx.Node, modules: dict[str, nn.Module], axes: dict[fx.Node, Ax
             return _has_parameters(modules[str(n.target)])
         return rule is not None and rule not in VIEWS and not _in_place(n, modules)
 
-    return any((n in axes and len(n.users) > 1) or (not fresh(n) and _shared(n, modules, axes)) for n in node.all_input_nodes)
+    # An operation in place writes to its first argument only; an unknown one may return a view of any.
+    read = node.all_input_nodes[: 1 if _in_place(node, modules) else None]
+    return any((n in axes and len(n.users) > 1) or (not fresh(n) and _shared(n, modules, axes)) for n in read)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from symopt.folding.units import Axis, Call, Keep, Layer, absorbable, bias_of
 
-__all__ = ["RULES", "SIZED", "SOURCES", "VIEWS", "Rule", "rule_of", "rule_of_module"]
+__all__ = ["IN_PLACE", "RULES", "SIZED", "SOURCES", "VIEWS", "Rule", "rule_of", "rule_of_module"]
 
 Rule = Callable[[Call], "Axis | None"]
 
@@ -38,7 +38,8 @@ def _layer(call: Call) -> Axis | None:
                 raise Keep("along another dimension")
             source, batch = source.sized(weight.shape[1]), source.batch
         except Keep as why:
-            source = call.pin(why)
+            call.pin(why)
+            source = None
     elif call.node.args and isinstance(first := call.node.args[0], fx.Node) and first.op == "placeholder":
         batch = first
     layer = Layer(call.name, call.module, source)
@@ -52,13 +53,13 @@ def _layer(call: Call) -> Axis | None:
 def _depthwise(call: Call, dim: int) -> Axis | None:
     assert call.module is not None
     weight = call.module.get_parameter("weight")
-    groups, fan_out = call.module.groups, len(weight)
+    groups, fan_out = getattr(call.module, "groups", 1), len(weight)
     if not call.inputs:
         return None
     axis = call.only()
     if axis.dim != dim:
         raise Keep("along another dimension")
-    axis = axis.sized(int(groups))
+    axis = axis.sized(groups)
     given = absorbable(call.module, axis.const).repeat_interleave(fan_out // len(axis.const))
     taps = weight.detach().flatten(1)
     dead = (taps == 0).all(1).cpu()
@@ -81,7 +82,8 @@ def _channels(call: Call, size: int) -> Axis:
 
 
 def _norm(call: Call) -> Axis:
-    assert isinstance(norm := call.module, nn.modules.batchnorm._BatchNorm)
+    norm = call.module
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     axis = _channels(call, norm.num_features)
     none = torch.zeros(norm.num_features, dtype=torch.float64)
     mean, var, weight, bias = (
@@ -98,7 +100,8 @@ def _norm(call: Call) -> Axis:
 
 
 def _prelu(call: Call) -> Axis:
-    assert isinstance(module := call.module, nn.PReLU)
+    module = call.module
+    assert isinstance(module, nn.PReLU)
     slope = module.weight.detach().double().cpu()
     axis = _channels(call, module.num_parameters) if module.num_parameters > 1 else call.only()
     axis = replace(axis, const=torch.where(axis.const < 0, axis.const * slope, axis.const))
@@ -254,6 +257,11 @@ for _name in """relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid logsi
             if hasattr(_space, _name_or_in_place):
                 RULES[getattr(_space, _name_or_in_place)] = _elementwise
 
+IN_PLACE = frozenset(
+    getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+)
+"""What the augmented assignments call; functions and methods that end in an underscore are in place too."""
+RULES |= dict.fromkeys(IN_PLACE, _elementwise)
 SOURCES = frozenset({_layer})
 """Rules that give an axis without being given one."""
 SIZED = frozenset({_layer, _norm, _prelu})
@@ -264,7 +272,7 @@ VIEWS = frozenset({_same, _flatten, _view, _read, _dropout})
 
 def rule_of_module(module: nn.Module) -> Rule | None:
     """The rule of the class whose ``forward`` the module runs."""
-    known = next((cls for cls in type(module).__mro__ if cls in RULES), None)
+    known: Any = next((cls for cls in type(module).__mro__ if cls in RULES), None)
     return RULES[known] if known is not None and type(module).forward is known.forward else None
 
 

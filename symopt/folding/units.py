@@ -1,4 +1,4 @@
-"""The data model of folding: layers own units, an axis says where they lie in an activation, a call is one operation."""
+"""The data model of folding: layers own units, an axis is where they lie in an activation, a call is one operation."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Layer:
         weight = module.get_parameter("weight").detach()
         self.name, self.source = name, source
         self.units = weight.shape[0]
-        self.keep = torch.ones(self.units, dtype=torch.bool)
+        self.alive = torch.ones(self.units, dtype=torch.bool)
         self.pinned = ""
         self.readers: list[Layer] = []
         self.riders: list[tuple[str, int]] = []
@@ -65,6 +65,12 @@ class Layer:
         # Rounded as the folded bias will be, so that folding twice takes the same decisions.
         self.const = torch.where(varies, torch.nan, value.to(weight.dtype).double())
 
+    @property
+    def keep(self) -> Tensor:
+        """The units that stay: those alive, or else one, because torch layers need a width of at least 1."""
+        first = torch.arange(self.units) == 0
+        return self.alive if self.alive.any() else first
+
     def contribution(self, positions: Tensor) -> Tensor:
         """What those of the given inputs that are at ``positions`` add to every unit."""
         chosen = positions & (self.given.nan_to_num() != 0)
@@ -72,8 +78,8 @@ class Layer:
         return weight @ self.given[chosen]
 
     def needed(self) -> Tensor:
-        """The input positions that units kept here read and the bias cannot take over."""
-        return self._reads[self.keep].any(0) & self.given.isnan()
+        """The input positions that living units read and the bias cannot take over."""
+        return self._reads[self.alive].any(0) & self.given.isnan()
 
 
 @dataclass
@@ -113,8 +119,8 @@ def bias_of(module: nn.Module) -> Tensor:
 
 def absorbable(module: nn.Module, const: Tensor) -> Tensor:
     """Those constants that a bias can replace, NaN elsewhere: under zero padding the border would need another bias."""
-    padding = getattr(module, "padding", 0)
-    if padding == "same":
-        padding = [k - 1 for k in getattr(module, "kernel_size", ())]
-    padded = getattr(module, "padding_mode", "zeros") == "zeros" and padding not in (0, "valid") and any(padding)
+    padding: Any = getattr(module, "padding", ())
+    if isinstance(padding, str):
+        padding = [k - 1 for k in getattr(module, "kernel_size", ()) if padding == "same"]
+    padded = getattr(module, "padding_mode", "zeros") == "zeros" and any(padding)
     return torch.where(const.isfinite() & ((const == 0) | (not padded)), const, torch.nan)

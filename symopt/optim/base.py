@@ -192,7 +192,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         if w is not p:
             p.copy_(w)
         if group["imbalance_decay"] is None:
-            c.copy_(reference.imbalance_law(c, decay, scale, saturated=saturated))
+            c.copy_(reference.imbalance_law(c, decay, scale, constraint.size(w, groups), saturated=saturated))
         else:
             new = c * group["imbalance_decay"]
             c.copy_(torch.where(new <= reference.SNAP * scale, 0.0, new))

@@ -1,0 +1,99 @@
+"""Which law should the imbalance c follow?  Relative objective gap of a Lasso, for each law.
+
+    python benchmarks/imbalance.py                 every law, three spreads of column scales, three designs (20 minutes)
+    python benchmarks/imbalance.py --quick         one design, fewer steps
+
+The truth is scikit-learn's Lasso run to 1e-14.  The laws differ only in the rate rho**p of c per step:
+
+    init       p = 2, time scale of the initial weights (metric_scale): the law of factors, rate of the slow coordinates
+    rms        p = 2, time scale of the root mean square of the weights now
+    mass       p = 2, time scale of the size the mass has now, sum w**2 / sum |w|
+    mass4      p = 4, the same: the package's automatic law
+    anneal     exp(-25 k / steps): symopt.Anneal
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+
+import torch
+from sklearn.linear_model import Lasso
+from symopt_kernels import reference
+from torch import Tensor, nn
+
+import symopt
+
+AUTOMATIC = reference.imbalance_law
+
+
+def law(kind: str):  # noqa: ANN201
+    def step(c: Tensor, decay: Tensor | float, scale: Tensor, size: Tensor, *, saturated: bool = True) -> Tensor:
+        if isinstance(decay, Tensor) and decay.numel() > 1:
+            decay = decay.flatten().kthvalue(1 + decay.numel() // 10).values
+        now = {
+            "init": scale,
+            "rms": torch.maximum(scale, (c * c + 4 * size.square().mean()).sqrt()),
+            "mass": torch.maximum(scale, 2 * size.square().sum() / size.sum().clamp(min=1e-30)),
+        }[kind]
+        new = c * (1 - decay / now).clamp(min=0) ** 2
+        return torch.where(new <= reference.SNAP * scale, 0.0, new)
+
+    return AUTOMATIC if kind in ("mass4", "anneal") else step
+
+
+def gap(kind: str, spread: float, seed: int, steps: int, make) -> str:  # noqa: ANN001
+    n, p, kappa = 100, 200, 0.1
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, p, generator=g, dtype=torch.float64)
+    x = x * 10 ** (spread * torch.randn(p, generator=g, dtype=torch.float64))
+    truth = torch.zeros(p, dtype=torch.float64)
+    truth[:10] = 3 * torch.randn(10, generator=g, dtype=torch.float64) / x[:, :10].std(0)
+    y = x @ truth + 0.1 * torch.randn(n, generator=g, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # at tol 1e-14 scikit-learn warns that it is not reached
+        best = torch.tensor(Lasso(kappa, fit_intercept=False, max_iter=200_000, tol=1e-14).fit(x, y).coef_)
+
+    def objective(w: Tensor) -> float:
+        return float(0.5 * (x @ w - y).square().mean() + kappa * w.abs().sum())
+
+    torch.manual_seed(seed)
+    net = symopt.constrain(nn.Linear(p, 1, bias=False).double(), {"weight": symopt.Sparse(kappa)})
+    opt = make(net)
+    reference.imbalance_law = law(kind)
+    anneal = symopt.Anneal(opt, steps) if kind == "anneal" else None
+    for _ in range(steps):
+        opt.zero_grad()
+        (0.5 * (net(x)[:, 0] - y).square().mean()).backward()
+        opt.step()
+        if anneal:
+            anneal.step()
+    w = net.weight.detach()[0]
+    wrong = int(((w != 0) != (best != 0)).sum())
+    return f"{max(0.0, objective(w) / objective(best) - 1):.0e} ({wrong})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=".*too few to bring.*")
+    cases = {
+        "SGD lr .1, spread 0": (0.0, 4000, lambda m: symopt.SGD(m, lr=0.1)),
+        "SGD momentum .9 dampening .5, spread 0": (0.0, 4000, lambda m: symopt.SGD(m, 0.1, 0.9, 0.5)),
+        "Adam lr 1e-2, spread 0": (0.0, 6000, lambda m: symopt.Adam(m, lr=1e-2)),
+        "Adam lr 1e-2, spread 0.7": (0.7, 12000, lambda m: symopt.Adam(m, lr=1e-2)),
+        "Adam lr 1e-2, spread 1.0": (1.0, 12000, lambda m: symopt.Adam(m, lr=1e-2)),
+    }
+    seeds = range(1 if args.quick else 3)
+    print("relative gap (weights on the wrong side of zero), one column per design\n")
+    print("| problem | law | " + " | ".join(f"design {s}" for s in seeds) + " |\n|---|---|" + "---|" * len(seeds))
+    for name, (spread, steps, make) in cases.items():
+        for kind in ("init", "rms", "mass", "mass4", "anneal"):
+            cells = [gap(kind, spread, seed, steps // (4 if args.quick else 1), make) for seed in seeds]
+            print(f"| {name} | {kind} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

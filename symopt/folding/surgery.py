@@ -1,0 +1,71 @@
+"""Cut layers to size.  Works on any module, constrained or not; deciding what to cut is not done here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from symopt.folding.analysis import Plan
+
+__all__ = ["carry_out", "cut_to", "sizes_of"]
+
+_OUT = ("out_features", "out_channels", "num_features", "num_parameters")
+_IN = ("in_features", "in_channels")
+
+
+def sizes_of(module: nn.Module) -> dict[str, int]:
+    """The attributes of a layer that fix the shapes of its parameters, by their own names."""
+    sizes = {key: vars(module)[key] for key in (*_IN, *_OUT, "groups") if isinstance(vars(module).get(key), int)}
+    return sizes | ({"bias": module._parameters["bias"] is not None} if sizes and "bias" in module._parameters else {})
+
+
+def carry_out(plan: Plan, small: nn.Module) -> None:
+    """Cut every layer of ``small``, and what rides on its units, to the units that ``plan`` keeps."""
+    for layer in plan.layers:
+        module, source = small.get_submodule(layer.name), layer.source
+        keep = None if source is None else source.layer.keep.repeat_interleave(source.repeat)
+        extra = None if keep is None else layer.contribution(~keep)[layer.keep]
+        _shrink(module, layer.keep.nonzero().squeeze(1), None if keep is None else keep.nonzero().squeeze(1))
+        if extra is not None and extra.any():
+            _add_to_bias(module, extra)
+        for name, repeat in layer.riders:
+            _shrink(small.get_submodule(name), layer.keep.repeat_interleave(repeat).nonzero().squeeze(1), None)
+
+
+def cut_to(module: nn.Module, sizes: Mapping[str, int]) -> None:
+    """Cut a layer to ``sizes``, keeping whatever comes first."""
+    depthwise = sizes.get("groups", 1) > 1
+    rows = next(torch.arange(sizes[key]) for key in _OUT if key in sizes)
+    cols = next((torch.arange(sizes[key]) for key in _IN if key in sizes and not depthwise), None)
+    _shrink(module, rows, cols)
+    if sizes.get("bias") and module._parameters["bias"] is None:
+        _add_to_bias(module, torch.zeros(len(rows)))
+
+
+def _shrink(module: nn.Module, rows: Tensor, cols: Tensor | None) -> None:
+    """Keep ``rows`` of everything that ``module`` holds per unit, and of its weight the inputs ``cols``."""
+    stores: tuple[dict[str, Any], dict[str, Any]] = (module._parameters, module._buffers)
+    for store in stores:
+        for name, old in store.items():
+            if old is None or old.dim() == 0:
+                continue
+            new = old.detach()[rows.to(old.device)]
+            if name == "weight" and cols is not None:
+                new = new[:, cols.to(old.device)].contiguous()
+            store[name] = nn.Parameter(new, requires_grad=old.requires_grad) if store is module._parameters else new
+    sizes = sizes_of(module)
+    new_sizes = {key: len(rows) for key in _OUT} | {key: len(cols) for key in _IN if cols is not None}
+    if sizes.get("groups", 1) > 1:
+        new_sizes |= dict.fromkeys(("in_channels", "groups"), len(rows) * sizes["groups"] // sizes["out_channels"])
+    for key in sizes.keys() & new_sizes.keys():
+        setattr(module, key, new_sizes[key])
+
+
+def _add_to_bias(module: nn.Module, extra: Tensor) -> None:
+    weight, bias = module.get_parameter("weight"), module._parameters["bias"]
+    total = extra if bias is None else bias.detach().double().cpu() + extra
+    wants_grad = weight.requires_grad if bias is None else bias.requires_grad
+    module._parameters["bias"] = nn.Parameter(total.to(weight), requires_grad=wants_grad)

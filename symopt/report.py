@@ -1,0 +1,207 @@
+"""report: what is constrained, how far it has come, and what folding would save."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from symopt.constrain import constraints, free
+from symopt.constraints import Constraint
+from symopt.fold import fold
+from symopt.optim import ConstrainedOptimizer
+from symopt.schedule import collapse_steps
+
+__all__ = ["Report", "Row", "report"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One constrained tensor."""
+
+    name: str
+    constraint: str
+    shape: tuple[int, ...]
+    zeros: int
+    """Weights that are exactly zero."""
+    live: int
+    """Units (weights, groups) that are not exactly zero."""
+    units: int
+    penalty: float
+    """What the factors' weight decay charges: ``||w||_1``, ``sum ||w_g||_2``, ..."""
+    violation: float
+    """Relative change of the tensor if its nearly-zero units were rounded to zero."""
+    strength: float | None
+    imbalance: float | None
+    """Plasticity c; zeros are permanent once it is 0.  None before the first step."""
+    collapse_steps: float | None
+    """Steps at the current rate until the median live unit is zero if no gradient holds it; None if unknown."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`report` returns; prints as a table."""
+
+    rows: tuple[Row, ...]
+    unconstrained: tuple[str, ...]
+    parameters: int
+    parameters_folded: int
+    flops: int | None
+    """Multiply-adds of one sample, times two; None without example inputs."""
+    flops_folded: int | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts (JSON)."""
+        return asdict(self)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Bar chart of the share of weights still alive per tensor; returns the matplotlib axes."""
+        import matplotlib.pyplot as plt
+
+        ax = plt.subplots(figsize=(6, 0.5 * len(self.rows) + 1.5))[1] if ax is None else ax
+        names = [row.name for row in self.rows]
+        ax.barh(names, [1.0] * len(names), color="0.9")
+        ax.barh(names, [1 - row.zeros / math.prod(row.shape) for row in self.rows])
+        ax.set(xlim=(0, 1), xlabel="share of weights alive")
+        ax.invert_yaxis()
+        return ax
+
+    def _cells(self) -> list[list[str]]:
+        def number(x: float | None) -> str:
+            return "-" if x is None else "inf" if math.isinf(x) else f"{x:.3g}"
+
+        return [
+            [
+                row.name,
+                row.constraint,
+                "x".join(map(str, row.shape)),
+                f"{row.zeros / math.prod(row.shape):.2%}",
+                f"{row.live}/{row.units}",
+                *map(number, (row.penalty, row.violation, row.strength, row.imbalance, row.collapse_steps)),
+            ]
+            for row in self.rows
+        ]
+
+    def _lines(self) -> list[str]:
+        lines = [f"parameters {self.parameters:,} -> {self.parameters_folded:,} folded"]
+        if self.flops is not None and self.flops_folded is not None:
+            lines.append(f"FLOPs per sample {self.flops:,} -> {self.flops_folded:,} folded")
+        if self.unconstrained:
+            lines.append(f"unconstrained: {', '.join(self.unconstrained)}")
+        return lines + [f"note: {note}" for note in self.notes]
+
+    def __str__(self) -> str:
+        table = [list(_COLUMNS), *self._cells()]
+        width = [max(len(line[i]) for line in table) for i in range(len(_COLUMNS))]
+        text = ["  ".join(cell.ljust(n) for cell, n in zip(line, width, strict=True)).rstrip() for line in table]
+        return "\n".join(text + self._lines())
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        from rich.table import Table
+
+        table = Table(*_COLUMNS, title="symopt", caption="\n".join(self._lines()), caption_justify="left")
+        for line in self._cells():
+            table.add_row(*line)
+        yield table
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        head = "".join(f"<th>{escape(c)}</th>" for c in _COLUMNS)
+        body = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in line)}</tr>" for line in self._cells())
+        foot = "<br>".join(map(escape, self._lines()))
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{foot}</p>"
+
+
+_COLUMNS = ("parameter", "constraint", "shape", "zeros", "live", "penalty", "violation", "strength", "c", "steps left")
+
+
+@torch.no_grad()
+def report(
+    model: nn.Module, optimizer: ConstrainedOptimizer | None = None, example_inputs: Any | None = None
+) -> Report:
+    """State of every constraint of ``model``, and what folding it would save.
+
+    Args:
+        model: a module constrained by :func:`symopt.constrain`.
+        optimizer: the symopt optimizer that trains it; without it strength, imbalance and steps left are unknown.
+        example_inputs: a tensor or tuple of tensors for a forward pass, from which FLOPs are counted.
+
+    Returns:
+        A :class:`Report`: prints as a table (with rich in a terminal, as HTML in a notebook), ``.to_dict()``,
+        ``.plot()``.
+
+    Raises:
+        TypeError: if ``model`` is no Module or ``optimizer`` no symopt optimizer.
+
+    Example:
+        >>> import torch, symopt
+        >>> net = symopt.constrain(torch.nn.Linear(4, 2), {"weight": symopt.GroupSparse("out")})
+        >>> with torch.no_grad():
+        ...     _ = net.weight[0].zero_()
+        >>> symopt.report(net).rows[0].live
+        1
+    """
+    if optimizer is not None and not isinstance(optimizer, ConstrainedOptimizer):
+        raise TypeError(f"report: optimizer must be a symopt optimizer or None, got {type(optimizer).__name__}")
+    named, bound = dict(model.named_parameters(remove_duplicate=False)), constraints(model)
+    live = {id(p): (group, p, c) for group, p, _, c in optimizer.constrained()} if optimizer is not None else {}
+    rows = tuple(_row(name, named[name], c, optimizer, live.get(id(named[name]))) for name, c in bound.items())
+    small = fold(model, example_inputs)
+    return Report(
+        rows=rows,
+        unconstrained=tuple(free(model)),
+        parameters=_count(model),
+        parameters_folded=_count(small),
+        flops=_flops(model, example_inputs),
+        flops_folded=_flops(small, example_inputs),
+        notes=tuple(f"{name}: in no group of the optimizer" for name in bound if live and id(named[name]) not in live),
+    )
+
+
+def _row(
+    name: str, p: torch.Tensor, constraint: Constraint, optimizer: ConstrainedOptimizer | None, entry: Any
+) -> Row:
+    strength = imbalance = steps = None
+    if optimizer is not None and entry is not None:
+        group = entry[0]
+        strength = float(optimizer.strength(group, constraint))
+        steps = collapse_steps(optimizer, group, p, constraint)
+        state = optimizer.state.get(p, {})
+        imbalance = float(state["imbalance"]) if "imbalance" in state else None
+    size = constraint.size(p)
+    return Row(
+        name=name,
+        constraint=str(constraint),
+        shape=tuple(p.shape),
+        zeros=int((p == 0).sum()),
+        live=int((size > 0).sum()),
+        units=size.numel(),
+        penalty=float(constraint.penalty(p)),
+        violation=float(constraint.violation(p)),
+        strength=strength,
+        imbalance=imbalance,
+        collapse_steps=steps,
+    )
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _flops(model: nn.Module, example_inputs: Any | None) -> int | None:
+    if example_inputs is None:
+        return None
+    from torch.utils.flop_counter import FlopCounterMode
+
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    mode, training = FlopCounterMode(display=False), model.training
+    model.eval()
+    with mode:
+        model(*inputs)
+    model.train(training)
+    return int(mode.get_total_flops()) // max(1, inputs[0].shape[0])
