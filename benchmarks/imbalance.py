@@ -19,15 +19,15 @@ import warnings
 
 import torch
 from sklearn.linear_model import Lasso
-from symopt_kernels import reference
 from torch import Tensor, nn
 
 import symopt
+from symopt_kernels import reference
 
 AUTOMATIC = reference.imbalance_law
 
 
-def law(kind: str):  # noqa: ANN201
+def law(kind: str):
     def step(c: Tensor, decay: Tensor | float, scale: Tensor, size: Tensor, *, saturated: bool = True) -> Tensor:
         if isinstance(decay, Tensor) and decay.numel() > 1:
             decay = decay.flatten().kthvalue(1 + decay.numel() // 10).values
@@ -42,7 +42,7 @@ def law(kind: str):  # noqa: ANN201
     return AUTOMATIC if kind in ("mass4", "anneal") else step
 
 
-def gap(kind: str, spread: float, seed: int, steps: int, make) -> str:  # noqa: ANN001
+def gap(kind: str, spread: float, seed: int, steps: int, make) -> str:
     n, p, kappa = 100, 200, 0.1
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, p, generator=g, dtype=torch.float64)

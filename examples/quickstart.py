@@ -134,6 +134,11 @@ def accuracy_without_symopt(model: Path, x: Tensor, y: Tensor) -> float:
 # ---- showing --------------------------------------------------------------------------------------------------------
 
 
+def file_name(network: str) -> str:
+    """Name the file of a network."""
+    return network.replace(",", "").replace(" ", "_") + ".pt"
+
+
 def table(nets: dict[str, nn.Module], data: mnist.Split, out: Path, repeats: int) -> Table:
     """Save and measure every network and lay the figures out."""
     one, many = (latencies(list(nets.values()), data.test_x[:size], repeats) for size in (1, 256))
@@ -141,7 +146,7 @@ def table(nets: dict[str, nn.Module], data: mnist.Split, out: Path, repeats: int
     for header in ("", "correct", "zeros", "parameters", "file\nKB", "batch 1\nms", "batch 256\nms"):
         result.add_column(header, justify="right" if header else "left", no_wrap=True)
     for (name, net), fast, slow in zip(nets.items(), one, many, strict=True):
-        path = out / f"{name.replace(' ', '_')}.pt"
+        path = out / file_name(name)
         torch.save(net, path)
         result.add_row(
             name,
@@ -159,7 +164,7 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, help="default 30, or 4 with --quick")
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=1e-2, help="of all three runs (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="for training; more do not help so small a network")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the models and the picture")
@@ -194,11 +199,17 @@ def main() -> None:
     print(symopt.report(net, opt))
 
     folded = symopt.fold(few.net)
-    nets = {"dense": dense.net, "sparse": sparse.net, "few neurons": few.net, "folded": folded}
+    nets = {
+        "dense": dense.net,
+        "sparse": sparse.net,
+        "sparse, folded": symopt.fold(sparse.net),
+        "few neurons": few.net,
+        "few neurons, folded": folded,
+    }
     console.print(table(nets, data, args.out, repeats=50 if args.quick else 500))
 
     here = accuracy(folded, data.test_x, data.test_y)
-    there = accuracy_without_symopt(args.out / "folded.pt", data.test_x, data.test_y)
+    there = accuracy_without_symopt(args.out / file_name("few neurons, folded"), data.test_x, data.test_y)
     if here != there:
         raise SystemExit(f"the folded network got {there:.1%} right once reloaded, {here:.1%} before")
     console.print(f"folded network reloaded in a Python without symopt: {there:.1%} correct, as here")

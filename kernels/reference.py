@@ -146,11 +146,11 @@ def adamw(
     ``gain`` is 1 for single weights and the square root of the size for groups, which makes the strength a
     signal-to-noise ratio *per coordinate* whatever the size of the group.
     """
-    update, _, *moments = adam(
+    update, _, exp_avg, exp_avg_sq, max_exp_avg_sq = adam(
         grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, beta1=beta1, beta2=beta2, eps=eps, groups=groups
     )
     gain = 1.0 if groups is None else groups.size(grad).sqrt()
-    return (update, gain, *moments)
+    return update, gain, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
 # --------------------------------------------------------------------------------------------------- retractions

@@ -26,7 +26,9 @@ Source: L. Ziyin, *Symmetry Induces Structure and Constraint of Learning*, ICML 
 
 from symopt.constrain import constrain, constraints, param_groups, release
 from symopt.constraints import Constraint, GroupSparse, Sparse
+from symopt.fold import fold, resize
 from symopt.optim import SGD, Adam, AdamW
+from symopt.report import report
 from symopt.schedule import Anneal
 
 __version__ = "0.1.0"
@@ -41,6 +43,9 @@ __all__ = [
     "Sparse",
     "constrain",
     "constraints",
+    "fold",
     "param_groups",
     "release",
+    "report",
+    "resize",
 ]

@@ -114,4 +114,5 @@ def forget(param: Tensor) -> None:
 
 
 def register_owner(owner: Owner) -> None:
+    """Count ``owner`` among the optimizers that :class:`Guard` asks, for as long as it lives."""
     _owners.add(owner)

@@ -13,13 +13,14 @@ from torch import nn
 
 from symopt import annotation
 from symopt.annotation import ATTRIBUTE, Annotation, Guard
-from symopt.constraints import Constraint, GroupSparse
+from symopt.constraints import Composed, Constraint, GroupSparse
 
 __all__ = ["constrain", "constraints", "free", "param_groups", "release"]
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
-Patterns = Mapping[str | tuple[str, ...], Constraint | None]
+Patterns = Mapping[str | tuple[str, ...], Constraint | list[Constraint] | None]
+Rows = list[tuple[tuple[str, ...], Constraint | None]]
 
 
 @overload
@@ -40,8 +41,9 @@ def constrain(target: Any, patterns: Patterns | None = None) -> Any:
     Args:
         target: a module, or the patterns when used as a decorator.
         patterns: maps an :mod:`fnmatch` pattern on qualified parameter names, or a tuple of patterns, to a constraint,
-            or to None to leave what it matches free.  The first match wins.  A pattern with a wildcard binds parameters
-            of two or more dimensions only: a bias or normalisation scale must be named in full.
+            to a list of them (:class:`symopt.constraints.Composed`), or to None to leave what it matches free.  The
+            first match wins.  A pattern with a wildcard binds parameters of two or more dimensions only: a bias or
+            normalisation scale must be named in full.
 
     Raises:
         TypeError: for a target that is no module, a value that is no constraint, integer or complex parameters.
@@ -154,16 +156,18 @@ def _annotated(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None, Co
             yield f"{prefix}.{name}" if prefix else name, param, constraint
 
 
-def _checked(patterns: Patterns) -> list[tuple[tuple[str, ...], Constraint | None]]:
+def _checked(patterns: Any) -> Rows:
     if not isinstance(patterns, Mapping):
         raise TypeError(f"constrain: patterns must be a mapping, got {type(patterns).__name__}")
     if not patterns:
         raise ValueError("constrain: patterns is empty, so nothing would be constrained")
-    rows = []
+    rows: Rows = []
     for key, value in patterns.items():
         keys = key if isinstance(key, tuple) else (key,)
         if not keys or not all(isinstance(k, str) for k in keys):
             raise TypeError(f"constrain: a pattern must be a string or a tuple of strings, got {key!r}")
+        if isinstance(value, list):
+            value = Composed(tuple(value))
         if value is not None and not isinstance(value, Constraint):
             kind = f"class {value.__name__}; call it" if isinstance(value, type) else type(value).__name__
             raise TypeError(f"constrain: the value of {key!r} must be a Constraint or None, got {kind}")
@@ -171,7 +175,7 @@ def _checked(patterns: Patterns) -> list[tuple[tuple[str, ...], Constraint | Non
     return rows
 
 
-def _decorate(rows: list[tuple[tuple[str, ...], Constraint | None]], target: Any) -> Any:
+def _decorate(rows: Rows, target: Any) -> Any:
     if isinstance(target, type) and issubclass(target, nn.Module):
         original = target.__init__
 
@@ -199,7 +203,7 @@ def _decorate(rows: list[tuple[tuple[str, ...], Constraint | None]], target: Any
     )
 
 
-def _apply(module: nn.Module, rows: list[tuple[tuple[str, ...], Constraint | None]]) -> None:
+def _apply(module: nn.Module, rows: Rows) -> None:
     """Match and check everything first, so that an error leaves the module as it was."""
     places: list[tuple[str, nn.Module, str, nn.Parameter]] = []
     for prefix, sub in module.named_modules():
@@ -248,9 +252,7 @@ def _wild(key: str) -> bool:
     return any(c in key for c in "*?[")
 
 
-def _first_match(
-    name: str, p: nn.Parameter, rows: list[tuple[tuple[str, ...], Constraint | None]]
-) -> tuple[int, str | None]:
+def _first_match(name: str, p: nn.Parameter, rows: Rows) -> tuple[int, str | None]:
     for i, (keys, value) in enumerate(rows):
         for key in keys:
             if name == key or (_wild(key) and fnmatchcase(name, key) and (p.dim() >= 2 or value is None)):
@@ -266,8 +268,8 @@ def _nothing(key: str, value: Constraint | None, places: list[tuple[str, nn.Modu
         return f"constrain: pattern {key!r} matches no parameter; there are: {names or 'none'}"
     if value is not None and len(small) == len(matched):
         return (
-            f"constrain: pattern {key!r} matches only parameters of fewer than two dimensions ({', '.join(small[:4])}); "
-            "a wildcard does not bind those, name them in full"
+            f"constrain: pattern {key!r} matches only parameters of fewer than two dimensions "
+            f"({', '.join(small[:4])}); a wildcard does not bind those, name them in full"
         )
     return f"constrain: pattern {key!r} binds nothing: earlier patterns already bind {', '.join(matched[:4])}"
 
@@ -291,10 +293,10 @@ def _check(full: str, sub: nn.Module, name: str, p: nn.Parameter, constraint: Co
         raise ValueError(f"constrain: {full} has shape {tuple(p.shape)}; there is nothing to constrain, leave it out")
     if p.device.type != "meta" and not bool(torch.isfinite(p).all()):
         raise ValueError(f"constrain: {full} contains NaN or infinite values; initialise it before constraining")
-    if isinstance(constraint, GroupSparse) and isinstance(constraint.groups, str):
-        if isinstance(sub, nn.modules.conv._ConvTransposeNd):
-            raise ValueError(
-                f"constrain: {full} belongs to a transposed convolution, whose weight is stored (in, out, ...), so "
-                f"{constraint.groups!r} would be ambiguous; give GroupSparse an index tensor"
-            )
+    transposed = isinstance(sub, nn.modules.conv._ConvTransposeNd)
+    if transposed and isinstance(constraint, GroupSparse) and isinstance(constraint.groups, str):
+        raise ValueError(
+            f"constrain: {full} belongs to a transposed convolution, whose weight is stored (in, out, ...), so "
+            f"{constraint.groups!r} would be ambiguous; give GroupSparse an index tensor"
+        )
     return constraint.bind(full, p)

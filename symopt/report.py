@@ -163,9 +163,7 @@ def report(
     )
 
 
-def _row(
-    name: str, p: torch.Tensor, constraint: Constraint, optimizer: ConstrainedOptimizer | None, entry: Any
-) -> Row:
+def _row(name: str, p: torch.Tensor, constraint: Constraint, optimizer: ConstrainedOptimizer | None, entry: Any) -> Row:
     strength = imbalance = steps = None
     if optimizer is not None and entry is not None:
         group = entry[0]
@@ -204,4 +202,5 @@ def _flops(model: nn.Module, example_inputs: Any | None) -> int | None:
     with mode:
         model(*inputs)
     model.train(training)
-    return int(mode.get_total_flops()) // max(1, inputs[0].shape[0])
+    total: int = mode.get_total_flops()
+    return total // max(1, inputs[0].shape[0])

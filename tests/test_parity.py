@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import symopt
@@ -32,7 +33,8 @@ optimizers = pytest.mark.parametrize("row", OPTIMIZERS, ids=ids)
 
 def tensors(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    made = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in (PLAIN | BOUND).items()}
+    shapes = PLAIN | BOUND
+    made = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
     return {name: nn.Parameter(value.to(dtype)) for name, value in made.items()}
 
 
@@ -41,6 +43,14 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Module:
     for name, p in tensors(dtype).items():
         module.register_parameter(name, p)
     return symopt.constrain(module, PATTERNS)
+
+
+class Params(dict[str, nn.Parameter]):
+    """The parameters of a module by name; keeps the module alive, because the constraint lives as long as that does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module.named_parameters())
+        self.module = module
 
 
 def gradient(p: Tensor, name: str, t: int) -> Tensor:
@@ -63,7 +73,7 @@ def twins(
 ) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter], torch.optim.Optimizer, dict[str, nn.Parameter]]:
     """torch.optim on the plain parameters alone, and symopt on the same mixed with constrained ones."""
     theirs = {name: p for name, p in tensors(dtype).items() if name in PLAIN}
-    ours = dict(network(dtype).named_parameters())
+    ours = Params(network(dtype))
     made = []
     for cls, params in ((row.torch_cls, theirs), (row.cls, ours)):
         rate = copy.deepcopy(row.lr if lr is None else lr)
@@ -193,18 +203,19 @@ def test_capturable_is_allowed_on_cpu_exactly_where_torch_allows_it(row: Optimiz
 # --------------------------------------------------------------------------------------------------------- schedulers
 
 
-def cyclic(optimizer: torch.optim.Optimizer) -> Any:
-    cycle = ("momentum" in optimizer.defaults and optimizer.defaults["momentum"] > 0) or "betas" in optimizer.defaults
-    return lr_scheduler.CyclicLR(optimizer, 1e-3, 1e-2, step_size_up=4, cycle_momentum=cycle)
+class Half(lr_scheduler.LRScheduler):
+    """The least a user's own scheduler can be."""
+
+    def get_lr(self) -> list[float]:
+        return [base / 2 ** (self.last_epoch // 4) for base in self.base_lrs]
 
 
-def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
-    cycle = ("momentum" in optimizer.defaults and optimizer.defaults["momentum"] > 0) or "betas" in optimizer.defaults
-    return lr_scheduler.OneCycleLR(optimizer, max_lr=[0.02, 0.01], total_steps=STEPS + 1, cycle_momentum=cycle)
+def cycles(optimizer: torch.optim.Optimizer) -> bool:
+    return "betas" in optimizer.defaults or optimizer.defaults["momentum"] > 0
 
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
-    "LRScheduler": lambda o: type("Half", (lr_scheduler.LRScheduler,), {"get_lr": lambda s: [b / 2 for b in s.base_lrs]})(o),
+    "LRScheduler": Half,
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)),
     "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.9),
     "StepLR": lambda o: lr_scheduler.StepLR(o, 7, 0.3),
@@ -220,9 +231,11 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
         [lr_scheduler.ConstantLR(o, 0.1, 6), lr_scheduler.ExponentialLR(o, 0.9)]
     ),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=2),
-    "CyclicLR": cyclic,
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 1e-3, 1e-2, step_size_up=4, cycle_momentum=cycles(o)),
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 5),
-    "OneCycleLR": one_cycle,
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(
+        o, max_lr=[0.02, 0.01], total_steps=STEPS + 1, cycle_momentum=cycles(o)
+    ),
     "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, STEPS),
     "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=1e-3, anneal_epochs=10),
 }
@@ -249,7 +262,7 @@ def test_schedulers_schedule_plain_and_constrained_alike(row: OptimizerRow, make
             optimizer.step()
         for scheduler in schedulers:
             scheduler.step(*([1.0] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
-    assert len(seen) > 1 or "Half" in type(schedulers[0]).__name__
+    assert len(seen) > 1
     assert_same_plain(torch_opt, theirs, opt, ours)
     assert all(torch.equal(ours[name], params[name]) for name in BOUND)
 
@@ -275,7 +288,7 @@ def test_a_constrained_weight_feels_a_change_of_lr(row: OptimizerRow) -> None:
 # -------------------------------------------------------------------------------------------- strength, a key like lr
 
 
-@pytest.mark.parametrize("value", [lambda k: k, lambda k: torch.tensor(k, dtype=torch.float64)], ids=["float", "tensor"])
+@pytest.mark.parametrize("value", [float, lambda k: torch.tensor(k, dtype=torch.float64)], ids=["float", "tensor"])
 @optimizers
 def test_the_groups_strength_overrides_the_constraints_own(row: OptimizerRow, value: Callable[[float], Any]) -> None:
     def run(own: float | None, group: Any, switch: Any = None) -> Tensor:
@@ -354,8 +367,8 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 def test_step_hooks_fire_exactly_once(row: OptimizerRow, order: str) -> None:
     seen: list[str] = []
     handles = [
-        torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: seen.append("global pre")),
-        torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: seen.append("global post")),
+        register_optimizer_step_pre_hook(lambda *_: seen.append("global pre")),
+        register_optimizer_step_post_hook(lambda *_: seen.append("global post")),
     ]
     try:
         if order == "torch first":
@@ -403,7 +416,9 @@ def test_zero_grad(row: OptimizerRow, foreach: bool) -> None:
 
 
 def sparse_gradient(p: Tensor, t: int) -> Tensor:
-    return torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.sin(p.detach()[[0, 2]] + t), p.shape)
+    return torch.sparse_coo_tensor(
+        torch.tensor([[0, 2]]), torch.sin(p.detach()[[0, 2]] + t), p.shape, check_invariants=True
+    )
 
 
 @optimizers
@@ -439,31 +454,30 @@ def test_sparse_gradients_of_constrained_parameters_raise_and_name_them(row: Opt
 def test_gradscaler_skips_everything_on_inf(row: OptimizerRow, how: dict[str, Any]) -> None:
     torch_opt, theirs, opt, ours = twins(row, **how)
     unscaled_opt, unscaled = twins(row, **how)[2:]
-    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000) for _ in range(2)]
-    for t in range(9):
-        bad = t in (0, 4, 5)
-        scale = [s.scale(torch.ones(())).item() for s in scalers]
-        assert scale[0] == scale[1]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    for t in range(12):
+        bad = t in (0, 5, 6)
+        scale = scaler.scale(torch.ones(())).item()
         for each in (theirs, ours, unscaled):
             set_gradients(each, t)
-        for each in (theirs, ours):
-            for p in each.values():
-                p.grad *= scale[0]
-        if bad:  # the twins only share the plain parameters
-            theirs["plain2"].grad.view(-1)[-1] = ours["plain2"].grad.view(-1)[-1] = math.inf
+        for p in ours.values():
+            p.grad *= scale
+        if bad:
+            ours["plain2"].grad.view(-1)[-1] = math.inf
         before = copy.deepcopy((list(ours.values()), opt.state_dict()["state"]))
-        for scaler, optimizer in zip(scalers, (torch_opt, opt), strict=True):
-            scaler.step(optimizer)
-            scaler.update()
+        scaler.step(opt)
+        scaler.update()
         if bad:
             assert all(torch.equal(a, b) for a, b in zip(before[0], ours.values(), strict=True))
             after = opt.state_dict()["state"]
             assert before[1].keys() == after.keys()
             assert all(torch.equal(before[1][i][k], v) for i in after for k, v in after[i].items())
         else:
+            torch_opt.step()
             unscaled_opt.step()
+    # Scales are powers of two, hence exact: all that is left of the bad steps is nothing.  (The oracle is torch.optim
+    # without a scaler, because torch's fused SGD takes an uninitialised momentum from a first step that it skips.)
     assert_same_plain(torch_opt, theirs, opt, ours)
-    # Scales are powers of two, hence exact: constrained weights saw the same gradients, and as many of them.
     assert all(torch.equal(ours[name], unscaled[name]) for name in BOUND)
 
 
@@ -482,7 +496,7 @@ def test_gradscaler_sees_the_inf_of_a_constrained_weight() -> None:
 def test_gradient_clipping(row: OptimizerRow, clip: Callable[..., Any]) -> None:
     # The norm includes the constrained weights' gradients, so here torch trains them too, and gradients do not depend
     # on the weights.
-    theirs, ours = tensors(), dict(network().named_parameters())
+    theirs, ours = tensors(), Params(network())
     torch_opt = row.torch_cls(grouped(theirs, row.lr), lr=row.lr, **row.options)
     opt = row.cls(grouped(ours, row.lr), lr=row.lr, **row.options)
     for t in range(STEPS):
@@ -546,7 +560,7 @@ def test_defaults_are_torchs(row: OptimizerRow) -> None:
 
 @CLASSES
 def test_the_signature_shows_torchs_arguments(row: OptimizerRow) -> None:
-    # Trainers look: ``"fused" in inspect.signature(torch.optim.AdamW).parameters`` (nanoGPT, transformers, jsonargparse).
+    # Trainers look: nanoGPT for "fused" in inspect.signature(torch.optim.AdamW).parameters, jsonargparse for all.
     want, have = (inspect.signature(cls).parameters for cls in (row.torch_cls, row.cls))
     assert list(have)[: len(want)] == list(want)
     assert all((have[n].kind, have[n].default) == (p.kind, p.default) for n, p in want.items())
@@ -611,7 +625,7 @@ def test_every_form_of_construction_binds_the_constraints(row: OptimizerRow, for
 
 @optimizers
 def test_add_param_group_in_mid_training(row: OptimizerRow) -> None:
-    theirs, ours = tensors(), dict(network().named_parameters())
+    theirs, ours = tensors(), Params(network())
     torch_opt = row.torch_cls([theirs["plain0"]], lr=row.lr, **row.options)
     opt = row.cls([ours["plain0"], ours["bound0"]], lr=row.lr, **row.options)
     for t in range(STEPS):
@@ -641,7 +655,7 @@ def test_differentiable_plain_steps_as_in_torch(row: OptimizerRow) -> None:
         start = torch.randn(4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
         p = start.clone()
         opt = cls([p], lr=row.lr, differentiable=True, **row.options)
-        for t in range(3):
+        for t in range(1 if row.options.get("amsgrad") else 3):  # torch's own amsgrad cannot go back through two
             p.grad = torch.sin(start * (t + 1))
             opt.step()
         hyper.append(torch.autograd.grad(p.square().sum(), start)[0])

@@ -220,7 +220,7 @@ def test_moments_are_torchs(row, opt_row):
 @pytest.mark.parametrize("decoupled", [True, False])
 @every_constraint
 def test_the_strength_is_amplified_like_the_gradient(row, decoupled):
-    """One step at zero gradient multiplies by (1 - lr kappa gain)**2: gain is SGD's amplification, AdamW's root size."""
+    """A step at zero gradient multiplies by (1 - lr kappa gain)**2, gain: SGD's amplification, AdamW's root size."""
     label = labels(row.make(None), row.shape)
     lr, momentum, dampening = 0.01, 0.8, 0.3
     p = (module := constrained_parameter(row, strength=STRENGTH)).weight
@@ -285,7 +285,7 @@ LOW, HIGH = 1 - 1e-3, 1 + 1e-3
 
 
 def snap(row, *, size, pull, decay, saturated, imbalance=0.0, scale=2.0):
-    """Retract a weight whose units have norm ``size`` and are pushed outwards by ``pull``; the oracle's w' unsnapped."""
+    """Retract a weight whose units have norm ``size`` and are pushed outwards by ``pull``; also returns unit vectors."""
     constraint = row.make(None)
     w = torch.randn(row.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     member = torch.nn.functional.one_hot(labels(constraint, row.shape)).double()
@@ -355,7 +355,7 @@ def test_units_above_the_metric_scale_move_as_under_the_plain_optimizer(row):
     opt = symopt.SGD(module, lr=1e-3)
     p.grad = torch.zeros_like(p)
     opt.step()  # fixes metric_scale
-    p.data *= 1e3
+    p.data *= 1e5
     w = p.detach().clone().flatten()
     member = torch.nn.functional.one_hot(labels(row.make(None), row.shape)).double()
     for lr in (1e-3, 1e-2):
@@ -372,7 +372,7 @@ def test_units_above_the_metric_scale_move_as_under_the_plain_optimizer(row):
         bound = second_order + (delta * delta @ member).sqrt() * opt.state[p]["imbalance"] / square.sqrt()
         error = (((p.detach().flatten() - first_order) ** 2) @ member).sqrt()
         assert bool((error <= bound).all())
-        assert float((bound / (delta * delta @ member).sqrt()).max()) < 0.1  # the bound says something
+        assert float((bound / (delta * delta @ member).sqrt()).max()) < 0.01  # the bound says something
 
 
 # -- where there is nothing to start from ----------------------------------------------------------------------------
@@ -396,7 +396,7 @@ def test_an_all_zero_tensor_can_train(row, opt_row):
     # c0 is 1 / sqrt(fan_in) per weight, so its root size for a group, and M is c at w = 0
     assert start == pytest.approx(math.sqrt(math.prod(row.shape) / int(units) / fan_in), rel=tolerance("identity"))
     assert bool((p != 0).all())
-    assert float((p - target).norm()) < 0.99 * float(target.norm())
+    assert bool((p - target).norm() < 0.99 * target.norm())
 
 
 @every_optimizer
@@ -413,11 +413,11 @@ def test_an_all_zero_tensor_without_imbalance_is_refused(row, opt_row):
 # -- half precision --------------------------------------------------------------------------------------------------
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-RATE = 4e-4  # relative change per step; half an ulp is 5e-4 to 1e-3 in fp16 and eight times that in bf16
+RATE = 2e-4  # relative change per step; half an ulp below 1 is 2.4e-4 in fp16 and eight times that in bf16
 
 
 def half(row, opt_row, dtype):
-    # A large imbalance lifts the snapping threshold to half a typical weight, which shortens the wait; without time
+    # A large imbalance lifts the snapping threshold to 0.8 of a weight, which shortens the wait; without time
     # scale or gradient it does nothing else.
     module = constrained_parameter(row, strength=0.2, dtype=dtype)
     module.weight.data = torch.where(module.weight.data < 0, -1.0, 1.0).to(dtype)
@@ -425,7 +425,7 @@ def half(row, opt_row, dtype):
     p.grad = torch.zeros_like(p)
     label = labels(row.make(None), row.shape)
     gain = math.sqrt(int(torch.bincount(label).max())) if opt_row.torch_cls is torch.optim.AdamW else 1.0
-    opt = optimizer(module, opt_row, lr=RATE / (2 * 0.2 * gain), time_scale="none", imbalance=5e5)
+    opt = optimizer(module, opt_row, lr=RATE / (2 * 0.2 * gain), time_scale="none", imbalance=8e5)
     return p, opt
 
 
@@ -438,9 +438,9 @@ HALF_OPTIMIZERS = [row for row in OPTIMIZERS if row.id in ("sgd", "adamw")]
 @pytest.mark.parametrize("row", HALF_CONSTRAINTS, ids=ids)
 def test_half_precision_weights_collapse_below_their_own_rounding(row, opt_row, dtype):
     p, opt = half(row, opt_row, dtype)
-    once = torch.ones((), dtype=torch.float32) * (1 - RATE / 2) ** 2
-    assert float(once.to(dtype)) == 1.0  # without an fp32 copy the first step, and so every step, would be lost
-    for _ in range(1800):  # ln 2 / RATE = 1733
+    # Without an fp32 copy the first step, and so every step, would be lost.
+    assert float(torch.tensor((1 - RATE / 2) ** 2).to(dtype)) == 1.0
+    for _ in range(1150):  # ln(1 / 0.8) / RATE = 1116
         opt.step()
     assert opt.state[p]["master"].dtype == torch.float32 and p.dtype == dtype
     assert int(p.count_nonzero()) == 0 == int(opt.state[p]["master"].count_nonzero())

@@ -1,10 +1,11 @@
 """The constraints: one file each, one line here."""
 
 from symopt.constraints.base import Constraint
+from symopt.constraints.composed import Composed
 from symopt.constraints.group import GroupSparse
 from symopt.constraints.sparse import Sparse
 
 CONSTRAINTS: tuple[type[Constraint], ...] = (Sparse, GroupSparse)
 """Every public constraint; the tests fail for one without a row in their table."""
 
-__all__ = ["CONSTRAINTS", "Constraint", "GroupSparse", "Sparse"]
+__all__ = ["CONSTRAINTS", "Composed", "Constraint", "GroupSparse", "Sparse"]

@@ -10,8 +10,9 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
-from symopt_kernels.reference import SNAP, Groups
 from torch import Tensor
+
+from symopt_kernels.reference import SNAP, Groups
 
 __all__ = ["Constraint", "Factors"]
 
@@ -93,6 +94,10 @@ class Constraint(ABC):
     def index(self, w: Tensor) -> Tensor | None:
         """The map from weights to groups as a tensor, where no view of the weight can express it."""
         return None
+
+    def charge(self, w: Tensor, *, decoupled: bool) -> Tensor | float:
+        """Relative strength of every unit; not 1 only where several constraints share a weight."""
+        return 1.0
 
     def fold(self, w: Tensor) -> Tensor:
         return w

@@ -6,14 +6,14 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
-from symopt_kernels import reference
-from symopt_kernels.reference import Groups
 from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors
+from symopt_kernels import reference
+from symopt_kernels.reference import Groups
 
 __all__ = ["GroupSparse"]
 
@@ -73,7 +73,7 @@ class GroupSparse(Constraint):
                     f"callable, got {groups!r}"
                 )
         elif isinstance(groups, Tensor):
-            if groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
+            if not _integers(groups):
                 raise TypeError(f"GroupSparse: an index tensor must hold integers, got {groups.dtype}")
         elif not callable(groups):
             raise TypeError(
@@ -100,8 +100,8 @@ class GroupSparse(Constraint):
     def index(self, w: Tensor, name: str = "weight") -> Tensor | None:
         if isinstance(self.groups, str):
             return None
-        index = self.groups if isinstance(self.groups, Tensor) else self.groups(w.detach())
-        if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        index: Any = self.groups if isinstance(self.groups, Tensor) else self.groups(w.detach())
+        if not isinstance(index, Tensor) or not _integers(index):
             kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
             raise TypeError(f"GroupSparse on {name}: the callable must return an integer tensor, got {kind}")
         if index.dim() == 1 and w.dim() > 1 and index.shape[0] == w.shape[0]:
@@ -111,7 +111,8 @@ class GroupSparse(Constraint):
                 f"GroupSparse on {name}: the index tensor has shape {tuple(index.shape)}; give one group per weight "
                 f"{tuple(w.shape)} or one per slice of dimension 0 ({w.shape[0]},)"
             )
-        return torch.unique(index.to(w.device), return_inverse=True)[1]
+        inverse: Tensor = torch.unique(index.to(w.device), return_inverse=True)[1]
+        return inverse
 
     def partition(self, w: Tensor, index: Tensor | None = None) -> Groups:
         if not isinstance(self.groups, str):
@@ -190,3 +191,7 @@ class GroupSparse(Constraint):
 
     def default_strength(self, *, decoupled: bool) -> float:
         return 0.1 if decoupled else 1e-4
+
+
+def _integers(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from symopt_kernels import reference
-from symopt_kernels.reference import Groups
 from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors
+from symopt_kernels import reference
+from symopt_kernels.reference import Groups
 
 __all__ = ["Sparse"]
 

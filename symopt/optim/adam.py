@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any, final
 
 import torch
-from symopt_kernels import reference
-from symopt_kernels.reference import Groups
 from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 
 from symopt.constraints import Constraint
 from symopt.optim.base import ConstrainedOptimizer
+from symopt_kernels import reference
+from symopt_kernels.reference import Groups
 
 __all__ = ["Adam", "AdamW"]
 
@@ -39,7 +39,8 @@ class _AdamBase(ConstrainedOptimizer):
             state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
         for key in ("exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg_sq",):
             if key not in state:
-                state[key] = torch.zeros_like(p, dtype=dtype) if groups is None else p.new_zeros(groups.count, dtype=dtype)
+                shape = p.shape if groups is None else (groups.count,)
+                state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
 
     def _direction(
         self, group: dict[str, Any], state: dict[str, Any], w: Tensor, grad: Tensor, groups: Groups | None
@@ -63,20 +64,39 @@ class _AdamBase(ConstrainedOptimizer):
         return update, gain
 
     def _step_plain(self, group: dict[str, Any]) -> None:
-        lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
-        has_complex = self._init_group(group, *lists)
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        exp_avgs: list[Tensor] = []
+        exp_avg_sqs: list[Tensor] = []
+        max_exp_avg_sqs: list[Tensor] = []
+        steps: list[Tensor] = []
+        has_complex = self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
         torch_adam(
-            *lists,
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            steps,
             has_complex=has_complex,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            **{k: group[k] for k in _PASSED},
+            **{key: group[key] for key in _PASSED},
         )
 
 
 _PASSED = (
-    "amsgrad lr weight_decay eps maximize foreach capturable differentiable fused decoupled_weight_decay"
-).split()
+    "amsgrad",
+    "lr",
+    "weight_decay",
+    "eps",
+    "maximize",
+    "foreach",
+    "capturable",
+    "differentiable",
+    "fused",
+    "decoupled_weight_decay",
+)
 
 
 @final

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from symopt_kernels import reference
-from symopt_kernels.reference import Groups
 from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from symopt import annotation
 from symopt.constraints import Constraint
+from symopt_kernels import reference
+from symopt_kernels.reference import Groups
 
 __all__ = ["ConstrainedOptimizer"]
 
@@ -186,7 +186,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         groups, saturated = self.groups(p, constraint), group["time_scale"] == "saturated"
         w, grad = state.get("master", p), grad.to(_math_dtype(p))
         update, gain = self._direction(group, state, w, -grad if group["maximize"] else grad, groups)
-        delta, decay = group["lr"] * update, group["lr"] * self.strength(group, constraint) * gain
+        charge = constraint.charge(w, decoupled=self.decoupled(group))
+        delta, decay = group["lr"] * update, group["lr"] * self.strength(group, constraint) * gain * charge
         c, scale = state["imbalance"], state["metric_scale"]
         w.copy_(constraint.retract(w, delta, decay, c, scale, groups, saturated=saturated))
         if w is not p:
@@ -236,7 +237,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; second moments shared by a group are written out per weight, so torch.optim can load them."""
-        packed = super().state_dict()
+        packed: dict[str, Any] = super().state_dict()
         params = [p for group in self.param_groups for p in group["params"]]
         for index, p in enumerate(params):
             constraint = self._constraint(p)
@@ -305,7 +306,7 @@ def _check_group(group: dict[str, Any], owner: str) -> None:
     if isinstance(strength, Tensor) and strength.numel() != 1:
         raise ValueError(f"{owner}: strength as a tensor must have one element, got shape {tuple(strength.shape)}")
     for field, value in (("strength", strength), ("imbalance", imbalance)):
-        if value is None and field == "strength" or isinstance(value, Tensor):
+        if (value is None and field == "strength") or isinstance(value, Tensor):
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{owner}: {field} must be a number, got {type(value).__name__}")

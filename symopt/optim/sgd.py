@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any, final
 
 import torch
-from symopt_kernels import reference
-from symopt_kernels.reference import Groups
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
 from symopt.constraints import Constraint
 from symopt.optim.base import ConstrainedOptimizer
+from symopt_kernels import reference
+from symopt_kernels.reference import Groups
 
 __all__ = ["SGD"]
 
