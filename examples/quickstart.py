@@ -142,7 +142,8 @@ def file_name(network: str) -> str:
 def table(nets: dict[str, nn.Module], data: mnist.Split, out: Path, repeats: int) -> Table:
     """Save and measure every network and lay the figures out."""
     one, many = (latencies(list(nets.values()), data.test_x[:size], repeats) for size in (1, 256))
-    result = Table(title="LeNet-300-100, 1 000 test images; median latency on 1 thread", box=box.SIMPLE_HEAD)
+    title = "LeNet-300-100, 1 000 test images; median latency on 1 thread"
+    result = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     for header in ("", "correct", "zeros", "parameters", "file\nKB", "batch 1\nms", "batch 256\nms"):
         result.add_column(header, justify="right" if header else "left", no_wrap=True)
     for (name, net), fast, slow in zip(nets.items(), one, many, strict=True):

@@ -202,5 +202,4 @@ def _flops(model: nn.Module, example_inputs: Any | None) -> int | None:
     with mode:
         model(*inputs)
     model.train(training)
-    total: int = mode.get_total_flops()
-    return total // max(1, inputs[0].shape[0])
+    return int(mode.get_total_flops() // max(1, inputs[0].shape[0]))

@@ -22,16 +22,20 @@ class Anneal:
     training, whatever the learning rate, strength or preconditioner.  Without Anneal it decays at the rate of the
     slowest weights, which is safe but can take long.
 
+    With ``commit``, structure found by then is final: from that share of training on the strength is 0, so what is zero
+    stays zero and what lives trains without shrinkage (no bias, but no longer the optimum of loss + penalty).
+
     Before the first step it warns if ``lr * total_steps * strength`` is too small to bring even the median weight of
     some tensor to zero, and says what would do.
 
     Args:
         optimizer: a symopt optimizer.
         total_steps: number of optimizer steps in the whole training, >= 1.
+        commit: share of training in (0, 1) after which the support is fixed; None keeps the strength to the end.
 
     Raises:
         TypeError: for another kind of optimizer or a non-integer ``total_steps``.
-        ValueError: for ``total_steps < 1``.
+        ValueError: for ``total_steps < 1`` or a ``commit`` outside (0, 1).
 
     Example:
         >>> import torch, symopt
@@ -47,7 +51,7 @@ class Anneal:
         tensor(0.)
     """
 
-    def __init__(self, optimizer: ConstrainedOptimizer, total_steps: int) -> None:
+    def __init__(self, optimizer: ConstrainedOptimizer, total_steps: int, commit: float | None = None) -> None:
         if not isinstance(optimizer, ConstrainedOptimizer):
             raise TypeError(
                 f"Anneal: optimizer must be a symopt optimizer (SGD, Adam, AdamW), got {type(optimizer).__name__}"
@@ -56,30 +60,38 @@ class Anneal:
             raise TypeError(f"Anneal: total_steps must be an integer, got {type(total_steps).__name__}")
         if total_steps < 1:
             raise ValueError(f"Anneal: total_steps must be >= 1, got {total_steps}")
+        if commit is not None and not 0 < commit < 1:
+            raise ValueError(f"Anneal: commit must be None or a share of training in (0, 1), got {commit}")
         self.optimizer = optimizer
         self.total_steps = total_steps
+        self.commit = commit
         self.last_step = 0
         self._warned: set[int] = set()
         self._set()
         self._check()
 
     def _set(self) -> None:
+        committed = self.commit is not None and self.last_step >= self.commit * self.total_steps
+        rate = _RATE if self.commit is None else max(_RATE, math.log(1e7) / self.commit)
         for group in self.optimizer.param_groups:
-            group["imbalance_decay"] = math.exp(-_RATE / self.total_steps)
+            group["imbalance_decay"] = 0.0 if committed else math.exp(-rate / self.total_steps)
+            group["committed"] = committed
 
     def step(self) -> None:
         """Call once after every ``optimizer.step()``."""
         self.last_step += 1
         if self.last_step == 1:
             self._check()  # Adam's preconditioner is known only now
-        if len(self.optimizer.param_groups) and "imbalance_decay" in self.optimizer.param_groups[-1]:
-            self._set()  # groups may have been added
+        self._set()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total_steps": self.total_steps, "last_step": self.last_step}
+        """Plain numbers; save it beside the optimizer's."""
+        return {"total_steps": self.total_steps, "commit": self.commit, "last_step": self.last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.total_steps, self.last_step = state_dict["total_steps"], state_dict["last_step"]
+        """Continue where :meth:`state_dict` was taken."""
+        self.total_steps, self.commit = state_dict["total_steps"], state_dict["commit"]
+        self.last_step = state_dict["last_step"]
         self._set()
 
     def _check(self) -> None:

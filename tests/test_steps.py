@@ -285,7 +285,7 @@ LOW, HIGH = 1 - 1e-3, 1 + 1e-3
 
 
 def snap(row, *, size, pull, decay, saturated, imbalance=0.0, scale=2.0):
-    """Retract a weight whose units have norm ``size`` and are pushed outwards by ``pull``; also returns unit vectors."""
+    """Retract units of norm ``size`` that are pushed outwards by ``pull``; also returns the units of norm 1."""
     constraint = row.make(None)
     w = torch.randn(row.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     member = torch.nn.functional.one_hot(labels(constraint, row.shape)).double()

@@ -23,7 +23,14 @@ from symopt_kernels.reference import Groups
 
 __all__ = ["ConstrainedOptimizer"]
 
-_DEFAULTS: dict[str, Any] = {"strength": None, "time_scale": "saturated", "imbalance": 1.0, "imbalance_decay": None}
+_DEFAULTS: dict[str, Any] = {
+    "strength": None,
+    "time_scale": "saturated",
+    "imbalance": 1.0,
+    # Anneal's: the factor of the imbalance per step (None: the automatic law), and whether the support is final.
+    "imbalance_decay": None,
+    "committed": False,
+}
 
 
 class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
@@ -57,7 +64,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         self._bound: dict[Tensor, Constraint | None] = {}
         self._groups: dict[Tensor, Groups] = {}
         self._epoch = -1
-        given = {"strength": strength, "time_scale": time_scale, "imbalance": imbalance, "imbalance_decay": None}
+        given = {**_DEFAULTS, "strength": strength, "time_scale": time_scale, "imbalance": imbalance}
         _check_group(given, type(self).__name__)
         if hasattr(params, "named_parameters"):
             params = params.named_parameters()
@@ -119,6 +126,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
 
     def strength(self, group: dict[str, Any], constraint: Constraint) -> float | Tensor:
         """The strength in force: the group's, else the constraint's own, else its default for this optimizer."""
+        if group["committed"]:
+            return 0.0
         if group["strength"] is not None:
             return group["strength"]  # type: ignore[no-any-return]
         if constraint.strength is not None:
@@ -202,7 +211,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
 
     def _ready(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> dict[str, Any]:
         """The state of ``p``: what is missing is made (a checkpoint may bring a part), what does not fit is fitted."""
-        state, dtype = self.state[p], _math_dtype(p)
+        state: dict[str, Any] = self.state[p]
+        dtype = _math_dtype(p)
         if "group_index" not in state and (index := constraint.index(p)) is not None:
             state["group_index"] = index
         groups = self.groups(p, constraint)
@@ -277,7 +287,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         self._bind()
-        return {**super().__getstate__(), "_bound": self._bound, "_names": self._names}
+        return dict(super().__getstate__(), _bound=self._bound, _names=self._names)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

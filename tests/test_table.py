@@ -1,0 +1,71 @@
+"""The table is complete, and the suite it drives notices a relative error of 1e-9."""
+
+from collections import Counter
+
+import pytest
+import torch
+from symopt_kernels import reference
+
+import symopt
+from symopt.constraints import CONSTRAINTS as PUBLIC_CONSTRAINTS
+from symopt.optim import OPTIMIZERS as PUBLIC_OPTIMIZERS
+from symopt.optim import ConstrainedOptimizer
+from table import CONSTRAINTS, OPTIMIZERS, tolerance
+from test_steps import follow
+
+
+def exported(base):
+    found = {getattr(symopt, name) for name in symopt.__all__}
+    return {cls for cls in found if isinstance(cls, type) and issubclass(cls, base) and cls is not base}
+
+
+def test_every_constraint_has_a_row():
+    assert exported(symopt.Constraint) == set(PUBLIC_CONSTRAINTS)
+    assert {type(row.make(None)) for row in CONSTRAINTS} == set(PUBLIC_CONSTRAINTS)
+
+
+def test_every_optimizer_has_a_row():
+    assert exported(ConstrainedOptimizer) == set(PUBLIC_OPTIMIZERS)
+    assert {row.cls for row in OPTIMIZERS} == set(PUBLIC_OPTIMIZERS)
+    for row in OPTIMIZERS:
+        assert issubclass(row.cls, row.torch_cls) and row.torch_cls.__module__.startswith("torch.optim")
+
+
+def test_rows_have_their_own_names_and_pass_the_strength_on():
+    assert max(Counter(row.id for row in [*CONSTRAINTS, *OPTIMIZERS]).values()) == 1
+    for row in CONSTRAINTS:
+        assert row.make(0.25).strength == 0.25 and row.make(None).strength is None
+        assert row.make(None).bind("w", torch.zeros(row.shape)) is not None  # fits its shape
+    assert max(Counter(cls.name for cls in PUBLIC_CONSTRAINTS).values()) == 1
+
+
+def test_an_unknown_tolerance_is_refused():
+    with pytest.raises(KeyError):
+        tolerance("unknown")
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda row: row.id)
+def test_the_suite_notices_a_wrong_retraction(constraint, monkeypatch):
+    """A retraction that is off by 1e-9 of its value fails the comparison with explicit factors."""
+    opt_row = next(row for row in OPTIMIZERS if row.cls is symopt.AdamW)
+    follow(constraint, opt_row, "saturated", 1.0)
+    name = constraint.make(None).name
+    original = getattr(reference, name)
+    monkeypatch.setattr(reference, name, lambda *args, **kwargs: original(*args, **kwargs) * (1 + 1e-9))
+    with pytest.raises(AssertionError, match="not close"):
+        follow(constraint, opt_row, "saturated", 1.0)
+
+
+@pytest.mark.parametrize("direction", ["sgd", "adam", "adamw"])
+def test_the_suite_notices_a_wrong_direction(direction, monkeypatch):
+    """The same for a gain that is off by 1e-9: the strength would mean something else."""
+    opt_row = next(row for row in OPTIMIZERS if row.cls.__name__.lower() == direction)
+    original = getattr(reference, direction)
+
+    def wrong(*args, **kwargs):
+        update, gain, *rest = original(*args, **kwargs)
+        return (update, gain * (1 + 1e-9), *rest)
+
+    monkeypatch.setattr(reference, direction, wrong)
+    with pytest.raises(AssertionError, match="not close"):
+        follow(CONSTRAINTS[0], opt_row, "saturated", 1.0)
