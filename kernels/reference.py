@@ -26,10 +26,16 @@ __all__ = [
     "adam",
     "adamw",
     "group",
+    "group_deep",
     "imbalance_law",
+    "partial_products",
     "plain",
+    "product",
     "sgd",
     "sparse",
+    "sparse_deep",
+    "sparse_free",
+    "weight_scale",
 ]
 
 SNAP = 1e-6
@@ -222,6 +228,101 @@ def group(
     new = groups.scale(shared * rho, w) - groups.scale(shared * gate_sq, delta)
     snapped = (groups.sum(new * new).sqrt() <= SNAP * metric_scale) & (groups.sum(delta * delta).sqrt() < decay)
     return torch.where(groups.expand(snapped).reshape(w.shape), 0.0, new)
+
+
+def sparse_deep(
+    w: Tensor, delta: Tensor, decay: Tensor | float, metric_scale: Tensor, depth: int, *, saturated: bool = True
+) -> Tensor:
+    """``w = u_1 * ... * u_D`` with all ``|u_i| = a = |w|**(1/D)`` (balanced fixed gauge):
+
+        a' = rho a - sgn(w) delta a**(D-1),   w' = sgn(w) max(a', 0)**D.
+
+    Signs are locked and zeros absorb; equal to the factor step wherever ``a' > 0``.
+    """
+    a = w.abs() ** (1 / depth)
+    t = _time(depth * a ** (2 * (depth - 1)), decay, metric_scale if saturated else None)
+    delta, decay = t * delta, t * decay
+    new = w.sign() * ((1 - decay) * a - w.sign() * delta * a ** (depth - 1)).clamp(min=0) ** depth
+    snapped = (new.abs() <= SNAP * weight_scale(metric_scale, depth)) & (delta.abs() * a ** (depth - 2) < decay)
+    return torch.where(snapped, 0.0, new)
+
+
+def group_deep(
+    w: Tensor,
+    delta: Tensor,
+    decay: Tensor | float,
+    metric_scale: Tensor,
+    groups: Groups,
+    depth: int,
+    *,
+    saturated: bool = True,
+) -> Tensor:
+    """``w_g = s_1 ... s_{D-1} d_g`` with all ``|s_i| = ||d_g|| = ||w_g||**(1/D)`` (balanced fixed gauge):
+
+        w_g' = max(rho - <delta, w_g> / s**2, 0)**(D-1) (rho w_g - s**(2D-2) delta),   s = ||w_g||**(1/D).
+    """
+    norm = groups.sum(w * w).sqrt()
+    s_sq = norm ** (2 / depth)
+    t = _time(depth * s_sq ** (depth - 1), decay, metric_scale if saturated else None)
+    delta, decay = groups.scale(t, delta), t * decay
+    rho = 1 - decay
+    gate = (rho - groups.sum(delta * w) / s_sq.clamp(min=torch.finfo(w.dtype).tiny)).clamp(min=0) ** (depth - 1)
+    new = groups.scale(gate * rho, w) - groups.scale(gate * s_sq ** (depth - 1), delta)
+    small = groups.sum(new * new).sqrt() <= SNAP * weight_scale(metric_scale, depth)
+    snapped = small & (groups.sum(delta * delta).sqrt() * s_sq ** (depth / 2 - 1) < decay)
+    return torch.where(groups.expand(snapped).reshape(w.shape), 0.0, new)
+
+
+def sparse_free(
+    factors: tuple[Tensor, ...],
+    delta: Tensor,
+    decay: Tensor | float,
+    metric_scale: Tensor,
+    *,
+    saturated: bool = True,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``w = u_1 * ... * u_D`` with the factors as state (free gauge): ``u_i' = rho u_i - delta prod_{j != i} u_j``.
+
+    Returns ``w', factors'``.  Without the time scale this is the literal method, step for step, and nothing is
+    snapped; with it, a weight that snaps keeps its large factors and may revive through them.
+    """
+    others = partial_products(factors)
+    t = _time(sum_of_squares(others), decay, metric_scale if saturated else None)
+    delta, decay = t * delta, t * decay
+    new = tuple((1 - decay) * u - delta * rest for u, rest in zip(factors, others, strict=True))
+    w = product(new)
+    if not saturated:
+        return w, new
+    snapped = (w.abs() <= SNAP * weight_scale(metric_scale, len(new))) & (delta.abs() < decay)
+    light = torch.stack([u.abs() for u in new]).argmin(0)
+    new = tuple(torch.where(snapped & (light == i), 0.0, u) for i, u in enumerate(new))
+    return torch.where(snapped, 0.0, w), new
+
+
+def product(factors: tuple[Tensor, ...]) -> Tensor:
+    """Elementwise product, left to right."""
+    w = factors[0]
+    for u in factors[1:]:
+        w = w * u
+    return w
+
+
+def partial_products(factors: tuple[Tensor, ...]) -> list[Tensor]:
+    """``prod_{j != i} u_j`` for every i, without dividing (a factor may be zero)."""
+    return [product(factors[:i] + factors[i + 1 :]) for i in range(len(factors))]
+
+
+def sum_of_squares(parts: list[Tensor]) -> Tensor:
+    """The metric of a product: the squared length of its gradient in the factors."""
+    total = parts[0] * parts[0]
+    for part in parts[1:]:
+        total = total + part * part
+    return total
+
+
+def weight_scale(metric_scale: Tensor, depth: int) -> Tensor:
+    """The weight whose metric is ``metric_scale``, times 2, so that depth 2 gives ``metric_scale`` itself."""
+    return 2 * (metric_scale / depth) ** (depth / (2 * (depth - 1)))
 
 
 def imbalance_law(

@@ -147,11 +147,6 @@ def hooked(module):
     return module
 
 
-def tied(n):
-    n.a.weight = n.b.weight
-    return kill(n, {"a": [1]}, {"b": [1]})
-
-
 def replaced(module):
     module.forward = lambda x, old=module.forward: old(x) + 1
     return module
@@ -254,6 +249,16 @@ KEPT = {
         {"a": nn.Conv2d(1, 4, 3), "b": nn.Linear(4, 2)},
         "a: output is used by `b`, along another dimension",
     ),
+    "fixed view beside the batch": (
+        lambda n, x: n.b((h := pooled(n, x)).view(h.size(0), 16)),
+        {"a": nn.Conv2d(1, 4, 3), "b": nn.Linear(16, 2)},
+        "a: output is used by `view`, which may fix a size",
+    ),
+    "flattened whole": (
+        lambda n, x: n.b(pooled(n, x).flatten(0).view(-1, 16)),
+        {"a": nn.Conv2d(1, 4, 3), "b": nn.Linear(16, 2)},
+        "a: output is used by `flatten`",
+    ),
     "flattened batch": (
         lambda n, x: n.b(n.a(x).flatten(0, 1).flatten(1)),
         {"a": nn.Conv2d(1, 4, 3), "b": nn.Linear(16, 2)},
@@ -278,6 +283,14 @@ def test_shapes_that_are_kept(case, example):
     small = folded(net, x, example=example)
     assert widths(small) == widths(net)
     assert f"{reason}, shape kept" in small.fold_config["kept"]
+
+
+def test_tied_weights_are_kept():
+    net = make(plain_run, a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    net.b.weight = net.a.weight
+    small = folded(net, LINE)
+    assert widths(small) == {"a": (4, 4), "b": (4, 4)} and small.a.weight is small.b.weight
+    assert small.fold_config["kept"] == [f"{n}: shares a parameter with another module, shape kept" for n in "ab"]
 
 
 def branches(n, x):

@@ -209,7 +209,7 @@ def test_violation(row):
     assert float(constraint.violation(exact)) == 0.0
     nearly = torch.where(label == 0, 1e-4, w)
     # 1e-4 of the units' size, over the whole weight
-    share = float((nearly[label == 0].norm() / nearly.norm()))
+    share = float(nearly[label == 0].norm() / nearly.norm())
     assert float(constraint.violation(nearly)) == pytest.approx(share, rel=tolerance("identity"))
     well_apart = torch.where(label == 0, 1e-2, w)
     assert float(constraint.violation(well_apart)) == 0.0

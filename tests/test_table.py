@@ -4,12 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
-from symopt_kernels import reference
 
 import symopt
 from symopt.constraints import CONSTRAINTS as PUBLIC_CONSTRAINTS
 from symopt.optim import OPTIMIZERS as PUBLIC_OPTIMIZERS
 from symopt.optim import ConstrainedOptimizer
+from symopt_kernels import reference
 from table import CONSTRAINTS, OPTIMIZERS, tolerance
 from test_steps import follow
 
