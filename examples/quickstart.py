@@ -164,14 +164,14 @@ def table(nets: dict[str, nn.Module], data: mnist.Split, out: Path, repeats: int
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, help="default 30, with --quick 6")
+    parser.add_argument("--epochs", type=int, help="default 30, with --quick 8")
     parser.add_argument("--lr", type=float, help="of all three runs; default 0.01, with --quick 0.03")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="for training; more do not help so small a network")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the models and the picture")
     parser.add_argument("--quick", action="store_true", help="fewer, larger steps and fewer timings")
     args = parser.parse_args()
-    args.epochs = args.epochs or (6 if args.quick else 30)
+    args.epochs = args.epochs or (8 if args.quick else 30)
     args.lr = args.lr or (0.03 if args.quick else 0.01)
     return args
 

@@ -261,7 +261,7 @@ def _compare(expected: list[Tensor], outputs: list[Tensor]) -> None:
 def _close(one: Tensor, two: Tensor) -> bool:
     if one.shape != two.shape or one.dtype != two.dtype:
         return False
-    if not one.is_floating_point():
+    if not (one.is_floating_point() or one.is_complex()):
         return torch.equal(one, two)
     # On CUDA, float32 convolutions round like TF32, and differently for every shape.
     eps = max(torch.finfo(one.dtype).eps, 2**-11 if one.is_cuda and one.dtype == torch.float32 else 0)

@@ -29,6 +29,7 @@ FEW = [row for row in CONSTRAINTS if row.id in ("sparse", "group-out", "group-he
 optimizers = pytest.mark.parametrize("row", OPTIMIZERS, ids=ids)
 some_optimizers = pytest.mark.parametrize("row", [r for r in OPTIMIZERS if r.id in SOME], ids=ids)
 constraints = pytest.mark.parametrize("bound", FEW, ids=ids)
+ends = pytest.mark.parametrize("bound", [FEW[0], FEW[-1]], ids=ids)
 # That 200 steps are few for some of the rows is not the point here.
 few_steps = pytest.mark.filterwarnings("ignore:.*too few")
 low_precision = pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
@@ -96,7 +97,9 @@ def test_saving_and_loading_half_way_changes_no_bit(row: OptimizerRow, bound: Co
     def fresh(seed: int) -> list[Any]:
         module = build(bound, seed=seed)
         opt = optimizer(row, module)
-        return [module, opt, *([symopt.Anneal(opt, 2 * HALF)] if scheduled else [])]
+        # What the schedule is comes with its state, too.
+        schedule = {0: (2 * HALF, 0.7), 1: (1234,)}[seed]
+        return [module, opt, *([symopt.Anneal(opt, *schedule)] if scheduled else [])]
 
     def train(objects: list[Any], first: int, last: int) -> None:
         steps((objects[0], objects[1]), first, last, objects[2] if scheduled else None)
@@ -112,9 +115,21 @@ def test_saving_and_loading_half_way_changes_no_bit(row: OptimizerRow, bound: Co
     assert through[1].state_dict()["param_groups"] == resumed[1].state_dict()["param_groups"]
 
 
+@few_steps
+def test_a_loaded_schedule_is_in_force_at_once() -> None:
+    opts = [optimizer(OPTIMIZERS[0], build(FEW[0])) for _ in range(2)]
+    one, two = symopt.Anneal(opts[0], 50, commit=0.5), symopt.Anneal(opts[1], 1234)
+    for at in (0, 10, 30):
+        for _ in range(at - one.last_step):
+            one.step()
+        two.load_state_dict(one.state_dict())
+        packed = [opt.state_dict()["param_groups"] for opt in opts]
+        assert packed[0] == packed[1] and two.state_dict() == one.state_dict()
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 @constraints
-@optimizers
+@some_optimizers
 def test_a_copy_of_module_and_optimizer_goes_on_like_the_original(
     row: OptimizerRow, bound: ConstraintRow, copied: Callable[[Pair], Pair]
 ) -> None:
@@ -162,7 +177,7 @@ def test_a_deepcopy_of_the_module_alone_is_constrained(row: OptimizerRow, bound:
 
 @low_precision
 @constraints
-@optimizers
+@some_optimizers
 def test_fp32_state_of_low_precision_weights_keeps_every_bit(
     row: OptimizerRow, bound: ConstraintRow, low: torch.dtype
 ) -> None:
@@ -194,7 +209,7 @@ def test_loading_copies(row: OptimizerRow) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@constraints
+@ends
 @optimizers
 def test_a_torch_checkpoint_loads(row: OptimizerRow, bound: ConstraintRow, dtype: torch.dtype) -> None:
     plain = symopt.release(build(bound, dtype=dtype))
@@ -302,7 +317,7 @@ def test_partial_state_is_completed(row: OptimizerRow, missing: str) -> None:
 
 @pytest.mark.parametrize("low", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @constraints
-@optimizers
+@some_optimizers
 def test_converting_the_module_in_mid_training(row: OptimizerRow, bound: ConstraintRow, low: torch.dtype) -> None:
     pair = (module := build(bound, plain=False), optimizer(row, module))  # torch itself cannot convert moments
     steps(pair, 0, 10)
@@ -371,7 +386,7 @@ def test_a_weight_changed_from_outside_is_the_weight(
 @few_steps
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 @pytest.mark.parametrize("scheduled", [False, True], ids=["", "anneal"])
-@pytest.mark.parametrize("bound", [FEW[0], FEW[-1]], ids=ids)
+@ends
 @optimizers
 def test_distributed_checkpoint_functions(row: OptimizerRow, bound: ConstraintRow, scheduled: bool, flat: bool) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flat)

@@ -23,13 +23,13 @@ N = 100
 
 SGD = {
     "plain": (symopt.SGD, {"lr": 0.1}, 4000),
-    "momentum": (symopt.SGD, {"lr": 0.02, "momentum": 0.9}, 4000),
-    "nesterov": (symopt.SGD, {"lr": 0.02, "momentum": 0.9, "nesterov": True}, 4000),
-    "dampening": (symopt.SGD, {"lr": 0.04, "momentum": 0.9, "dampening": 0.5}, 4000),
+    "momentum": (symopt.SGD, {"lr": 0.02, "momentum": 0.9}, 2000),
+    "nesterov": (symopt.SGD, {"lr": 0.02, "momentum": 0.9, "nesterov": True}, 2000),
+    "dampening": (symopt.SGD, {"lr": 0.04, "momentum": 0.9, "dampening": 0.5}, 2000),
 }
 ADAM = {
-    "adam": (symopt.Adam, {"lr": 1e-2}, 6000),
-    "amsgrad": (symopt.Adam, {"lr": 1e-2, "amsgrad": True}, 6000),
+    "adam": (symopt.Adam, {"lr": 1e-2}, 5000),
+    "amsgrad": (symopt.Adam, {"lr": 3e-2, "amsgrad": True}, 5000),  # its preconditioner remembers the first gradients
 }
 
 
@@ -44,9 +44,10 @@ class Regression:
         truth[:10] = 3 * torch.randn(10, generator=g, dtype=torch.float64) / self.x[:, :10].std(0)
         self.y = self.x @ truth + 0.1 * torch.randn(N, generator=g, dtype=torch.float64)
         self.start = (torch.rand(1, p, generator=g, dtype=torch.float64) * 2 - 1) / math.sqrt(p)  # as nn.Linear
+        self.gram, self.moment = self.x.T @ self.x / N, self.x.T @ self.y / N
 
     def gradient(self, w: torch.Tensor) -> torch.Tensor:
-        return self.x.T @ (self.x @ w - self.y) / N
+        return self.gram @ w - self.moment
 
     def loss(self, w: torch.Tensor) -> torch.Tensor:
         return 0.5 * (self.x @ w - self.y).square().mean()
@@ -65,17 +66,30 @@ class Regression:
                 schedule.step()
         return p.detach()[0]
 
+    def steps(self, constraint, cls, options, steps: int, slowest: float) -> int:
+        """``steps`` and the time after which even the unit with the largest ``|gradient| / strength`` < 1 is zero.
+
+        Without that time supports could not be compared: zeros that are almost alive collapse slowly.
+        """
+        scale = constraint.start(self.start, 1.0)[1]
+        gain = (1 - options.get("dampening", 0.0)) / (1 - options.get("momentum", 0.0))
+        if cls is symopt.Adam:  # preconditioned by that very gradient
+            gain = 1 / (slowest * constraint.strength)
+        need = constraint.collapse(scale / 2, scale) / (options["lr"] * gain * constraint.strength * (1 - slowest))
+        return steps + math.ceil(need)
+
 
 # -- Lasso -----------------------------------------------------------------------------------------------------------
 
 
-def lasso(problem: Regression, kappa: float) -> torch.Tensor:
-    best = Lasso(kappa, fit_intercept=False, max_iter=200_000, tol=1e-13).fit(problem.x.numpy(), problem.y.numpy())
-    return torch.tensor(best.coef_)
-
-
-def check_lasso(problem: Regression, w: torch.Tensor, kappa: float, kind: str) -> None:
-    best = lasso(problem, kappa)
+def check_lasso(seed: int, kind: str, cls, options, steps: int, *, spread: float = 0.0, anneal: bool = False) -> None:
+    kappa, problem = 0.1, Regression(seed, 200, spread=spread)
+    solver = Lasso(kappa, fit_intercept=False, max_iter=200_000, tol=1e-13)
+    best = torch.tensor(solver.fit(problem.x.numpy(), problem.y.numpy()).coef_)
+    slowest = float(problem.gradient(best)[best == 0].abs().max() / kappa)
+    constraint = symopt.Sparse(kappa)
+    steps = problem.steps(constraint, cls, options, steps, slowest)
+    w = problem.fit(constraint, cls, options, steps, anneal=anneal)
 
     def objective(w):
         return problem.loss(w) + kappa * w.abs().sum()
@@ -92,21 +106,17 @@ def check_lasso(problem: Regression, w: torch.Tensor, kappa: float, kind: str) -
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", SGD | ADAM)
 def test_lasso(name, seed):
-    problem = Regression(seed, 200)
-    check_lasso(problem, problem.fit(symopt.Sparse(0.1), *(SGD | ADAM)[name]), 0.1, "convex gap")
+    check_lasso(seed, "convex gap", *(SGD | ADAM)[name])
 
 
 @pytest.mark.parametrize("name", ["plain", "adam"])
 def test_lasso_annealed(name):
-    problem = Regression(SEEDS[0], 200)
-    check_lasso(problem, problem.fit(symopt.Sparse(0.1), *(SGD | ADAM)[name], anneal=True), 0.1, "convex gap")
+    check_lasso(SEEDS[0], "convex gap", *(SGD | ADAM)[name], anneal=True)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_lasso_on_badly_scaled_columns(seed):
-    problem = Regression(seed, 200, spread=0.7)
-    w = problem.fit(symopt.Sparse(0.1), symopt.Adam, {"lr": 1e-2}, 12000)
-    check_lasso(problem, w, 0.1, "scaled convex gap")
+    check_lasso(seed, "scaled convex gap", symopt.Adam, {"lr": 1e-2}, 10_000, spread=0.7)
 
 
 # -- group Lasso -----------------------------------------------------------------------------------------------------
@@ -114,13 +124,13 @@ def test_lasso_on_badly_scaled_columns(seed):
 GROUPS = 24
 
 
-def grouping(p: int) -> torch.Tensor:
-    """Groups of 1 to 9 scattered columns."""
+def scattered_groups() -> torch.Tensor:
+    """Groups of 1 to 9 columns, in no order."""
     label = torch.cat([torch.full((1 + i % 9,), i) for i in range(GROUPS)])
     return label[torch.randperm(len(label), generator=torch.Generator().manual_seed(9))][None]
 
 
-INDEX = grouping(0)
+INDEX = scattered_groups()
 
 
 def group_norms(w: torch.Tensor) -> torch.Tensor:
@@ -129,20 +139,24 @@ def group_norms(w: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", ["plain", "momentum", "adam"])
+@pytest.mark.parametrize("name", ["plain", "adam"])
 def test_group_lasso(name, seed):
-    kappa, problem = 0.2, Regression(seed, INDEX.numel())
-    w = problem.fit(symopt.GroupSparse(INDEX, kappa), *(SGD | ADAM)[name])
+    kappa, problem = 0.3, Regression(seed, INDEX.numel())
     members = [(INDEX[0] == i).nonzero()[:, 0].tolist() for i in range(GROUPS)]
     solver = GroupLasso(members, kappa, fit_intercept=False, tol=1e-10, max_iter=500)
     best = torch.tensor(solver.fit(problem.x.numpy(), problem.y.numpy()).coef_)
+    norms = group_norms(best)
+    slowest = float(group_norms(problem.gradient(best))[norms == 0].max() / kappa)
+    cls, options, steps = (SGD | ADAM)[name]
+    constraint = symopt.GroupSparse(INDEX, kappa)
+    w = problem.fit(constraint, cls, options, problem.steps(constraint, cls, options, steps, slowest))
 
     def objective(w):
         return problem.loss(w) + kappa * group_norms(w).sum()
 
     assert float(objective(w) / objective(best) - 1) <= tolerance("convex gap")
     live = group_norms(w) != 0
-    assert torch.equal(live, group_norms(best) != 0)
+    assert torch.equal(live, norms != 0)
     assert 0 < int(live.sum()) < GROUPS
     assert torch.equal(w != 0, live[INDEX[0]])  # all of a group or nothing
     # The same without skglm: ||gradient_g|| <= kappa at zero groups, gradient_g = -kappa w_g / ||w_g|| at live ones.
@@ -155,11 +169,10 @@ def test_group_lasso(name, seed):
 # -- the strength at which nothing survives --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
-    ("cls", "options", "steps"),
-    [(symopt.SGD, {"lr": 0.1}, 4000), (symopt.Adam, {"lr": 1e-2}, 12000)],
-    ids=["sgd", "adam"],
+    ("cls", "options", "steps", "seed"),
+    [(symopt.SGD, {"lr": 0.1}, 1000, seed) for seed in SEEDS] + [(symopt.Adam, {"lr": 3e-2}, 4000, SEEDS[0])],
+    ids=[f"sgd-{seed}" for seed in SEEDS] + ["adam"],
 )
 @pytest.mark.parametrize("grouped", [False, True], ids=["sparse", "group"])
 def test_nothing_survives_from_the_largest_initial_gradient_on(grouped, cls, options, steps, seed):
@@ -184,7 +197,7 @@ NOISE = {
 
 
 @pytest.mark.parametrize(
-    ("noise", "imbalance", "size"), [("coin", 0.0, 1), ("coin", 1.0, 1), ("normal", 0.0, 1), ("coin", 0.0, 4)]
+    ("noise", "imbalance", "size"), [("coin", 1.0, 1), ("normal", 0.0, 1), ("coin", 0.0, 4)]
 )
 def test_adamw_keeps_what_has_signal_above_the_strength(noise, imbalance, size):
     """``d ln|w|`` per step is ``2 lr t (r - strength)``: 5 % below dies, 5 % above lives, whatever the group's size.
@@ -233,7 +246,7 @@ COLLAPSE = {
     [(name, held) for name in COLLAPSE for held in (False, True) if held or name != "adam"],
     ids=lambda x: x if isinstance(x, str) else ("held" if x else "free"),
 )
-@pytest.mark.parametrize(("time_scale", "lr"), [("saturated", 0.02), ("none", 0.004)])
+@pytest.mark.parametrize(("time_scale", "lr"), [("saturated", 0.03), ("none", 0.006)])
 @pytest.mark.parametrize("size", [1, 3], ids=["sparse", "group"])
 def test_collapse_takes_the_steps_the_formula_says(size, name, held, time_scale, lr):
     cls, options = COLLAPSE[name]

@@ -25,14 +25,14 @@ def seeded():
 
 
 @pytest.mark.parametrize("example", [False, True])
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_random_chains_keep_exactly_the_living_units(seed, example):
     net, x = random_chain(seed, SMOOTH)
     small = folded(net, x, example=example)
     assert [out for out, _ in widths(small).values()] == expected_units(net, x.clone())
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_random_chains_of_kinked_activations(seed):
     kinked = [nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardshrink, nn.PReLU, nn.ELU, nn.Hardswish]
     net, x = random_chain(1000 + seed, kinked)
@@ -145,6 +145,20 @@ def test_a_bias_is_made_only_for_a_constant_that_is_not_zero(activation, bias):
     small = folded(net, LINE)
     assert (small[2].bias is not None) == bias == small.fold_config["layers"]["2"]["after"]["bias"]
     assert not bias or not small[2].bias.requires_grad
+
+
+class Minus256(nn.Module):
+    def forward(self, x):
+        return x - 256
+
+
+def test_constants_are_rounded_like_the_network_rounds_them():
+    net = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Conv2d(3, 3, 1), Minus256(), nn.Conv2d(3, 2, 3, padding=1))
+    kill(net.bfloat16(), {"0": [1], "1": [2]})
+    with torch.no_grad():
+        net[0].bias[1], net[1].weight[2, 1], net[1].bias[2] = 0.5, 1, 256  # 256.5 is 256 in bfloat16
+    small = fold(net, IMAGE.bfloat16())
+    assert widths(small) == widths(fold(small)) == {"0": (2, 1), "1": (2, 2), "3": (2, 2)}
 
 
 # -- the result ------------------------------------------------------------------------------------------------------
@@ -291,14 +305,19 @@ def test_resize_and_a_state_dict_rebuild_the_network(device):
     assert torch.equal(outputs(rebuilt, IMAGE), outputs(small, IMAGE))
 
 
-def test_resize_of_depthwise_convolutions_and_of_a_network_folded_twice():
+@pytest.mark.parametrize(("dead", "left"), [(1, 4), (2, 2)])
+def test_resize_of_depthwise_convolutions_and_of_a_network_folded_twice(dead, left):
     def build():
         return chain(nn.Conv2d(1, 4, 2), nn.Conv2d(4, 8, 3, groups=4), nn.ReLU(), nn.Conv2d(8, 2, 2))
 
     once = fold(kill(build(), {"0": [2]}))
-    twice = fold(kill(once, cols={"3": [0, 1]}))
-    assert widths(twice)["1"] == (4, 1) and twice.fold_config["layers"]["1"]["before"]["out_channels"] == 8
+    twice = fold(kill(once, cols={"3": slice(6 - 2 * dead, 6)}))
+    assert widths(twice)["1"] == (left, 1) and twice.fold_config["layers"]["1"]["before"]["out_channels"] == 8
+    if dead == 2:  # with one group left it is an ordinary convolution, whose own channels may go
+        twice = fold(kill(twice, cols={"3": [1]}))
+        assert widths(twice) == {"0": (1, 1), "1": (1, 1), "3": (2, 1)}
     rebuilt = resize(build(), twice.fold_config)
+    assert str(rebuilt) == str(twice)
     rebuilt.load_state_dict(twice.state_dict())
     assert torch.equal(outputs(rebuilt, IMAGE), outputs(twice, IMAGE))
 

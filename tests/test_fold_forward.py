@@ -8,6 +8,7 @@ from torch import nn
 import symopt
 from fold_helpers import IMAGE, LINE, LINES, chain, folded, kill, outputs, widths
 from symopt.fold import fold
+from symopt.folding import rules
 
 # -- what is read from forward ---------------------------------------------------------------------------------------
 
@@ -134,6 +135,12 @@ def test_a_subclass_that_only_adds_constraints_is_a_layer():
     assert widths(folded(chain(Block(4, 3), Block(3, 2), rows={"0": [0]}).eval(), LINE)) == {"0": (2, 4), "1": (2, 2)}
 
 
+def test_a_new_operation_is_one_line_even_if_it_swallows_nan(monkeypatch):
+    monkeypatch.setitem(rules.RULES, torch.nan_to_num, rules.RULES[torch.relu])
+    net = make(lambda n, x: n.b(torch.nan_to_num(n.a(x))), a=nn.Linear(4, 3), b=nn.Linear(3, 2))
+    assert widths(folded(net, LINE)) == {"a": (2, 4), "b": (2, 2)}
+
+
 # -- where shapes are kept, and why ----------------------------------------------------------------------------------
 
 
@@ -231,6 +238,11 @@ KEPT = {
     ),
     "size of the layer read": (
         lambda n, x: n.b(n.a(x)) / n.a.out_features,
+        linear(),
+        "a: has a size that forward reads",
+    ),
+    "sizes of layers read together": (
+        lambda n, x: n.b(n.a(x)) / max(n.a.out_features, n.b.in_features),
         linear(),
         "a: has a size that forward reads",
     ),

@@ -1,1 +1,1 @@
-"""How :func:`symopt.fold` decides what may go: ``units`` (data model), ``rules`` (operations), ``analysis`` (graph)."""
+"""How :func:`symopt.fold` works: ``units`` (data model), ``rules`` (operations), ``analysis`` (graph), ``surgery``."""

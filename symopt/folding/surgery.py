@@ -41,6 +41,8 @@ def cut_to(module: nn.Module, sizes: Mapping[str, int]) -> None:
     rows = next(torch.arange(sizes[key]) for key in _OUT if key in sizes)
     cols = next((torch.arange(sizes[key]) for key in _IN if key in sizes and not depthwise), None)
     _shrink(module, rows, cols)
+    for key in sizes.keys() - {"bias"}:
+        setattr(module, key, sizes[key])
     if sizes.get("bias") and module._parameters["bias"] is None:
         _add_to_bias(module, torch.zeros(len(rows)))
 
