@@ -26,6 +26,7 @@ Source: L. Ziyin, *Symmetry Induces Structure and Constraint of Learning*, ICML 
 
 from symopt.constrain import constrain, constraints, param_groups, release
 from symopt.constraints import Constraint, GroupSparse, Sparse
+from symopt.explicit import plain_state_dict
 from symopt.fold import fold, resize
 from symopt.optim import SGD, Adam, AdamW
 from symopt.report import report
@@ -45,6 +46,7 @@ __all__ = [
     "constraints",
     "fold",
     "param_groups",
+    "plain_state_dict",
     "release",
     "report",
     "resize",

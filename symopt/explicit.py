@@ -76,8 +76,7 @@ def factors_of(constraint: Constraint, weight: Tensor, init: str, imbalance: flo
     if init == "balanced":
         return constraint.split(weight)
     if init == "imbalanced":
-        c, _ = constraint.start(weight, imbalance)
-        return constraint.split(weight, c)
+        return constraint.split(weight, constraint.imbalance(weight, imbalance))
     balanced = constraint.split(weight)
     *gates, direction = balanced
     if init == "gates":
@@ -125,7 +124,13 @@ def attach(module: nn.Module, name: str, constraint: Constraint, init: str) -> N
 
 def detach(module: nn.Module) -> None:
     """Replace every explicit constraint of ``module`` itself by a plain Parameter with the composed value."""
-    for name in [name for name, _ in explicit(module)]:
+    names = [name for name, _, _ in explicit(module)]
+    if names:
+        # torch keeps the property `weight` on the class it injected, which a deepcopy shares, and removing the
+        # parametrization of one would take it from the other.
+        shared = type(module)
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
+    for name in names:
         parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         hooks = module._load_state_dict_pre_hooks
         for key, hook in list(hooks.items()):
@@ -134,14 +139,12 @@ def detach(module: nn.Module) -> None:
                 del hooks[key]
 
 
-def explicit(module: nn.Module) -> list[tuple[str, Explicit]]:
-    """Name and parametrization of every explicitly constrained tensor of ``module`` itself."""
-    if not parametrize.is_parametrized(module):
+def explicit(module: nn.Module) -> list[tuple[str, nn.Module, Explicit]]:
+    """Name, holder of the factors and parametrization of every explicitly constrained tensor of ``module`` itself."""
+    chains = module._modules.get("parametrizations")
+    if not isinstance(chains, nn.ModuleDict):
         return []
-    found = []
-    for name, chain in module.parametrizations.items():  # type: ignore[union-attr, operator]
-        found += [(name, p) for p in chain if isinstance(p, Explicit)]
-    return found
+    return [(name, chain, p) for name, chain in chains.items() for p in chain.children() if isinstance(p, Explicit)]
 
 
 class _Splitter:
@@ -154,7 +157,7 @@ class _Splitter:
         plain = state_dict.pop(prefix + self.name, None)
         if plain is None:
             return
-        (how,) = [p for name, p in explicit(module) if name == self.name]
+        (how,) = [p for name, _, p in explicit(module) if name == self.name]
         init = how.init if how.init in ("balanced", "gates") else "imbalanced"  # the others would change the weight
         for i, factor in enumerate(factors_of(how.constraint, plain, init, how.imbalance)):
             state_dict[f"{prefix}parametrizations.{self.name}.original{i}"] = factor
@@ -181,7 +184,7 @@ def plain_state_dict(module: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = dict(module.state_dict())
     for prefix, sub in module.named_modules():
         dot = f"{prefix}." if prefix else ""
-        for name, _ in explicit(sub):
+        for name, _, _ in explicit(sub):
             for key in [k for k in state if k.startswith(f"{dot}parametrizations.{name}.")]:
                 del state[key]
             state[dot + name] = getattr(sub, name).detach()
