@@ -49,10 +49,10 @@ def constrain(
             first match wins.  A pattern with a wildcard binds parameters of two or more dimensions only: a bias or
             normalisation scale must be named in full.
 
-        mode: ``"optimizer"`` (above), or ``"explicit"``: each constrained parameter becomes a torch parametrization whose
-            factors are ordinary Parameters, for any optimizer; :func:`param_groups` puts the strength on them as
-            ``weight_decay``.  Keys change (:func:`plain_state_dict` undoes that on saving, a plain ``state_dict`` still
-            loads), memory grows by the factors, and symopt's own optimizers refuse such a module.
+        mode: ``"optimizer"`` (above), or ``"explicit"``: each constrained parameter becomes a torch parametrization
+            whose factors are ordinary Parameters, for any optimizer; :func:`param_groups` puts the strength on them as
+            ``weight_decay``.  Keys change (:func:`plain_state_dict` undoes that on saving, a plain ``state_dict``
+            still loads), memory grows by the factors, and symopt's own optimizers refuse such a module.
         init: how explicit mode turns a weight into factors.
 
             - ``"imbalanced"`` keeps the weight; ``u**2 - v**2`` is its root mean square, so signs may still change.

@@ -58,7 +58,7 @@ class Explicit(nn.Module):
         """Factors -> effective weight."""
         if torch.compiler.is_compiling():
             return self.constraint.compose(factors)  # the compiler fuses it, and breaks the graph at a Function
-        weight: Tensor = _Compose.apply(self.constraint, *factors)  # type: ignore[no-untyped-call]
+        weight: Tensor = _Compose.apply(self.constraint, *factors)
         return weight
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -78,7 +78,7 @@ def factors_of(constraint: Constraint, weight: Tensor, init: str, imbalance: flo
     if init == "imbalanced":
         return constraint.split(weight, constraint.imbalance(weight, imbalance))
     balanced = constraint.split(weight)
-    *gates, direction = balanced
+    gates = balanced[:-1]
     if init == "gates":
         return (*(torch.ones_like(g) for g in gates), weight.clone())
     if init == "independent":

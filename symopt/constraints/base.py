@@ -147,10 +147,10 @@ class Constraint(ABC):
     def collapse(self, size: Tensor, metric_scale: Tensor, *, saturated: bool = True) -> Tensor:
         """``strength * sum(lr) * gain`` that a unit of this size needs to reach exact zero at zero gradient.
 
-        With ``M = metric_scale`` at depth 2, ``(size - M/2)_+ + M/2 ln(min(size, M/2) / tol)``, ``tol = SNAP M``; at
-        depth D, with ``m = D size**(2(D-1)/D)``, ``(m - M)_+ / (2(D-1)) + M/D ln(min(size, (M/D)**(D/(2(D-1)))) / tol)``;
-        without the time scale ``ln(size / tol) / D``.  Holds once ``c << size``; against a gradient ``g`` (depth 2)
-        multiply by ``strength / (strength - |g|)``.
+        With ``M = metric_scale`` at depth 2: ``(size - M/2)_+ + M/2 ln(min(size, M/2) / tol)``, ``tol = SNAP M``.  At
+        depth D, with ``m = D size**(2(D-1)/D)`` and the knee k where ``m = M``:
+        ``(m - M)_+ / (2(D-1)) + M/D ln(min(size, k) / tol)``; without the time scale ``ln(size / tol) / D``.  Holds
+        once ``c << size``; against a gradient ``g`` (depth 2) multiply by ``strength / (strength - |g|)``.
         """
         depth = self.depth
         tol = SNAP * weight_scale(metric_scale, depth)

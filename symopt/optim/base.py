@@ -247,8 +247,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
             c, scale = constraint.start(w, group["imbalance"], groups)
             if not bool(scale > 0):
                 raise ValueError(
-                    f"{self._names[p]} is zero everywhere, and without imbalance zeros are permanent, so it could never "
-                    "train; give the optimizer imbalance > 0 (depth 2 or the free gauge), or initialise the weight"
+                    f"{self._names[p]} is zero everywhere, and without imbalance zeros are permanent, so it could "
+                    "never train; give the optimizer imbalance > 0 (depth 2 or the free gauge), or initialise the weight"
                 )
             state["imbalance"], state["metric_scale"] = c, scale
         if constraint.carries_factors:
