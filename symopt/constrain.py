@@ -14,7 +14,7 @@ from torch import nn
 from symopt import annotation
 from symopt.annotation import ATTRIBUTE, Annotation, Guard
 from symopt.constraints import Composed, Constraint, GroupSparse
-from symopt.explicit import INITS, attach, detach, explicit
+from symopt.explicit import attach, check_init, detach, explicit
 
 __all__ = ["constrain", "constraints", "free", "param_groups", "release"]
 
@@ -26,13 +26,13 @@ Bind = Callable[[nn.Module, list[tuple[nn.Module, str, Constraint]]], None]
 
 
 @overload
-def constrain(target: M, patterns: Patterns, *, mode: str = ..., init: str = ...) -> M: ...
+def constrain(target: M, patterns: Patterns, *, mode: str = ..., init: str | float = ...) -> M: ...
 @overload
-def constrain(target: Patterns, *, mode: str = ..., init: str = ...) -> Callable[[T], T]: ...
+def constrain(target: Patterns, *, mode: str = ..., init: str | float = ...) -> Callable[[T], T]: ...
 
 
 def constrain(
-    target: Any, patterns: Patterns | None = None, *, mode: str = "optimizer", init: str = "imbalanced"
+    target: Any, patterns: Patterns | None = None, *, mode: str = "optimizer", init: str | float = "imbalanced"
 ) -> Any:
     """Write down which parameters of a module obey which constraint.
 
@@ -58,6 +58,7 @@ def constrain(
             - ``"imbalanced"`` keeps the weight; ``u**2 - v**2`` is its root mean square, so signs may still change.
             - ``"balanced"`` keeps the weight; all factors are equal in size, which locks signs and makes zeros
               permanent.
+            - a number >= 0 keeps the weight; it is ``u**2 - v**2`` (1 in PILoT, Jacobs & Burkholz, 2025).
             - ``"gates"`` keeps the weight; it is one factor and all others are 1 (D-Gating, Kolb et al., 2025).
             - ``"independent"`` replaces the weight: one factor is the old weight, the others are fresh draws of its
               standard deviation (spred, Ziyin & Wang, 2023), which makes weights small.
@@ -85,8 +86,7 @@ def constrain(
     """
     if mode not in ("optimizer", "explicit"):
         raise ValueError(f"constrain: mode must be 'optimizer' or 'explicit', got {mode!r}")
-    if init not in INITS:
-        raise ValueError(f"constrain: init must be one of {', '.join(map(repr, INITS))}, got {init!r}")
+    check_init(init)
     bind: Bind = _annotate if mode == "optimizer" else functools.partial(_factorise, init)
     if isinstance(target, nn.Module):
         if patterns is None:
@@ -295,7 +295,7 @@ def _annotate(module: nn.Module, bound: list[tuple[nn.Module, str, Constraint]])
     _watch(module)
 
 
-def _factorise(init: str, module: nn.Module, bound: list[tuple[nn.Module, str, Constraint]]) -> None:
+def _factorise(init: str | float, module: nn.Module, bound: list[tuple[nn.Module, str, Constraint]]) -> None:
     tensors = [id(sub._parameters[name]) for sub, name, _ in bound]
     for tensor, (_, name, _) in zip(tensors, bound, strict=True):
         if tensors.count(tensor) > 1:

@@ -16,8 +16,9 @@ from torch.nn.utils import parametrize
 
 from symopt.annotation import Factored
 from symopt.constraints import Constraint
+from symopt.constraints.base import check_number
 
-__all__ = ["INITS", "Explicit", "attach", "detach", "plain_state_dict"]
+__all__ = ["INITS", "Explicit", "attach", "check_init", "detach", "explicit", "plain_state_dict"]
 
 INITS = ("imbalanced", "balanced", "gates", "independent", "matched")
 
@@ -47,12 +48,11 @@ class Explicit(nn.Module):
     Args:
         constraint: gives ``compose``, ``split`` and ``pullback``.
         init: how a weight becomes factors, see :func:`symopt.constrain`.
-        imbalance: of ``init="imbalanced"``, in units of the weight's root mean square.
     """
 
-    def __init__(self, constraint: Constraint, init: str = "imbalanced", imbalance: float = 1.0) -> None:
+    def __init__(self, constraint: Constraint, init: str | float = "imbalanced") -> None:
         super().__init__()
-        self.constraint, self.init, self.imbalance = constraint, init, imbalance
+        self.constraint, self.init = constraint, init
 
     def forward(self, *factors: Tensor) -> Tensor:
         """Factors -> effective weight."""
@@ -64,19 +64,29 @@ class Explicit(nn.Module):
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Effective weight -> factors; for inits that keep the weight, ``forward`` of the result is ``weight``."""
         weight = weight.detach()
-        return tuple(f.clone() for f in factors_of(self.constraint, weight, self.init, self.imbalance))
+        return tuple(f.clone() for f in factors_of(self.constraint, weight, self.init))
 
     def extra_repr(self) -> str:
         """The constraint and its init."""
         return f"{self.constraint}, init={self.init!r}"
 
 
-def factors_of(constraint: Constraint, weight: Tensor, init: str, imbalance: float = 1.0) -> tuple[Tensor, ...]:
-    """Factors of ``weight`` by one of :data:`INITS`."""
+def check_init(init: object) -> None:
+    """Raise unless ``init`` is one of :data:`INITS` or an imbalance >= 0."""
+    if isinstance(init, (int, float)) and not isinstance(init, bool):
+        check_number("constrain", "init", init)
+    elif init not in INITS:
+        raise ValueError(f"constrain: init must be a number >= 0 or one of {', '.join(map(repr, INITS))}, got {init!r}")
+
+
+def factors_of(constraint: Constraint, weight: Tensor, init: str | float) -> tuple[Tensor, ...]:
+    """Factors of ``weight`` by one of :data:`INITS`, or with the imbalance given as a number."""
+    if not isinstance(init, str):
+        return constraint.split(weight, float(init))
     if init == "balanced":
         return constraint.split(weight)
     if init == "imbalanced":
-        return constraint.split(weight, constraint.imbalance(weight, imbalance))
+        return constraint.split(weight, constraint.imbalance(weight, 1.0))
     balanced = constraint.split(weight)
     gates = balanced[:-1]
     if init == "gates":
@@ -114,7 +124,7 @@ _TRUNCATED_STD = math.sqrt(_second_moment(0.1, 2.0))
 # ------------------------------------------------------------------------------------- attaching to a module, and back
 
 
-def attach(module: nn.Module, name: str, constraint: Constraint, init: str) -> None:
+def attach(module: nn.Module, name: str, constraint: Constraint, init: str | float) -> None:
     """Register the parametrization on ``module.<name>``; a plain ``state_dict`` can still be loaded."""
     parametrize.register_parametrization(module, name, Explicit(constraint, init))
     factors = module.parametrizations[name]  # type: ignore[index]
@@ -158,8 +168,8 @@ class _Splitter:
         if plain is None:
             return
         (how,) = [p for name, _, p in explicit(module) if name == self.name]
-        init = how.init if how.init in ("balanced", "gates") else "imbalanced"  # the others would change the weight
-        for i, factor in enumerate(factors_of(how.constraint, plain, init, how.imbalance)):
+        init = "imbalanced" if how.init in ("independent", "matched") else how.init  # those would change the weight
+        for i, factor in enumerate(factors_of(how.constraint, plain, init)):
             state_dict[f"{prefix}parametrizations.{self.name}.original{i}"] = factor
 
 

@@ -248,7 +248,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
             if not bool(scale > 0):
                 raise ValueError(
                     f"{self._names[p]} is zero everywhere, and without imbalance zeros are permanent, so it could "
-                    "never train; give the optimizer imbalance > 0 (depth 2 or the free gauge), or initialise the weight"
+                    "never train; give the optimizer imbalance > 0 (depth 2 or gauge='free'), or initialise it"
                 )
             state["imbalance"], state["metric_scale"] = c, scale
         if constraint.carries_factors:
