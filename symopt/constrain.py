@@ -78,11 +78,11 @@ def constrain(
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
         >>> net = constrain(net, {"0.weight": GroupSparse("out"), "*.weight": Sparse(strength=0.2)})
         >>> constraints(net)
-        {'0.weight': GroupSparse(groups='out', strength=None), '2.weight': Sparse(strength=0.2)}
+        {'0.weight': GroupSparse(groups='out'), '2.weight': Sparse(strength=0.2)}
         >>> @constrain({"weight": Sparse()})
         ... class Block(torch.nn.Linear): ...
         >>> constraints(Block(2, 2))
-        {'weight': Sparse(strength=None)}
+        {'weight': Sparse()}
     """
     if mode not in ("optimizer", "explicit"):
         raise ValueError(f"constrain: mode must be 'optimizer' or 'explicit', got {mode!r}")

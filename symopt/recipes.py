@@ -17,6 +17,11 @@ from torch import nn
 from symopt.constrain import Patterns, constrain, param_groups
 from symopt.constraints import Constraint, GroupSparse, Sparse
 
+
+def _constant(progress: float) -> float:
+    return 1.0
+
+
 __all__ = ["Recipe", "d_gating", "deep_weight_factorization", "pilot", "spred"]
 
 
@@ -42,7 +47,7 @@ class Recipe:
     optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.SGD
     options: dict[str, Any] = field(default_factory=dict)
     """Of the optimizer, as published."""
-    strength_at: Callable[[float], float] = staticmethod(lambda progress: 1.0)
+    strength_at: Callable[[float], float] = _constant
     """Share of the strength in force after a share ``progress`` of training."""
 
     def constrain(self, module: nn.Module, *patterns: str) -> nn.Module:

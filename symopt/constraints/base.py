@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import fields
 from typing import ClassVar
 
 import torch
@@ -48,6 +49,12 @@ class Constraint(ABC):
 
     def __post_init__(self) -> None:
         check_number(type(self).__name__, "strength", self.strength)
+
+    def __repr__(self) -> str:
+        """The call that makes it: fields that differ from their defaults."""
+        given = [(f, getattr(self, f.name)) for f in fields(self)]  # type: ignore[arg-type]
+        shown = [f"{f.name}={value!r}" for f, value in given if value is not f.default]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     # -- geometry --------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ __all__ = ["Composed"]
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Composed(Constraint):
     """The sum of the penalties of ``parts``, with the zeros of every part exact: ``[Sparse(), GroupSparse("out")]``.
 

@@ -22,7 +22,7 @@ _BLOCK = re.compile(r"block:([1-9]\d*)x([1-9]\d*)")
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GroupSparse(Constraint):
     """Exact zeros of whole groups, by the rescaling symmetry of a gate, ``w_g = s_g d_g`` (``s -> a s, d -> d / a``).
 

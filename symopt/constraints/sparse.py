@@ -15,7 +15,7 @@ __all__ = ["Sparse"]
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sparse(Constraint):
     """Exact zeros, by the rescaling symmetry of ``w = u_1 * ... * u_D`` (``u_i -> a u_i, u_j -> u_j / a``).
 
