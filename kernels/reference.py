@@ -259,7 +259,7 @@ def group_deep(
 ) -> Tensor:
     """``w_g = s_1 ... s_{D-1} d_g`` with all ``|s_i| = ||d_g|| = ||w_g||**(1/D)`` (balanced fixed gauge):
 
-        w_g' = max(rho - <delta, w_g> / s**2, 0)**(D-1) (rho w_g - s**(2D-2) delta),   s = ||w_g||**(1/D).
+    w_g' = max(rho - <delta, w_g> / s**2, 0)**(D-1) (rho w_g - s**(2D-2) delta),   s = ||w_g||**(1/D).
     """
     norm = groups.sum(w * w).sqrt()
     s_sq = norm ** (2 / depth)
@@ -293,8 +293,11 @@ def sparse_free(
     w = product(new)
     if not saturated:
         return w, new
-    snapped = (w.abs() <= SNAP * weight_scale(metric_scale, len(new))) & (delta.abs() < decay)
-    light = torch.stack([u.abs() for u in new]).argmin(0)
+    magnitudes = torch.stack([u.abs() for u in new])
+    # Near zero it is the two smallest factors that decide: they feed each other through delta times all the others.
+    drive = delta.abs() * magnitudes.sort(0).values[2:].prod(0)
+    snapped = (w.abs() <= SNAP * weight_scale(metric_scale, len(new))) & (drive < decay)
+    light = magnitudes.argmin(0)
     new = tuple(torch.where(snapped & (light == i), 0.0, u) for i, u in enumerate(new))
     return torch.where(snapped, 0.0, w), new
 

@@ -24,8 +24,10 @@ The Lasso, to its optimum::
 Source: L. Ziyin, *Symmetry Induces Structure and Constraint of Learning*, ICML 2024, arXiv 2309.16932.
 """
 
+from symopt import recipes
 from symopt.constrain import constrain, constraints, param_groups, release
 from symopt.constraints import Constraint, GroupSparse, Sparse
+from symopt.explicit import plain_state_dict
 from symopt.fold import fold, resize
 from symopt.optim import SGD, Adam, AdamW
 from symopt.report import report
@@ -45,6 +47,8 @@ __all__ = [
     "constraints",
     "fold",
     "param_groups",
+    "plain_state_dict",
+    "recipes",
     "release",
     "report",
     "resize",

@@ -17,7 +17,18 @@ from torch import Tensor
 
 from symopt.constraints import Constraint
 
-__all__ = ["ATTRIBUTE", "Annotation", "Guard", "Owner", "constraints_by_parameter", "epoch", "forget", "register_owner"]
+__all__ = [
+    "ATTRIBUTE",
+    "Annotation",
+    "Factored",
+    "Guard",
+    "Owner",
+    "constraints_by_parameter",
+    "epoch",
+    "factors",
+    "forget",
+    "register_owner",
+]
 
 ATTRIBUTE = "_symopt_annotation"
 
@@ -31,6 +42,7 @@ class Owner(Protocol):
 
 
 _annotations: weakref.WeakSet[Annotation] = weakref.WeakSet()
+_factored: weakref.WeakSet[Factored] = weakref.WeakSet()
 _owners: weakref.WeakSet[Any] = weakref.WeakSet()
 _epoch = 0
 
@@ -60,6 +72,18 @@ class Annotation:
         """Name, the parameter of that name now (None if the module no longer has one), constraint."""
         for name, constraint in self.constraints.items():
             yield name, self.module._parameters.get(name), constraint
+
+
+class Factored:
+    """Marks the parameters of ``factors`` (a module) as factors of an explicit constraint, for as long as it lives."""
+
+    def __init__(self, factors: Any) -> None:
+        self.factors = factors
+        _factored.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _factored.add(self)
 
 
 class Guard:
@@ -98,6 +122,11 @@ def constraints_by_parameter() -> dict[int, tuple[str, Constraint]]:
         for name, param, constraint in annotation.parameters()
         if param is not None
     }
+
+
+def factors() -> set[int]:
+    """``id`` of every parameter that is a factor of an explicit constraint."""
+    return {id(p) for mark in _factored for p in mark.factors._parameters.values()}
 
 
 def epoch() -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from symopt import annotation
 from symopt.annotation import ATTRIBUTE, Annotation, Guard
 from symopt.constraints import Composed, Constraint, GroupSparse
+from symopt.explicit import attach, check_init, detach, explicit
 
 __all__ = ["constrain", "constraints", "free", "param_groups", "release"]
 
@@ -21,15 +22,18 @@ M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 Patterns = Mapping[str | tuple[str, ...], Constraint | list[Constraint] | None]
 Rows = list[tuple[tuple[str, ...], Constraint | None]]
+Bind = Callable[[nn.Module, list[tuple[nn.Module, str, Constraint]]], None]
 
 
 @overload
-def constrain(target: M, patterns: Patterns) -> M: ...
+def constrain(target: M, patterns: Patterns, *, mode: str = ..., init: str | float = ...) -> M: ...
 @overload
-def constrain(target: Patterns) -> Callable[[T], T]: ...
+def constrain(target: Patterns, *, mode: str = ..., init: str | float = ...) -> Callable[[T], T]: ...
 
 
-def constrain(target: Any, patterns: Patterns | None = None) -> Any:
+def constrain(
+    target: Any, patterns: Patterns | None = None, *, mode: str = "optimizer", init: str | float = "imbalanced"
+) -> Any:
     """Write down which parameters of a module obey which constraint.
 
     Nothing about the module changes: weights, ``state_dict`` keys, forward pass and memory stay as they are.  The
@@ -45,6 +49,22 @@ def constrain(target: Any, patterns: Patterns | None = None) -> Any:
             first match wins.  A pattern with a wildcard binds parameters of two or more dimensions only: a bias or
             normalisation scale must be named in full.
 
+        mode: ``"optimizer"`` (above), or ``"explicit"``: each constrained parameter becomes a torch parametrization
+            whose factors are ordinary Parameters, for any optimizer; :func:`param_groups` puts the strength on them as
+            ``weight_decay``.  Keys change (:func:`plain_state_dict` undoes that on saving, a plain ``state_dict``
+            still loads), memory grows by the factors, and symopt's own optimizers refuse such a module.
+        init: how explicit mode turns a weight into factors.
+
+            - ``"imbalanced"`` keeps the weight; ``u**2 - v**2`` is its root mean square, so signs may still change.
+            - ``"balanced"`` keeps the weight; all factors are equal in size, which locks signs and makes zeros
+              permanent.
+            - a number >= 0 keeps the weight; it is ``u**2 - v**2`` (1 in PILoT, Jacobs & Burkholz, 2025).
+            - ``"gates"`` keeps the weight; it is one factor and all others are 1 (D-Gating, Kolb et al., 2025).
+            - ``"independent"`` replaces the weight: one factor is the old weight, the others are fresh draws of its
+              standard deviation (spred, Ziyin & Wang, 2023), which makes weights small.
+            - ``"matched"`` replaces the weight: D draws of standard deviation ``std(w)**(1/D)``, truncated to .1 to 2
+              of theirs, so that products keep the weight's variance (after Kolb et al., 2025, for depth >= 3).
+
     Raises:
         TypeError: for a target that is no module, a value that is no constraint, integer or complex parameters.
         ValueError: for a pattern that binds nothing, a weight constrained twice, frozen, empty, 0-dim or with NaN or
@@ -58,19 +78,23 @@ def constrain(target: Any, patterns: Patterns | None = None) -> Any:
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
         >>> net = constrain(net, {"0.weight": GroupSparse("out"), "*.weight": Sparse(strength=0.2)})
         >>> constraints(net)
-        {'0.weight': GroupSparse(groups='out', strength=None), '2.weight': Sparse(strength=0.2)}
+        {'0.weight': GroupSparse(groups='out'), '2.weight': Sparse(strength=0.2)}
         >>> @constrain({"weight": Sparse()})
         ... class Block(torch.nn.Linear): ...
         >>> constraints(Block(2, 2))
-        {'weight': Sparse(strength=None)}
+        {'weight': Sparse()}
     """
+    if mode not in ("optimizer", "explicit"):
+        raise ValueError(f"constrain: mode must be 'optimizer' or 'explicit', got {mode!r}")
+    check_init(init)
+    bind: Bind = _annotate if mode == "optimizer" else functools.partial(_factorise, init)
     if isinstance(target, nn.Module):
         if patterns is None:
             raise TypeError("constrain: give the patterns too, constrain(module, {'*.weight': Sparse()})")
-        _apply(target, _checked(patterns))
+        _apply(target, _checked(patterns), bind)
         return target
     if patterns is None and isinstance(target, Mapping):
-        return functools.partial(_decorate, _checked(target))
+        return functools.partial(_decorate, _checked(target), bind)
     raise TypeError(f"constrain: expected a torch.nn.Module or a mapping of patterns, got {type(target).__name__}")
 
 
@@ -98,6 +122,7 @@ def release(module: M) -> M:
         for key, hook in list(sub._forward_pre_hooks.items()):
             if isinstance(hook, Guard):
                 del sub._forward_pre_hooks[key]
+        detach(sub)
     return module
 
 
@@ -107,20 +132,23 @@ def constraints(module: nn.Module) -> dict[str, Constraint]:
     Raises:
         TypeError: if ``module`` is no Module.
     """
-    return {name: constraint for name, _, constraint in _annotated(_module("constraints", module))}
+    rows = [*_annotated(_module("constraints", module)), *_explicit(module)]
+    return {name: constraint for name, _, constraint in rows}
 
 
 def free(module: nn.Module) -> list[str]:
     """Names of the parameters of ``module`` that no constraint binds."""
     bound = {id(param) for _, param, _ in _annotated(_module("free", module))}
+    bound |= {id(factor) for _, holder, _ in _explicit(module) for factor in holder.parameters(recurse=False)}
     return [name for name, p in module.named_parameters() if id(p) not in bound]
 
 
 def param_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Param groups for any symopt optimizer: one per distinct constraint, one for the rest.
+    """Param groups of a constrained module: one per distinct constraint, and one for the rest, which comes last.
 
-    Each group of constrained parameters has its own ``"strength"`` (None means the constraint's own), which a scheduler
-    may change; the group of the rest comes last.
+    For symopt's optimizers each group of constrained parameters has its own ``"strength"`` (None means the
+    constraint's own), which a scheduler may change.  In explicit mode the groups are for any optimizer: factors get
+    ``weight_decay = strength`` (the coupled default if None), the rest keeps the optimizer's own.
 
     Raises:
         TypeError: if ``module`` is no Module.
@@ -130,14 +158,27 @@ def param_groups(module: nn.Module) -> list[dict[str, Any]]:
         >>> net = symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Sparse(strength=0.3)})
         >>> [(len(g["params"]), g["strength"]) for g in symopt.param_groups(net)]
         [(1, 0.3), (1, None)]
+        >>> net = symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Sparse(strength=0.3)}, mode="explicit")
+        >>> [(len(g["params"]), g.get("weight_decay")) for g in symopt.param_groups(net)]
+        [(2, 0.3), (1, None)]
     """
-    by_constraint: dict[Constraint | None, list[tuple[str, nn.Parameter]]] = {}
     of = {id(param): constraint for _, param, constraint in _annotated(_module("param_groups", module))}
+    factors = {id(p): c for _, holder, c in _explicit(module) for p in holder.parameters(recurse=False)}
+    by_constraint: dict[tuple[Constraint | None, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, p in module.named_parameters():
-        by_constraint.setdefault(of.get(id(p)), []).append((name, p))
-    rest = by_constraint.pop(None, [])
-    groups = [{"params": named, "strength": c.strength} for c, named in by_constraint.items() if c is not None]
-    return groups + ([{"params": rest, "strength": None}] if rest else [])
+        key = (factors[id(p)], True) if id(p) in factors else (of.get(id(p)), False)
+        by_constraint.setdefault(key, []).append((name, p))
+    rest = by_constraint.pop((None, False), [])
+    groups: list[dict[str, Any]] = []
+    for (constraint, explicitly), named in by_constraint.items():
+        assert constraint is not None
+        own = constraint.strength
+        if explicitly and own is None:
+            own = constraint.default_strength(decoupled=False)
+        groups.append({"params": named, "weight_decay" if explicitly else "strength": own})
+    if rest:
+        groups.append({"params": rest} if factors else {"params": rest, "strength": None})
+    return groups
 
 
 # ------------------------------------------------------------------------------------------------------------ binding
@@ -154,6 +195,13 @@ def _annotated(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None, Co
         found = sub.__dict__.get(ATTRIBUTE)
         for name, param, constraint in found.parameters() if found else ():
             yield f"{prefix}.{name}" if prefix else name, param, constraint
+
+
+def _explicit(module: nn.Module) -> Iterator[tuple[str, nn.Module, Constraint]]:
+    """Qualified name, the module that holds the factors, constraint."""
+    for prefix, sub in module.named_modules():
+        for name, holder, how in explicit(sub):
+            yield f"{prefix}.{name}" if prefix else name, holder, how.constraint
 
 
 def _checked(patterns: Any) -> Rows:
@@ -175,14 +223,14 @@ def _checked(patterns: Any) -> Rows:
     return rows
 
 
-def _decorate(rows: Rows, target: Any) -> Any:
+def _decorate(rows: Rows, bind: Bind, target: Any) -> Any:
     if isinstance(target, type) and issubclass(target, nn.Module):
         original = target.__init__
 
         @functools.wraps(original)
         def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
-            _apply(self, rows)
+            _apply(self, rows, bind)
 
         target.__init__ = __init__  # type: ignore[method-assign]
         return target
@@ -193,7 +241,7 @@ def _decorate(rows: Rows, target: Any) -> Any:
             module = target(*args, **kwargs)
             if not isinstance(module, nn.Module):
                 raise TypeError(f"constrain: {target.__name__} must return a Module, got {type(module).__name__}")
-            _apply(module, rows)
+            _apply(module, rows, bind)
             return module
 
         return factory
@@ -203,7 +251,7 @@ def _decorate(rows: Rows, target: Any) -> Any:
     )
 
 
-def _apply(module: nn.Module, rows: Rows) -> None:
+def _apply(module: nn.Module, rows: Rows, bind: Bind) -> None:
     """Match and check everything first, so that an error leaves the module as it was."""
     places: list[tuple[str, nn.Module, str, nn.Parameter]] = []
     for prefix, sub in module.named_modules():
@@ -233,14 +281,30 @@ def _apply(module: nn.Module, rows: Rows) -> None:
         for key, n in counts.items():
             if n == 0:
                 raise ValueError(_nothing(key, value, places))
+    if bound:
+        bind(module, bound)
+
+
+def _annotate(module: nn.Module, bound: list[tuple[nn.Module, str, Constraint]]) -> None:
     for sub, name, constraint in bound:
         found = sub.__dict__.get(ATTRIBUTE)
         if found is None:
             found = sub.__dict__[ATTRIBUTE] = Annotation(sub)
         found.set(name, constraint)
         _watch(sub)
-    if bound:
-        _watch(module)
+    _watch(module)
+
+
+def _factorise(init: str | float, module: nn.Module, bound: list[tuple[nn.Module, str, Constraint]]) -> None:
+    tensors = [id(sub._parameters[name]) for sub, name, _ in bound]
+    for tensor, (_, name, _) in zip(tensors, bound, strict=True):
+        if tensors.count(tensor) > 1:
+            raise ValueError(
+                f"constrain: {name} is one tensor under several names, which mode='explicit' cannot keep; use "
+                "mode='optimizer'"
+            )
+    for sub, name, constraint in bound:
+        attach(sub, name, constraint, init)
 
 
 def _watch(module: nn.Module) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import symopt
-from table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, ids
+from table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter, ids
 
 optimizers = pytest.mark.parametrize("row", OPTIMIZERS, ids=ids)
 SPARSE, GROUP = symopt.Sparse(0.3), symopt.GroupSparse("out", 0.3)
@@ -135,17 +135,11 @@ def test_decorated_modules_survive_copying(build: Callable[[], nn.Module]) -> No
 
 @pytest.mark.parametrize("bound", CONSTRAINTS, ids=ids)
 def test_every_constraint_can_be_pickled_and_compared(bound: ConstraintRow) -> None:
-    module = symopt.constrain(_with(bound), {"weight": bound.make(0.2)})
+    module = constrained_parameter(bound)
     opt = symopt.AdamW(module)
     for twin, other in (copy.deepcopy((module, opt)), pickle.loads(pickle.dumps((module, opt)))):
         assert symopt.constraints(twin) == symopt.constraints(module)
         assert bound_by(other) == bound_by(opt)
-
-
-def _with(bound: ConstraintRow) -> nn.Module:
-    module = nn.Module()
-    module.weight = nn.Parameter(torch.ones(bound.shape))
-    return module
 
 
 def test_a_callable_for_groups_is_called_once() -> None:

@@ -171,7 +171,7 @@ def test_group_lasso(name, seed):
 
 @pytest.mark.parametrize(
     ("cls", "options", "steps", "seed"),
-    [(symopt.SGD, {"lr": 0.1}, 1000, seed) for seed in SEEDS] + [(symopt.Adam, {"lr": 3e-2}, 4000, SEEDS[0])],
+    [(symopt.SGD, {"lr": 0.1}, 2500, seed) for seed in SEEDS] + [(symopt.Adam, {"lr": 3e-2}, 4000, SEEDS[0])],
     ids=[f"sgd-{seed}" for seed in SEEDS] + ["adam"],
 )
 @pytest.mark.parametrize("grouped", [False, True], ids=["sparse", "group"])

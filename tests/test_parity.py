@@ -615,8 +615,7 @@ def test_every_form_of_construction_binds_the_constraints(row: OptimizerRow, for
         opt = row.cls(forms(module)[how](), lr=row.lr, **row.options)
         if how == "add_param_group":
             opt.add_param_group({"params": module.bound1})
-            opt.add_param_group({"params": [("bound0", module.bound0), ("plain1", module.plain1)][0][1]})
-            opt.add_param_group({"params": [module.plain1, module.scalar, module.plain2]})
+            opt.add_param_group({"params": [module.plain1, module.bound0, module.scalar, module.plain2]})
         assert {name: c for _, _, name, c in opt.constrained()} == symopt.constraints(module)
         for t in range(STEPS):
             set_gradients(dict(module.named_parameters()), t)

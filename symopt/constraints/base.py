@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from symopt_kernels.reference import SNAP, Groups
+from symopt_kernels.reference import SNAP, Groups, weight_scale
 
 __all__ = ["Constraint", "Factors"]
 
@@ -40,8 +41,20 @@ class Constraint(ABC):
     strength: float | None
     """Decay of the factors; None is :meth:`default_strength`."""
 
+    depth: int = 2
+    """Number of factors of a weight."""
+
+    carries_factors: ClassVar[bool] = False
+    """Whether the factors themselves are optimizer state (free gauge)."""
+
     def __post_init__(self) -> None:
         check_number(type(self).__name__, "strength", self.strength)
+
+    def __repr__(self) -> str:
+        """The call that makes it: fields that differ from their defaults."""
+        given = [(f, getattr(self, f.name)) for f in fields(self)]  # type: ignore[arg-type]
+        shown = [f"{f.name}={value!r}" for f, value in given if value is not f.default]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     # -- geometry --------------------------------------------------------------------------------------------------
 
@@ -112,31 +125,47 @@ class Constraint(ABC):
         small = live[live <= 1e-3 * live.square().mean().sqrt()]
         return (small.square().sum() / total).sqrt()
 
-    def start(self, w: Tensor, imbalance: float, groups: Groups | None = None) -> tuple[Tensor, Tensor]:
-        """Initial ``imbalance`` c and ``metric_scale`` (rms of ``sqrt(c**2 + 4 size**2)``) of a weight.
+    def imbalance(self, w: Tensor, relative: float, groups: Groups | None = None) -> Tensor:
+        """Initial imbalance c of factors, ``relative * rms(size)**(2/depth)``.
 
-        ``imbalance`` is in units of the root mean square of ``size``; an all-zero tensor takes ``1/sqrt(fan_in)`` per
-        weight instead, because with c = 0 its zeros would never move.
+        An all-zero tensor takes ``1/sqrt(fan_in)`` per weight for the size, because with c = 0 it would never move.
         """
         size = self.size(w, groups)
-        rms = size.square().mean().sqrt()
         fan_in = max(1, w.numel() // w.shape[0])
-        fallback = math.sqrt(w.numel() / (size.numel() * fan_in))
-        c = imbalance * torch.where(rms > 0, rms, fallback)
-        return c, (c * c + 4 * rms * rms).sqrt()
+        rms = size.square().mean().sqrt()
+        typical = torch.where(rms > 0, rms, math.sqrt(w.numel() / (size.numel() * fan_in)))
+        return relative * typical ** (2 / self.depth)
+
+    def start(self, w: Tensor, relative: float, groups: Groups | None = None) -> tuple[Tensor, Tensor]:
+        """Initial ``imbalance`` c and ``metric_scale`` (root mean square of the metric over the units) of a weight."""
+        size = self.size(w, groups)
+        if self.depth > 2:  # the balanced gauge has no imbalance
+            metric = self.depth * size ** (2 * (self.depth - 1) / self.depth)
+            return torch.zeros_like(metric[0]), metric.square().mean().sqrt()
+        c = self.imbalance(w, relative, groups)
+        return c, (c * c + 4 * size.square().mean()).sqrt()
+
+    def advance(
+        self, factors: Factors, delta: Tensor, decay: Tensor | float, metric_scale: Tensor, *, saturated: bool = True
+    ) -> tuple[Tensor, Factors]:
+        """The step of a constraint that ``carries_factors``: returns ``w', factors'``."""
+        raise TypeError(f"{self} has no factors to carry")
 
     def collapse(self, size: Tensor, metric_scale: Tensor, *, saturated: bool = True) -> Tensor:
         """``strength * sum(lr) * gain`` that a unit of this size needs to reach exact zero at zero gradient.
 
-        ``(size - M/2)_+ + M/2 ln(min(size, M/2) / tol)`` with ``M = metric_scale`` and ``tol = SNAP M``; without the
-        time scale ``ln(size / tol) / 2``.  Holds once ``c << size``; against a gradient ``g`` multiply by
-        ``strength / (strength - |g|)``.
+        With ``M = metric_scale`` at depth 2: ``(size - M/2)_+ + M/2 ln(min(size, M/2) / tol)``, ``tol = SNAP M``.  At
+        depth D, with ``m = D size**(2(D-1)/D)`` and the knee k where ``m = M``:
+        ``(m - M)_+ / (2(D-1)) + M/D ln(min(size, k) / tol)``; without the time scale ``ln(size / tol) / D``.  Holds
+        once ``c << size``; against a gradient ``g`` (depth 2) multiply by ``strength / (strength - |g|)``.
         """
-        tol = SNAP * metric_scale
+        depth = self.depth
+        tol = SNAP * weight_scale(metric_scale, depth)
         if not saturated:
-            return (size / tol).clamp(min=1).log() / 2
-        half = metric_scale / 2
-        return (size - half).clamp(min=0) + half * (torch.minimum(size, half) / tol).clamp(min=1).log()
+            return (size / tol).clamp(min=1).log() / depth
+        far = (depth * size ** (2 * (depth - 1) / depth) - metric_scale).clamp(min=0) / (2 * (depth - 1))
+        knee = torch.minimum(size, weight_scale(metric_scale, depth) / 2)
+        return far + metric_scale / depth * (knee / tol).clamp(min=1).log()
 
 
 def _real(w: Tensor) -> torch.dtype:
@@ -151,3 +180,28 @@ def check_number(owner: str, field: str, value: object) -> None:
         raise TypeError(f"{owner}: {field} must be a number or None, got {type(value).__name__}")
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{owner}: {field} must be finite and >= 0, got {value}")
+
+
+def check_depth(owner: str, depth: object) -> None:
+    """Raise unless ``depth`` is an integer >= 2."""
+    if isinstance(depth, bool) or not isinstance(depth, int):
+        raise TypeError(f"{owner}: depth must be an integer, got {type(depth).__name__}")
+    if depth < 2:
+        raise ValueError(f"{owner}: depth must be >= 2 (one factor has no symmetry), got {depth}")
+
+
+def heavy_factor(size: Tensor, imbalance: Tensor | float, depth: int) -> Tensor:
+    """The factor ``s`` of a weight ``s**(depth-1) * d`` in the gauge ``s**2 - |d|**2 = imbalance``."""
+    if depth == 2:
+        return ((imbalance + (imbalance**2 + 4 * size * size).sqrt()) / 2).sqrt()
+    x = imbalance + size ** (2 / depth)
+    for _ in range(64):  # Newton on x**(D-1) (x - c) = size**2; convex and started on the right, so monotone
+        slope = x ** (depth - 2) * (depth * x - (depth - 1) * imbalance)
+        x = x - (x ** (depth - 1) * (x - imbalance) - size * size) / slope.clamp(min=torch.finfo(size.dtype).tiny)
+    return x.clamp(min=0).sqrt()
+
+
+def light_factor(w: Tensor, heavy: Tensor, depth: int) -> Tensor:
+    """The rest of ``w`` once ``depth - 1`` factors are ``heavy``; 0 where they are."""
+    power = heavy ** (depth - 1)
+    return torch.where(power > 0, w / power.clamp(min=torch.finfo(w.dtype).tiny), 0.0)

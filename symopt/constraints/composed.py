@@ -18,7 +18,7 @@ __all__ = ["Composed"]
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Composed(Constraint):
     """The sum of the penalties of ``parts``, with the zeros of every part exact: ``[Sparse(), GroupSparse("out")]``.
 
@@ -47,6 +47,8 @@ class Composed(Constraint):
         for part in self.parts:
             if not isinstance(part, (Sparse, GroupSparse)):
                 raise TypeError(f"a list may hold Sparse and GroupSparse constraints, got {part!r}")
+            if part.depth != 2 or part.carries_factors:
+                raise ValueError(f"a list may hold constraints of depth 2 in the fixed gauge, got {part!r}")
             if isinstance(part, GroupSparse) and not isinstance(part.groups, str):
                 raise ValueError("in a list, GroupSparse takes named groups ('out', 'in', 'head:<n>', 'block:<r>x<c>')")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
-from symopt.constraints.base import Constraint, Factors
+from symopt.constraints.base import Constraint, Factors, check_depth, heavy_factor
 from symopt_kernels import reference
 from symopt_kernels.reference import Groups
 
@@ -22,11 +22,12 @@ _BLOCK = re.compile(r"block:([1-9]\d*)x([1-9]\d*)")
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GroupSparse(Constraint):
     """Exact zeros of whole groups, by the rescaling symmetry of a gate, ``w_g = s_g d_g`` (``s -> a s, d -> d / a``).
 
-    Weight decay kappa on gate and direction charges ``kappa * sum_g ||w_g||_2``.
+    Weight decay kappa on gate and direction charges ``kappa * sum_g ||w_g||_2``; with D - 1 gates (depth D),
+    ``w_g = s_1 ... s_{D-1} d_g``, it charges ``kappa * D/2 * sum_g ||w_g||_2**(2/D)``.
 
     Args:
         groups: which weights belong together; every weight is in exactly one group.
@@ -41,11 +42,12 @@ class GroupSparse(Constraint):
         strength: kappa, as in :class:`symopt.Sparse`.  With ``AdamW`` it counts per coordinate, whatever the group's
             size: a group dies while ``||E m / rms|| < strength * sqrt(size)``.  Defaults: 0.06 with AdamW, 1e-4 with
             SGD and Adam.
+        depth: number D >= 2 of factors; above 2 balanced, which makes every zero permanent.
 
     Raises:
         TypeError, ValueError: for an unknown ``groups``, one that does not fit the weight, or a bad ``strength``.
 
-    Source: D-Gating (Kolb et al., NeurIPS 2025), depth 2; the symmetry: Ziyin, ICML 2024 (arXiv 2309.16932),
+    Source: D-Gating (Kolb et al., NeurIPS 2025), the symmetry: Ziyin, ICML 2024 (arXiv 2309.16932),
     Section 4.
 
     Example:
@@ -62,9 +64,11 @@ class GroupSparse(Constraint):
 
     groups: str | Tensor | Callable[[Tensor], Tensor]
     strength: float | None = None
+    depth: int = field(default=2, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_depth("GroupSparse", self.depth)
         groups = self.groups
         if isinstance(groups, str):
             if groups not in ("out", "in") and not _HEAD.fullmatch(groups) and not _BLOCK.fullmatch(groups):
@@ -81,14 +85,14 @@ class GroupSparse(Constraint):
             )
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, GroupSparse) or self.strength != other.strength:
+        if not isinstance(other, GroupSparse) or (self.strength, self.depth) != (other.strength, other.depth):
             return False
         if isinstance(self.groups, Tensor) and isinstance(other.groups, Tensor):
             return torch.equal(self.groups, other.groups)
         return type(self.groups) is type(other.groups) and self.groups == other.groups
 
     def __hash__(self) -> int:
-        return hash((self.strength, self.groups if isinstance(self.groups, str) else None))
+        return hash((self.strength, self.depth, self.groups if isinstance(self.groups, str) else None))
 
     def bind(self, name: str, w: Tensor) -> Constraint:
         index = self.index(w, name)
@@ -151,23 +155,26 @@ class GroupSparse(Constraint):
         return (rows // r, r, shape[1] // c, c, math.prod(shape[2:])), (1, 3, 4)
 
     def compose(self, factors: Factors) -> Tensor:
-        gate, direction = factors
-        return self.partition(direction).scale(gate, direction)
+        *gates, direction = factors
+        return self.partition(direction).scale(reference.product(tuple(gates)), direction)
 
     def split(self, w: Tensor, imbalance: Tensor | float = 0.0) -> Factors:
         groups = self.partition(w)
-        gate = ((imbalance + (imbalance**2 + 4 * groups.sum(w * w)).sqrt()) / 2).sqrt()
-        inverse = torch.where(gate > 0, 1 / gate.clamp(min=torch.finfo(w.dtype).tiny), 0.0)
-        return gate, groups.scale(inverse, w)
+        gate = heavy_factor(groups.sum(w * w).sqrt(), imbalance, self.depth)
+        power = gate ** (self.depth - 1)
+        inverse = torch.where(power > 0, 1 / power.clamp(min=torch.finfo(w.dtype).tiny), 0.0)
+        return (gate,) * (self.depth - 1) + (groups.scale(inverse, w),)
 
     def pullback(self, factors: Factors, grad: Tensor) -> Factors:
-        gate, direction = factors
+        *gates, direction = factors
         groups = self.partition(direction)
-        return groups.sum(grad * direction), groups.scale(gate, grad)
+        inner = groups.sum(grad * direction)
+        rest = (inner * r for r in reference.partial_products(tuple(gates))) if len(gates) > 1 else (inner,)
+        return (*rest, groups.scale(reference.product(tuple(gates)), grad))
 
     def mirror(self, factors: Factors) -> Factors:
-        gate, direction = factors
-        return -gate, -direction
+        gate, *others, direction = factors
+        return (-gate, *others, -direction)
 
     def retract(
         self,
@@ -181,10 +188,12 @@ class GroupSparse(Constraint):
         saturated: bool = True,
     ) -> Tensor:
         groups = groups or self.partition(w)
+        if self.depth > 2:
+            return reference.group_deep(w, delta, decay, metric_scale, groups, self.depth, saturated=saturated)
         return reference.group(w, delta, decay, imbalance, metric_scale, groups, saturated=saturated)
 
     def penalty(self, w: Tensor) -> Tensor:
-        return self.size(w).sum()
+        return self.depth / 2 * (self.size(w) ** (2 / self.depth)).sum()
 
     def size(self, w: Tensor, groups: Groups | None = None) -> Tensor:
         return (groups or self.partition(w)).sum(w * w).sqrt()

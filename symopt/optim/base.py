@@ -89,9 +89,15 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
     def _bind(self) -> None:
         """Look every parameter up again; those a module no longer vouches for keep what they had."""
         found, known = annotation.constraints_by_parameter(), self._bound
-        self._bound = {}
+        self._bound, factors = {}, annotation.factors()
         for group in self.param_groups:
             for p in group["params"]:
+                if id(p) in factors:
+                    raise ValueError(
+                        f"{type(self).__name__}: the parameters hold factors of an explicit constraint, which this "
+                        "optimizer would constrain twice; use torch.optim with symopt.param_groups(model), or "
+                        "constrain(..., mode='optimizer')"
+                    )
                 name, constraint = found.get(id(p), (self._names.get(p, "a parameter"), known.get(p)))
                 self._bound[p], self._names[p] = constraint, name
                 if constraint is not None:
@@ -198,6 +204,13 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         charge = constraint.charge(w, decoupled=self.decoupled(group))
         delta, decay = group["lr"] * update, group["lr"] * self.strength(group, constraint) * gain * charge
         c, scale = state["imbalance"], state["metric_scale"]
+        if constraint.carries_factors:
+            factors = tuple(state[f"factor_{i}"] for i in range(constraint.depth))
+            new, moved = constraint.advance(factors, delta, decay, scale, saturated=saturated)
+            for factor, value in zip(factors, moved, strict=True):
+                factor.copy_(value)
+            p.copy_(new)
+            return
         w.copy_(constraint.retract(w, delta, decay, c, scale, groups, saturated=saturated))
         if w is not p:
             p.copy_(w)
@@ -219,7 +232,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         for key, value in state.items():
             if isinstance(value, Tensor) and value.is_floating_point() and key != "step" and value.dtype != dtype:
                 state[key] = value.to(dtype)
-        if p.dtype != dtype:
+        if p.dtype != dtype and not constraint.carries_factors:
             # Half precision cannot hold the small shrink of a step: without an fp32 copy weights would stop short of
             # zero.  Wherever the weight was changed from outside, it and not the copy is right.
             master = state.get("master")
@@ -234,12 +247,27 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
             c, scale = constraint.start(w, group["imbalance"], groups)
             if not bool(scale > 0):
                 raise ValueError(
-                    f"{self._names[p]} is zero everywhere and imbalance=0 makes zeros permanent, so it could never "
-                    "train; give the optimizer imbalance > 0 or initialise the weight"
+                    f"{self._names[p]} is zero everywhere, and without imbalance zeros are permanent, so it could "
+                    "never train; give the optimizer imbalance > 0 (depth 2 or gauge='free'), or initialise it"
                 )
             state["imbalance"], state["metric_scale"] = c, scale
+        if constraint.carries_factors:
+            self._ready_factors(state, p, constraint)
         self._init_moments(group, state, p, groups)
         return state
+
+    def _ready_factors(self, state: dict[str, Any], p: Tensor, constraint: Constraint) -> None:
+        """Factors that compose to the weight; entries of it that were changed from outside are split anew."""
+        w, keys = p.detach().to(_math_dtype(p)), [f"factor_{i}" for i in range(constraint.depth)]
+        if any(key not in state for key in keys):
+            state.update(zip(keys, (f.clone() for f in constraint.split(w, state["imbalance"])), strict=True))
+            return
+        factors = tuple(state[key] for key in keys)
+        stale = constraint.compose(factors).to(p.dtype) != p
+        if bool(stale.any()):
+            fresh = constraint.split(w, state["imbalance"])
+            for factor, value in zip(factors, fresh, strict=True):
+                factor.copy_(torch.where(stale, value, factor))
 
     @abstractmethod
     def _init_moments(self, group: dict[str, Any], state: dict[str, Any], p: Tensor, groups: Groups | None) -> None:

@@ -1,0 +1,201 @@
+"""Explicit mode: the constraint as a torch parametrization whose factors are ordinary Parameters.
+
+The literal method, for any optimizer: ``weight`` becomes ``compose(factors)`` and weight decay on the factors is the
+strength.  It costs the memory of the factors and of the composed weight, and renames keys; the optimizers of this
+package need neither.  It is also the oracle they are tested against.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from symopt.annotation import Factored
+from symopt.constraints import Constraint
+from symopt.constraints.base import check_number
+
+__all__ = ["INITS", "Explicit", "attach", "check_init", "detach", "explicit", "plain_state_dict"]
+
+INITS = ("imbalanced", "balanced", "gates", "independent", "matched")
+
+
+class _Compose(torch.autograd.Function):
+    """``compose`` whose backward is ``pullback``: it saves the factors alone, never the weight or a partial product."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(constraint: Constraint, *factors: Tensor) -> Tensor:
+        return constraint.compose(factors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.constraint = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, *ctx.constraint.pullback(ctx.saved_tensors, grads[0])
+
+
+class Explicit(nn.Module):
+    """The parametrization that :func:`symopt.constrain` registers with ``mode="explicit"``.
+
+    Args:
+        constraint: gives ``compose``, ``split`` and ``pullback``.
+        init: how a weight becomes factors, see :func:`symopt.constrain`.
+    """
+
+    def __init__(self, constraint: Constraint, init: str | float = "imbalanced") -> None:
+        super().__init__()
+        self.constraint, self.init = constraint, init
+
+    def forward(self, *factors: Tensor) -> Tensor:
+        """Factors -> effective weight."""
+        if torch.compiler.is_compiling():
+            return self.constraint.compose(factors)  # the compiler fuses it, and breaks the graph at a Function
+        weight: Tensor = _Compose.apply(self.constraint, *factors)
+        return weight
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Effective weight -> factors; for inits that keep the weight, ``forward`` of the result is ``weight``."""
+        weight = weight.detach()
+        return tuple(f.clone() for f in factors_of(self.constraint, weight, self.init))
+
+    def extra_repr(self) -> str:
+        """The constraint and its init."""
+        return f"{self.constraint}, init={self.init!r}"
+
+
+def check_init(init: object) -> None:
+    """Raise unless ``init`` is one of :data:`INITS` or an imbalance >= 0."""
+    if isinstance(init, (int, float)) and not isinstance(init, bool):
+        check_number("constrain", "init", init)
+    elif init not in INITS:
+        raise ValueError(f"constrain: init must be a number >= 0 or one of {', '.join(map(repr, INITS))}, got {init!r}")
+
+
+def factors_of(constraint: Constraint, weight: Tensor, init: str | float) -> tuple[Tensor, ...]:
+    """Factors of ``weight`` by one of :data:`INITS`, or with the imbalance given as a number."""
+    if not isinstance(init, str):
+        return constraint.split(weight, float(init))
+    if init == "balanced":
+        return constraint.split(weight)
+    if init == "imbalanced":
+        return constraint.split(weight, constraint.imbalance(weight, 1.0))
+    balanced = constraint.split(weight)
+    gates = balanced[:-1]
+    if init == "gates":
+        return (*(torch.ones_like(g) for g in gates), weight.clone())
+    if init == "independent":
+        # Every factor has the law of the weight itself, as if each were a freshly initialised layer.
+        return (*(_redraw(g, weight.std()) for g in gates), weight.clone())
+    # "matched": the product has the weight's variance; truncation keeps both tails of the product in check.
+    depth = len(balanced)
+    root = weight.std() ** (1 / depth)
+    return tuple(_truncated(f, root) for f in balanced)
+
+
+def _redraw(like: Tensor, std: Tensor) -> Tensor:
+    return torch.randn_like(like) * std
+
+
+def _truncated(like: Tensor, std: Tensor) -> Tensor:
+    """Normal, magnitude between .1 and 2 standard deviations, then rescaled to the standard deviation asked for."""
+    lo, hi = (0.5 * (1 + math.erf(z / math.sqrt(2))) for z in (0.1, 2.0))
+    magnitude = torch.special.ndtri(lo + (hi - lo) * torch.rand_like(like))
+    signed = torch.where(torch.rand_like(like) < 0.5, -magnitude, magnitude)
+    return signed * (std / _TRUNCATED_STD)
+
+
+def _second_moment(a: float, b: float) -> float:
+    density = lambda z: math.exp(-z * z / 2) / math.sqrt(2 * math.pi)  # noqa: E731
+    mass = 0.5 * (math.erf(b / math.sqrt(2)) - math.erf(a / math.sqrt(2)))
+    return 1 - (b * density(b) - a * density(a)) / mass
+
+
+_TRUNCATED_STD = math.sqrt(_second_moment(0.1, 2.0))
+
+
+# ------------------------------------------------------------------------------------- attaching to a module, and back
+
+
+def attach(module: nn.Module, name: str, constraint: Constraint, init: str | float) -> None:
+    """Register the parametrization on ``module.<name>``; a plain ``state_dict`` can still be loaded."""
+    parametrize.register_parametrization(module, name, Explicit(constraint, init))
+    factors = module.parametrizations[name]  # type: ignore[index]
+    vars(factors)["_symopt_factored"] = Factored(factors)
+    module.register_load_state_dict_pre_hook(_Splitter(name))
+
+
+def detach(module: nn.Module) -> None:
+    """Replace every explicit constraint of ``module`` itself by a plain Parameter with the composed value."""
+    names = [name for name, _, _ in explicit(module)]
+    if names:
+        # torch keeps the property `weight` on the class it injected, which a deepcopy shares, and removing the
+        # parametrization of one would take it from the other.
+        shared = type(module)
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
+    for name in names:
+        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        hooks = module._load_state_dict_pre_hooks
+        for key, hook in list(hooks.items()):
+            inner = getattr(hook, "hook", hook)
+            if isinstance(inner, _Splitter) and inner.name == name:
+                del hooks[key]
+
+
+def explicit(module: nn.Module) -> list[tuple[str, nn.Module, Explicit]]:
+    """Name, holder of the factors and parametrization of every explicitly constrained tensor of ``module`` itself."""
+    chains = module._modules.get("parametrizations")
+    if not isinstance(chains, nn.ModuleDict):
+        return []
+    return [(name, chain, p) for name, chain in chains.items() for p in chain.children() if isinstance(p, Explicit)]
+
+
+class _Splitter:
+    """Load hook: turns the plain key ``weight`` of a ``state_dict`` into the keys of its factors."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        plain = state_dict.pop(prefix + self.name, None)
+        if plain is None:
+            return
+        (how,) = [p for name, _, p in explicit(module) if name == self.name]
+        init = "imbalanced" if how.init in ("independent", "matched") else how.init  # those would change the weight
+        for i, factor in enumerate(factors_of(how.constraint, plain, init)):
+            state_dict[f"{prefix}parametrizations.{self.name}.original{i}"] = factor
+
+
+def plain_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """``module.state_dict()`` with the keys and values it has without explicit constraints.
+
+    Each ``parametrizations.weight.original*`` becomes ``weight``, composed; everything else is as in torch.
+
+    Raises:
+        TypeError: if ``module`` is no Module.
+
+    Example:
+        >>> import torch, symopt
+        >>> net = symopt.constrain(torch.nn.Linear(3, 2), {"weight": symopt.Sparse()}, mode="explicit")
+        >>> sorted(net.state_dict())
+        ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
+        >>> sorted(symopt.plain_state_dict(net))
+        ['bias', 'weight']
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"plain_state_dict: expected a torch.nn.Module, got {type(module).__name__}")
+    state: dict[str, Tensor] = dict(module.state_dict())
+    for prefix, sub in module.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        for name, _, _ in explicit(sub):
+            for key in [k for k in state if k.startswith(f"{dot}parametrizations.{name}.")]:
+                del state[key]
+            state[dot + name] = getattr(sub, name).detach()
+    return state
