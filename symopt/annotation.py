@@ -53,10 +53,13 @@ class Annotation:
     def __init__(self, module: Any) -> None:
         self.module = module
         self.constraints: dict[str, Constraint] = {}
+        self.full: dict[str, str] = {}
+        """Names as seen from the module that was constrained, for messages."""
+        self.warned: set[str] = set()
         self._register()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, warned=set())  # a copy is another model
         self._register()
 
     def _register(self) -> None:
@@ -64,8 +67,8 @@ class Annotation:
         _epoch += 1
         _annotations.add(self)
 
-    def set(self, name: str, constraint: Constraint) -> None:
-        self.constraints[name] = constraint
+    def set(self, name: str, constraint: Constraint, full: str) -> None:
+        self.constraints[name], self.full[name] = constraint, full
         self._register()
 
     def parameters(self) -> Iterator[tuple[str, Tensor | None, Constraint]]:
@@ -90,20 +93,25 @@ class Guard:
     """Forward pre-hook: warns once if a constrained weight is being trained and no symopt optimizer owns it."""
 
     def __init__(self) -> None:
-        self.done = False
+        self.seen: tuple[Any, ...] = ()
 
     def __reduce__(self) -> tuple[type[Guard], tuple[()]]:
         return Guard, ()  # a copy of the module watches for itself
 
     def __call__(self, module: Any, args: Any) -> None:
-        if torch.compiler.is_compiling() or self.done or not module.training or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not module.training or not torch.is_grad_enabled():
             return
-        self.done = True
+        now = (_epoch, *map(id, _owners))  # looked at again only when a constraint or an optimizer came or went
+        if now == self.seen:
+            return
+        self.seen = now
         loose = []
         for prefix, sub in module.named_modules():
             annotation = sub.__dict__.get(ATTRIBUTE)
             for name, param, _ in annotation.parameters() if annotation else ():
-                if param is None or not any(owner.owns(param) for owner in _owners):
+                owned = param is not None and any(owner.owns(param) for owner in _owners)
+                if not owned and name not in annotation.warned:
+                    annotation.warned.add(name)
                     loose.append(f"{prefix}.{name}" if prefix else name)
         if loose:
             warnings.warn(
@@ -117,7 +125,7 @@ class Guard:
 def constraints_by_parameter() -> dict[int, tuple[str, Constraint]]:
     """``id(parameter) -> (name, constraint)`` for every annotated parameter alive."""
     return {
-        id(param): (name, constraint)
+        id(param): (annotation.full[name], constraint)
         for annotation in _annotations
         for name, param, constraint in annotation.parameters()
         if param is not None

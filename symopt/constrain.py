@@ -131,6 +131,11 @@ def constraints(module: nn.Module) -> dict[str, Constraint]:
 
     Raises:
         TypeError: if ``module`` is no Module.
+
+    Example:
+        >>> import torch, symopt
+        >>> symopt.constraints(symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Sparse(0.1)}))
+        {'weight': Sparse(strength=0.1)}
     """
     rows = [*_annotated(_module("constraints", module)), *_explicit(module)]
     return {name: constraint for name, _, constraint in rows}
@@ -286,11 +291,12 @@ def _apply(module: nn.Module, rows: Rows, bind: Bind) -> None:
 
 
 def _annotate(module: nn.Module, bound: list[tuple[nn.Module, str, Constraint]]) -> None:
+    names = {sub: f"{prefix}." if prefix else "" for prefix, sub in module.named_modules()}
     for sub, name, constraint in bound:
         found = sub.__dict__.get(ATTRIBUTE)
         if found is None:
             found = sub.__dict__[ATTRIBUTE] = Annotation(sub)
-        found.set(name, constraint)
+        found.set(name, constraint, names[sub] + name)
         _watch(sub)
     _watch(module)
 
@@ -335,7 +341,7 @@ def _nothing(key: str, value: Constraint | None, places: list[tuple[str, nn.Modu
             f"constrain: pattern {key!r} matches only parameters of fewer than two dimensions "
             f"({', '.join(small[:4])}); a wildcard does not bind those, name them in full"
         )
-    return f"constrain: pattern {key!r} binds nothing: earlier patterns already bind {', '.join(matched[:4])}"
+    return f"constrain: pattern {key!r} binds nothing: earlier patterns already bind {', '.join(matched[:4])}; put it first"
 
 
 def _check(full: str, sub: nn.Module, name: str, p: nn.Parameter, constraint: Constraint) -> Constraint:

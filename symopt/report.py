@@ -146,6 +146,8 @@ def report(
         >>> symopt.report(net).rows[0].live
         1
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
     if optimizer is not None and not isinstance(optimizer, ConstrainedOptimizer):
         raise TypeError(f"report: optimizer must be a symopt optimizer or None, got {type(optimizer).__name__}")
     named, bound = dict(model.named_parameters(remove_duplicate=False)), constraints(model)

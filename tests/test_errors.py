@@ -151,6 +151,65 @@ def test_constrain_refuses_and_leaves_the_module_alone(
     assert [dict(m._forward_pre_hooks) for m in module.modules()] == hooks
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "parts"),
+    [
+        ({"mode": "implicit"}, ValueError, ("mode", "'optimizer' or 'explicit'", "'implicit'")),
+        ({"mode": None}, ValueError, ("mode", "'optimizer' or 'explicit'", "None")),
+        ({"mode": "explicit", "init": "zeros"}, ValueError, ("init", "'imbalanced'", "'zeros'")),
+        ({"mode": "explicit", "init": -1.0}, ValueError, ("init", ">= 0", "-1")),
+        ({"mode": "explicit", "init": math.nan}, ValueError, ("init", "finite", "nan")),
+        ({"mode": "explicit", "init": True}, ValueError, ("init", "True")),
+        ({"mode": "explicit", "init": None}, ValueError, ("init", "None")),
+    ],
+    ids=str,
+)
+def test_constrain_refuses_other_modes_and_inits(
+    options: dict[str, Any], error: type[Exception], parts: tuple[str, ...]
+) -> None:
+    for call in (lambda: symopt.constrain(module, {"*": S()}, **options), lambda: symopt.constrain({"*": S()}, **options)):
+        module = net()
+        with pytest.raises(error) as caught:
+            call()
+        assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
+        assert not symopt.constraints(module) and "parametrizations" not in module[0]._modules
+
+
+@pytest.mark.parametrize(
+    ("build", "patterns", "parts"),
+    [
+        (tied, {"*": S()}, (".weight", "several names", "mode='optimizer'")),
+        (bound, {"0.weight": S()}, ("0.weight", "already constrained", "release")),
+        (lambda: symopt.constrain(net(), {"0.weight": S()}, mode="explicit"), {"0.weight": S()}, ("'0.weight'",)),
+        (lambda: spoiled(math.nan), {"2.weight": S()}, ("2.weight", "NaN", "initialise")),
+    ],
+    ids=["tied", "bound", "explicit already", "nan"],
+)
+def test_explicit_mode_refuses_and_leaves_the_module_alone(
+    build: Callable[[], nn.Module], patterns: Any, parts: tuple[str, ...]
+) -> None:
+    module = build()
+    keys, before = list(module.state_dict()), symopt.constraints(module)
+    with pytest.raises(ValueError, match="constrain: ") as caught:
+        symopt.constrain(module, patterns, mode="explicit")
+    assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
+    assert list(module.state_dict()) == keys and symopt.constraints(module) == before
+
+
+@pytest.mark.parametrize("row", OPTIMIZERS, ids=ids)
+def test_symopts_optimizers_refuse_explicit_modules(row: OptimizerRow) -> None:
+    module = symopt.constrain(net(), {"0.weight": S()}, mode="explicit")
+    fix = "explicit.*param_groups"
+    for params in (module, module.parameters(), symopt.param_groups(module)):
+        with pytest.raises(ValueError, match=fix):
+            row.cls(params, lr=row.lr, **row.options)
+    opt = row.cls(module[2], lr=row.lr, **row.options)
+    with pytest.raises(ValueError, match=fix):
+        opt.add_param_group({"params": list(module[0].parameters())})
+    assert len(opt.param_groups) == 1
+    row.torch_cls(symopt.param_groups(module), lr=row.lr, **row.options)
+
+
 class NotAModule:
     pass
 
@@ -193,7 +252,7 @@ PUBLIC: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     *(
         (f"{function.__name__}({type(bad).__name__})", lambda function=function, bad=bad: function(bad), TypeError,
          (function.__name__, "Module", type(bad).__name__))
-        for function in (symopt.release, symopt.constraints, symopt.param_groups, report, fold)
+        for function in (symopt.release, symopt.constraints, symopt.param_groups, symopt.plain_state_dict, report, fold)
         for bad in (None, 3, [net()], net().parameters())
     ),
     ("report, torch optimizer", lambda: report(net(), torch.optim.SGD(net().parameters())), TypeError,
@@ -220,6 +279,16 @@ PUBLIC: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = 
         for name, make in (("Sparse", S), ("GroupSparse", lambda k: G("out", k)))
         for bad, error in ((-0.1, ValueError), (math.nan, ValueError), (math.inf, ValueError), (True, TypeError),
                            ("0.1", TypeError), (1j, TypeError), (torch.tensor(0.1), TypeError))
+    ),
+    *(
+        (f"{name}(depth={bad!r})", lambda make=make, bad=bad: make(bad), error, (name, "depth", ">= 2"))
+        for name, make in (("Sparse", lambda d: S(depth=d)), ("GroupSparse", lambda d: G("out", depth=d)))
+        for bad, error in ((1, ValueError), (0, ValueError), (-2, ValueError), (2.0, TypeError), (True, TypeError),
+                           (None, TypeError), ("2", TypeError))
+    ),
+    *(
+        (f"Sparse(gauge={bad!r})", lambda bad=bad: S(gauge=bad), ValueError, ("Sparse", "gauge", "'fixed' or 'free'"))
+        for bad in ("frei", "", None, 1)
     ),
     *(
         (f"Anneal({type(bad()).__name__})", lambda bad=bad: symopt.Anneal(bad(), 10), TypeError,

@@ -17,10 +17,7 @@ __all__ = ["Adam", "AdamW"]
 
 
 class _AdamBase(ConstrainedOptimizer):
-    """Abstract: everything but the torch class behind it."""
-
-    def decoupled(self, group: dict[str, Any]) -> bool:
-        return bool(group["decoupled_weight_decay"])
+    """Abstract: everything but the torch class behind it and whether the strength is decoupled."""
 
     def gain(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> Tensor | float | None:
         groups, state = self.groups(p, constraint), self.state.get(p, {})
@@ -60,7 +57,7 @@ class _AdamBase(ConstrainedOptimizer):
         )
         for key, value in zip(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), moments, strict=True):
             if value is not None:
-                state[key].copy_(value)
+                self._update(group, state, key, value)
         return update, gain
 
     def _step_plain(self, group: dict[str, Any]) -> None:
@@ -131,6 +128,46 @@ class Adam(_AdamBase, torch.optim.Adam):
         ['exp_avg', 'exp_avg_sq', 'imbalance', 'metric_scale', 'step']
     """
 
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        strength: float | Tensor | None = None,
+        time_scale: str = "saturated",
+        imbalance: float = 1.0,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+            strength=strength,
+            time_scale=time_scale,
+            imbalance=imbalance,
+        )
+
+    def decoupled(self, group: dict[str, Any]) -> bool:
+        return bool(group["decoupled_weight_decay"])
+
 
 @final
 class AdamW(_AdamBase, torch.optim.AdamW):
@@ -164,3 +201,41 @@ class AdamW(_AdamBase, torch.optim.AdamW):
         >>> opt.state[net.weight]["exp_avg_sq"].shape
         torch.Size([2])
     """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        strength: float | Tensor | None = None,
+        time_scale: str = "saturated",
+        imbalance: float = 1.0,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            strength=strength,
+            time_scale=time_scale,
+            imbalance=imbalance,
+        )
+
+    def decoupled(self, group: dict[str, Any]) -> bool:
+        return True

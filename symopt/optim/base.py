@@ -7,7 +7,6 @@ optimizer is one file that says what its direction is.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +17,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from symopt import annotation
 from symopt.constraints import Constraint
+from symopt.constraints.base import check_number
 from symopt_kernels import reference
 from symopt_kernels.reference import Groups
 
@@ -31,6 +31,9 @@ _DEFAULTS: dict[str, Any] = {
     "imbalance_decay": None,
     "committed": False,
 }
+
+
+_OWN = ("imbalance", "metric_scale", "master", "group_index")
 
 
 class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
@@ -64,6 +67,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         self._bound: dict[Tensor, Constraint | None] = {}
         self._groups: dict[Tensor, Groups] = {}
         self._epoch = -1
+        self._loading: dict[str, Any] | None = None
         given = {**_DEFAULTS, "strength": strength, "time_scale": time_scale, "imbalance": imbalance}
         _check_group(given, type(self).__name__)
         if hasattr(params, "named_parameters"):
@@ -73,16 +77,21 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         for group in self.param_groups:
             for key, value in given.items():
                 group.setdefault(key, value)
-            _check_group(group, type(self).__name__)
         # GradScaler then unscales and skips itself; torch's fused path would hide found_inf from the constrained step.
         self._step_supports_amp_scaling = False
         self._bind()
         annotation.register_owner(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check_group(param_group, type(self).__name__)
+        if isinstance(param_group, dict):  # torch says what is wrong with anything else
+            _check_group(param_group, type(self).__name__)
         super().add_param_group(param_group)
-        self._epoch = -1
+        if self._epoch >= 0:  # not while torch's constructor adds the first groups
+            try:
+                self._bind()
+            except ValueError:
+                self.param_groups.pop()
+                raise
 
     # -- whose constraint is it ----------------------------------------------------------------------------------
 
@@ -119,8 +128,19 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         return any(param is p for group in self.param_groups for p in group["params"])
 
     def forget(self, param: Tensor) -> None:
-        """Treat ``param`` as unconstrained from now on (:func:`symopt.release` calls this)."""
-        self._bound.pop(param, None)
+        """Treat ``param`` as unconstrained from now on (:func:`symopt.release` calls this); moments stay."""
+        constraint = self._bound.pop(param, None)
+        if constraint is None or param not in self.state:
+            return
+        state = self.state[param]
+        per_weight = self._per_weight(param, constraint)
+        for key in [key for key in state if key in _OWN or key.startswith("factor_")]:
+            del state[key]
+        state.update(per_weight)
+        for key, value in state.items():
+            if key != "step" and isinstance(value, Tensor):
+                state[key] = value.to(param.dtype)
+        self._groups.pop(param, None)
 
     def constrained(self) -> Iterator[tuple[dict[str, Any], Tensor, str, Constraint]]:
         """Group, parameter, name and constraint of every constrained parameter."""
@@ -174,6 +194,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         plain = [p for p in group["params"] if self._constraint(p) is None]
         return super()._init_group({**group, "params": plain}, *lists, **kwargs)  # type: ignore[misc]
 
+    def _per_weight(self, p: Tensor, constraint: Constraint) -> dict[str, Tensor]:
+        """Second moments that a group shares, written out for every weight."""
+        groups = self.groups(p, constraint)
+        shared = [k for k in ("exp_avg_sq", "max_exp_avg_sq") if groups is not None and k in self.state[p]]
+        return {k: groups.expand(self.state[p][k]).reshape(p.shape).contiguous() for k in shared if groups}
+
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step, as ``torch.optim.Optimizer.step``."""
@@ -200,6 +226,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         state = self._ready(group, p, constraint)
         groups, saturated = self.groups(p, constraint), group["time_scale"] == "saturated"
         w, grad = state.get("master", p), grad.to(_math_dtype(p))
+        if group["differentiable"]:
+            w = w.clone()  # the step saves it for backward and then overwrites it
         update, gain = self._direction(group, state, w, -grad if group["maximize"] else grad, groups)
         charge = constraint.charge(w, decoupled=self.decoupled(group))
         delta, decay = group["lr"] * update, group["lr"] * self.strength(group, constraint) * gain * charge
@@ -207,18 +235,28 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         if constraint.carries_factors:
             factors = tuple(state[f"factor_{i}"] for i in range(constraint.depth))
             new, moved = constraint.advance(factors, delta, decay, scale, saturated=saturated)
-            for factor, value in zip(factors, moved, strict=True):
-                factor.copy_(value)
+            for i, value in enumerate(moved):
+                self._update(group, state, f"factor_{i}", value)
             p.copy_(new)
             return
-        w.copy_(constraint.retract(w, delta, decay, c, scale, groups, saturated=saturated))
-        if w is not p:
-            p.copy_(w)
+        new = constraint.retract(w, delta, decay, c, scale, groups, saturated=saturated)
+        p.copy_(new)
+        if "master" in state:
+            self._update(group, state, "master", new)
         if group["imbalance_decay"] is None:
-            c.copy_(reference.imbalance_law(c, decay, scale, constraint.size(w, groups), saturated=saturated))
+            c = reference.imbalance_law(c, decay, scale, constraint.size(new, groups), saturated=saturated)
         else:
-            new = c * group["imbalance_decay"]
-            c.copy_(torch.where(new <= reference.SNAP * scale, 0.0, new))
+            c = c * group["imbalance_decay"]
+            c = torch.where(c <= reference.SNAP * scale, 0.0, c)
+        self._update(group, state, "imbalance", c)
+
+    @staticmethod
+    def _update(group: dict[str, Any], state: dict[str, Any], key: str, value: Tensor) -> None:
+        """Write state in place, so that its address stays; out of place where a graph goes through the step."""
+        if group["differentiable"]:
+            state[key] = value
+        else:
+            state[key].copy_(value)
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -275,42 +313,54 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; second moments shared by a group are written out per weight, so torch.optim can load them."""
-        packed: dict[str, Any] = super().state_dict()
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, p in enumerate(params):
-            constraint = self._constraint(p)
-            groups = self.groups(p, constraint) if constraint is not None and p in self.state else None
-            shared = [k for k in ("exp_avg_sq", "max_exp_avg_sq") if groups and k in self.state[p]]
-            if groups and shared:
-                packed["state"][index] = {
-                    **packed["state"][index],
-                    **{k: groups.expand(self.state[p][k]).reshape(p.shape).contiguous() for k in shared},
-                }
+
+        def write_out(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            for index, p in enumerate(params):
+                constraint = self._constraint(p)
+                if constraint is not None and index in packed["state"]:
+                    packed["state"][index] = {**packed["state"][index], **self._per_weight(p, constraint)}
+
+        # First of the hooks, so that a user's hook sees what is saved and has the last word.
+        handle = self.register_state_dict_post_hook(write_out, prepend=True)
+        try:
+            packed: dict[str, Any] = super().state_dict()
+        finally:
+            handle.remove()
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, and loads torch.optim checkpoints; float state keeps the precision it was saved in.
 
-        Second moments saved per weight are averaged over each group that shares one.
+        Second moments saved per weight are averaged over each group that shares one; group options that torch knows
+        nothing of stay as they are if the checkpoint has none.
         """
         # torch casts float state to the parameter's dtype, which costs an fp32 state of bf16 weights its last bits
-        # (pytorch #43706); what the last pre-hook leaves is what gets loaded, so that is what is kept uncast.
+        # (pytorch #43706).  What the last pre-hook leaves is what gets loaded, so that is what __setstate__ keeps.
         final: dict[str, Any] = {}
-        handle = self.register_load_state_dict_pre_hook(lambda _, d: final.update(d))
+        own = [{key: group[key] for key in _DEFAULTS} for group in self.param_groups]
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
+        self._loading = {"final": final, "own": own}
         try:
             super().load_state_dict(state_dict)
         finally:
+            self._loading = None
             handle.remove()
-        params = [p for group in self.param_groups for p in group["params"]]
-        ids = [i for group in final["param_groups"] for i in group["params"]]
-        for i, p in zip(ids, params, strict=True):
-            if self._constraint(p) is None:
-                continue
-            for key, value in final["state"].get(i, {}).items():
-                if isinstance(value, Tensor) and key != "step":
-                    self.state[p][key] = value.detach().to(device=p.device, copy=True)
-                elif value is None:
-                    self.state[p].pop(key, None)
+
+    def _restore(self, final: dict[str, Any], own: list[dict[str, Any]]) -> None:
+        for group, saved, before in zip(self.param_groups, final["param_groups"], own, strict=True):
+            group.update({key: value for key, value in before.items() if key not in saved})
+            for i, p in zip(saved["params"], group["params"], strict=True):
+                constrained = self._constraint(p) is not None
+                for key, value in final["state"].get(i, {}).items():
+                    if key == "step" and isinstance(value, Tensor):
+                        self.state[p][key] = self.state[p][key].clone()  # torch keeps the checkpoint's own tensor
+                    elif constrained and key == "group_index" and value.is_floating_point():
+                        del self.state[p][key]  # torch.optim saved it as floats; it is made anew
+                    elif constrained and isinstance(value, Tensor):
+                        self.state[p][key] = value.detach().to(device=p.device, copy=True)
+                    elif constrained and value is None:
+                        self.state[p].pop(key)
         self._groups.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -318,7 +368,10 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         return dict(super().__getstate__(), _bound=self._bound, _names=self._names)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.setdefault("_loading", None)
         super().__setstate__(state)
+        if self._loading is not None:
+            self._restore(**self._loading)
         for group in self.param_groups:
             for key, value in _DEFAULTS.items():
                 group.setdefault(key, self.defaults.get(key, value))
@@ -340,15 +393,14 @@ def _shared(per_weight: Tensor, groups: Groups) -> Tensor:
 
 
 def _check_group(group: dict[str, Any], owner: str) -> None:
-    strength, imbalance = group.get("strength"), group.get("imbalance", 1.0)
-    if isinstance(strength, Tensor) and strength.numel() != 1:
-        raise ValueError(f"{owner}: strength as a tensor must have one element, got shape {tuple(strength.shape)}")
-    for field, value in (("strength", strength), ("imbalance", imbalance)):
-        if (value is None and field == "strength") or isinstance(value, Tensor):
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{owner}: {field} must be a number, got {type(value).__name__}")
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{owner}: {field} must be finite and >= 0, got {value}")
+    for field in ("strength", "imbalance"):
+        value = group.get(field, _DEFAULTS[field])
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"{owner}: {field} as a tensor must have one element, got shape {tuple(value.shape)}")
+            value = value.item()
+        if value is None and field == "imbalance":
+            raise TypeError(f"{owner}: imbalance must be a number, got NoneType")
+        check_number(owner, field, value)
     if group.get("time_scale", "saturated") not in ("saturated", "none"):
         raise ValueError(f"{owner}: time_scale must be 'saturated' or 'none', got {group['time_scale']!r}")

@@ -48,6 +48,39 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
         tensor(0.)
     """
 
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        strength: float | Tensor | None = None,
+        time_scale: str = "saturated",
+        imbalance: float = 1.0,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            strength=strength,
+            time_scale=time_scale,
+            imbalance=imbalance,
+        )
+
     def decoupled(self, group: dict[str, Any]) -> bool:
         return False
 
