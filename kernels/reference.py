@@ -346,5 +346,5 @@ def imbalance_law(
     if saturated:
         typical = 2 * (size * size).sum() / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
         decay = decay / torch.maximum(metric_scale, typical)
-    new = imbalance * (1 - torch.as_tensor(decay)).clamp(min=0) ** 4
+    new = imbalance * (torch.ones_like(imbalance) - decay).clamp(min=0) ** 4
     return torch.where(new <= SNAP * metric_scale, 0.0, new)

@@ -24,7 +24,6 @@ The Lasso, to its optimum::
 Source: L. Ziyin, *Symmetry Induces Structure and Constraint of Learning*, ICML 2024, arXiv 2309.16932.
 """
 
-from symopt import recipes as recipes
 from symopt.constrain import constrain, constraints, param_groups, release
 from symopt.constraints import Constraint, GroupSparse, Sparse
 from symopt.explicit import plain_state_dict

@@ -7,6 +7,7 @@ holds *now*.  Optimizers ask :func:`constraints_by_parameter`; forward passes ar
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -118,8 +119,16 @@ class Guard:
                 f"constrained weights are being trained but belong to no symopt optimizer, so nothing imposes their "
                 f"constraint: {', '.join(loose)}. Train with symopt.SGD, Adam or AdamW on this very module, or remove "
                 "the constraints with symopt.release(module).",
-                stacklevel=3,
+                stacklevel=_callers_level(),
             )
+
+
+def _callers_level() -> int:
+    """``stacklevel`` of whoever called the module, past torch's own frames."""
+    frame, level = sys._getframe(2), 2
+    while frame.f_back is not None and frame.f_code.co_name in ("_wrapped_call_impl", "_call_impl", "inner"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def constraints_by_parameter() -> dict[int, tuple[str, Constraint]]:

@@ -262,7 +262,7 @@ def _apply(module: nn.Module, rows: Rows, bind: Bind) -> None:
     for prefix, sub in module.named_modules():
         for name, p in sub.named_parameters(recurse=False):
             places.append((f"{prefix}.{name}" if prefix else name, sub, name, p))
-    chosen: dict[int, tuple[str, Constraint]] = {}
+    chosen: dict[int, tuple[str, Constraint | None]] = {}
     bound: list[tuple[nn.Module, str, Constraint]] = []
     hits = [dict.fromkeys(keys, 0) for keys, _ in rows]
     for full, sub, name, p in places:
@@ -271,17 +271,15 @@ def _apply(module: nn.Module, rows: Rows, bind: Bind) -> None:
             continue
         hits[row][key] += 1
         constraint = rows[row][1]
-        if constraint is None:
-            continue
-        if id(p) in chosen:  # one tensor under two names
+        if id(p) in chosen and chosen[id(p)][1] != constraint:  # one tensor under two names
             other, before = chosen[id(p)]
-            if before != constraint:
-                raise ValueError(
-                    f"constrain: {other} and {full} are the same tensor but get different constraints, {before} and "
-                    f"{constraint}; give both names one constraint"
-                )
+            raise ValueError(
+                f"constrain: {other} and {full} are the same tensor but get different constraints, {before} and "
+                f"{constraint}; give both names one constraint"
+            )
         chosen[id(p)] = (full, constraint)
-        bound.append((sub, name, _check(full, sub, name, p, constraint)))
+        if constraint is not None:
+            bound.append((sub, name, _check(full, sub, name, p, constraint)))
     for (_, value), counts in zip(rows, hits, strict=True):
         for key, n in counts.items():
             if n == 0:
@@ -302,12 +300,15 @@ def _annotate(module: nn.Module, bound: list[tuple[nn.Module, str, Constraint]])
 
 
 def _factorise(init: str | float, module: nn.Module, bound: list[tuple[nn.Module, str, Constraint]]) -> None:
-    tensors = [id(sub._parameters[name]) for sub, name, _ in bound]
-    for tensor, (_, name, _) in zip(tensors, bound, strict=True):
-        if tensors.count(tensor) > 1:
+    prefixes = {sub: prefix for prefix, sub in module.named_modules()}
+    names: dict[int, str] = {}
+    for sub, name, _ in bound:
+        full = f"{prefixes[sub]}.{name}"
+        other = names.setdefault(id(sub._parameters[name]), full)
+        if other != full:
             raise ValueError(
-                f"constrain: {name} is one tensor under several names, which mode='explicit' cannot keep; use "
-                "mode='optimizer'"
+                f"constrain: {other} and {full} are one tensor under several names, which mode='explicit' cannot keep; "
+                "use mode='optimizer'"
             )
     for sub, name, constraint in bound:
         attach(sub, name, constraint, init)
@@ -318,6 +319,10 @@ def _watch(module: nn.Module) -> None:
         module.register_forward_pre_hook(Guard())
 
 
+def _matrix(p: nn.Parameter) -> bool:
+    return isinstance(p, nn.parameter.UninitializedParameter) or p.dim() >= 2
+
+
 def _wild(key: str) -> bool:
     return any(c in key for c in "*?[")
 
@@ -325,14 +330,14 @@ def _wild(key: str) -> bool:
 def _first_match(name: str, p: nn.Parameter, rows: Rows) -> tuple[int, str | None]:
     for i, (keys, value) in enumerate(rows):
         for key in keys:
-            if name == key or (_wild(key) and fnmatchcase(name, key) and (p.dim() >= 2 or value is None)):
+            if name == key or (_wild(key) and fnmatchcase(name, key) and (value is None or _matrix(p))):
                 return i, key
     return -1, None
 
 
 def _nothing(key: str, value: Constraint | None, places: list[tuple[str, nn.Module, str, nn.Parameter]]) -> str:
     matched = [full for full, _, _, p in places if full == key or (_wild(key) and fnmatchcase(full, key))]
-    small = [full for full, _, _, p in places if full in matched and p.dim() < 2]
+    small = [full for full, _, _, p in places if full in matched and not _matrix(p)]
     if not matched:
         names = ", ".join(full for full, *_ in places[:8]) + (", ..." if len(places) > 8 else "")
         return f"constrain: pattern {key!r} matches no parameter; there are: {names or 'none'}"
@@ -341,14 +346,16 @@ def _nothing(key: str, value: Constraint | None, places: list[tuple[str, nn.Modu
             f"constrain: pattern {key!r} matches only parameters of fewer than two dimensions "
             f"({', '.join(small[:4])}); a wildcard does not bind those, name them in full"
         )
-    return f"constrain: pattern {key!r} binds nothing: earlier patterns already bind {', '.join(matched[:4])}; put it first"
+    before = ", ".join(matched[:4])
+    return f"constrain: pattern {key!r} binds nothing: earlier patterns already bind {before}; put it first"
 
 
 def _check(full: str, sub: nn.Module, name: str, p: nn.Parameter, constraint: Constraint) -> Constraint:
-    found = sub.__dict__.get(ATTRIBUTE)
-    if found is not None and name in found.constraints:
+    found = annotation.constraints_by_parameter().get(id(p))
+    if found is not None:
+        known = "" if found[0] == full else f" under the name {found[0]}"
         raise ValueError(
-            f"constrain: {full} is already constrained by {found.constraints[name]}; call symopt.release(module) first"
+            f"constrain: {full} is already constrained by {found[1]}{known}; call symopt.release(module) first"
         )
     if isinstance(p, nn.parameter.UninitializedParameter):
         raise ValueError(f"constrain: {full} is uninitialised; run the lazy module once before constraining it")
@@ -363,10 +370,11 @@ def _check(full: str, sub: nn.Module, name: str, p: nn.Parameter, constraint: Co
         raise ValueError(f"constrain: {full} has shape {tuple(p.shape)}; there is nothing to constrain, leave it out")
     if p.device.type != "meta" and not bool(torch.isfinite(p).all()):
         raise ValueError(f"constrain: {full} contains NaN or infinite values; initialise it before constraining")
-    transposed = isinstance(sub, nn.modules.conv._ConvTransposeNd)
-    if transposed and isinstance(constraint, GroupSparse) and isinstance(constraint.groups, str):
-        raise ValueError(
-            f"constrain: {full} belongs to a transposed convolution, whose weight is stored (in, out, ...), so "
-            f"{constraint.groups!r} would be ambiguous; give GroupSparse an index tensor"
-        )
+    for part in constraint.parts if isinstance(constraint, Composed) else (constraint,):
+        named = isinstance(part, GroupSparse) and isinstance(part.groups, str)
+        if named and isinstance(sub, nn.modules.conv._ConvTransposeNd):
+            raise ValueError(
+                f"constrain: {full} belongs to a transposed convolution, whose weight is stored (in, out, ...), so "
+                f"the groups of {part} would be ambiguous; give GroupSparse an index tensor"
+            )
     return constraint.bind(full, p)

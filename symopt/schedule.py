@@ -39,10 +39,10 @@ class Anneal:
 
     Example:
         >>> import torch, symopt
-        >>> net = symopt.constrain(torch.nn.Linear(8, 4), {"weight": symopt.Sparse(strength=0.5)})
+        >>> net = symopt.constrain(torch.nn.Linear(8, 4), {"weight": symopt.Sparse(strength=1.0)})
         >>> opt = symopt.AdamW(net, lr=1e-2)
-        >>> anneal = symopt.Anneal(opt, total_steps=300)
-        >>> for _ in range(300):
+        >>> anneal = symopt.Anneal(opt, total_steps=500)
+        >>> for _ in range(500):
         ...     opt.zero_grad()
         ...     net(torch.randn(16, 8)).square().mean().backward()
         ...     opt.step()
@@ -60,6 +60,8 @@ class Anneal:
             raise TypeError(f"Anneal: total_steps must be an integer, got {type(total_steps).__name__}")
         if total_steps < 1:
             raise ValueError(f"Anneal: total_steps must be >= 1, got {total_steps}")
+        if commit is not None and (isinstance(commit, bool) or not isinstance(commit, (int, float))):
+            raise TypeError(f"Anneal: commit must be a number or None, got {commit!r}")
         if commit is not None and not 0 < commit < 1:
             raise ValueError(f"Anneal: commit must be None or a share of training in (0, 1), got {commit}")
         self.optimizer = optimizer

@@ -96,11 +96,12 @@ def check_lasso(seed: int, kind: str, cls, options, steps: int, *, spread: float
 
     assert float(objective(w) / objective(best) - 1) <= tolerance(kind)
     assert torch.equal(w != 0, best != 0)
-    # The same without scikit-learn: |gradient| <= kappa at zeros, = kappa at live weights (in proportion to their size,
-    # because one that is barely alive arrives last).
-    force = -problem.gradient(w) / kappa
-    assert bool((force[w == 0].abs() <= 1 + tolerance("threshold")).all())
-    assert bool(((force * w - w.abs()).abs() <= tolerance("threshold") * w.abs().mean()).all())
+    # The same without scikit-learn: |gradient| <= kappa at zeros, = kappa at live weights; those as the distance to
+    # where they are equal, because on a steep column Adam turns a small step into a large gradient.
+    force, live, slack = -problem.gradient(w), w != 0, tolerance("threshold")
+    assert bool((force[~live].abs() <= (1 + slack) * kappa).all())
+    distance = (force - kappa * w.sign())[live] / problem.gram.diagonal()[live]
+    assert bool((distance.abs() <= slack * w.abs().mean()).all())
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -17,23 +17,11 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from symopt import annotation
 from symopt.constraints import Constraint
-from symopt.constraints.base import check_number
+from symopt.optim.options import DEFAULTS, OWN_STATE, check_group, math_dtype, shared_moment
 from symopt_kernels import reference
 from symopt_kernels.reference import Groups
 
 __all__ = ["ConstrainedOptimizer"]
-
-_DEFAULTS: dict[str, Any] = {
-    "strength": None,
-    "time_scale": "saturated",
-    "imbalance": 1.0,
-    # Anneal's: the factor of the imbalance per step (None: the automatic law), and whether the support is final.
-    "imbalance_decay": None,
-    "committed": False,
-}
-
-
-_OWN = ("imbalance", "metric_scale", "master", "group_index")
 
 
 class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
@@ -68,8 +56,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         self._groups: dict[Tensor, Groups] = {}
         self._epoch = -1
         self._loading: dict[str, Any] | None = None
-        given = {**_DEFAULTS, "strength": strength, "time_scale": time_scale, "imbalance": imbalance}
-        _check_group(given, type(self).__name__)
+        given = {**DEFAULTS, "strength": strength, "time_scale": time_scale, "imbalance": imbalance}
+        check_group(given, type(self).__name__)
         if hasattr(params, "named_parameters"):
             params = params.named_parameters()
         super().__init__(params, *args, **kwargs)
@@ -84,7 +72,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
-            _check_group(param_group, type(self).__name__)
+            check_group(param_group, type(self).__name__)
         super().add_param_group(param_group)
         if self._epoch >= 0:  # not while torch's constructor adds the first groups
             try:
@@ -134,7 +122,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
             return
         state = self.state[param]
         per_weight = self._per_weight(param, constraint)
-        for key in [key for key in state if key in _OWN or key.startswith("factor_")]:
+        for key in [key for key in state if key in OWN_STATE or key.startswith("factor_")]:
             del state[key]
         state.update(per_weight)
         for key, value in state.items():
@@ -225,7 +213,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
             )
         state = self._ready(group, p, constraint)
         groups, saturated = self.groups(p, constraint), group["time_scale"] == "saturated"
-        w, grad = state.get("master", p), grad.to(_math_dtype(p))
+        w, grad = state.get("master", p), grad.to(math_dtype(p))
         if group["differentiable"]:
             w = w.clone()  # the step saves it for backward and then overwrites it
         update, gain = self._direction(group, state, w, -grad if group["maximize"] else grad, groups)
@@ -235,9 +223,11 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         if constraint.carries_factors:
             factors = tuple(state[f"factor_{i}"] for i in range(constraint.depth))
             new, moved = constraint.advance(factors, delta, decay, scale, saturated=saturated)
+            # A product rounds, so where no factor moved the weight is left alone: a step with lr 0 changes no bit.
+            still = torch.stack([f == m for f, m in zip(factors, moved, strict=True)]).all(0)
+            p.copy_(torch.where(still, p, new.to(p.dtype)))
             for i, value in enumerate(moved):
                 self._update(group, state, f"factor_{i}", value)
-            p.copy_(new)
             return
         new = constraint.retract(w, delta, decay, c, scale, groups, saturated=saturated)
         p.copy_(new)
@@ -263,7 +253,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
     def _ready(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> dict[str, Any]:
         """The state of ``p``: what is missing is made (a checkpoint may bring a part), what does not fit is fitted."""
         state: dict[str, Any] = self.state[p]
-        dtype = _math_dtype(p)
+        dtype = math_dtype(p)
         if "group_index" not in state and (index := constraint.index(p)) is not None:
             state["group_index"] = index
         groups = self.groups(p, constraint)
@@ -279,14 +269,15 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
             state.pop("master", None)
         for key in ("exp_avg_sq", "max_exp_avg_sq"):
             if groups is not None and key in state and state[key].shape == p.shape != (groups.count,):
-                state[key] = _shared(state[key], groups)
+                state[key] = shared_moment(state[key], groups)
         if "imbalance" not in state or "metric_scale" not in state:
             w = p.detach().to(dtype)
             c, scale = constraint.start(w, group["imbalance"], groups)
             if not bool(scale > 0):
                 raise ValueError(
                     f"{self._names[p]} is zero everywhere, and without imbalance zeros are permanent, so it could "
-                    "never train; give the optimizer imbalance > 0 (depth 2 or gauge='free'), or initialise it"
+                    "never train; give the optimizer imbalance > 0 or initialise the weight (at depth > 2 only "
+                    "gauge='free' has an imbalance)"
                 )
             state["imbalance"], state["metric_scale"] = c, scale
         if constraint.carries_factors:
@@ -296,7 +287,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
 
     def _ready_factors(self, state: dict[str, Any], p: Tensor, constraint: Constraint) -> None:
         """Factors that compose to the weight; entries of it that were changed from outside are split anew."""
-        w, keys = p.detach().to(_math_dtype(p)), [f"factor_{i}" for i in range(constraint.depth)]
+        w, keys = p.detach().to(math_dtype(p)), [f"factor_{i}" for i in range(constraint.depth)]
         if any(key not in state for key in keys):
             state.update(zip(keys, (f.clone() for f in constraint.split(w, state["imbalance"])), strict=True))
             return
@@ -338,7 +329,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         # torch casts float state to the parameter's dtype, which costs an fp32 state of bf16 weights its last bits
         # (pytorch #43706).  What the last pre-hook leaves is what gets loaded, so that is what __setstate__ keeps.
         final: dict[str, Any] = {}
-        own = [{key: group[key] for key in _DEFAULTS} for group in self.param_groups]
+        own = [{key: group[key] for key in DEFAULTS} for group in self.param_groups]
         handle = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
         self._loading = {"final": final, "own": own}
         try:
@@ -373,34 +364,10 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         if self._loading is not None:
             self._restore(**self._loading)
         for group in self.param_groups:
-            for key, value in _DEFAULTS.items():
+            for key, value in DEFAULTS.items():
                 group.setdefault(key, self.defaults.get(key, value))
         if "_bound" in state:  # unpickled or deep-copied
             self._groups, self._epoch = {}, -1
             self._step_supports_amp_scaling = False
             self._bound, self._names = dict(state["_bound"]), dict(state["_names"])
             annotation.register_owner(self)
-
-
-def _math_dtype(p: Tensor) -> torch.dtype:
-    return torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype
-
-
-def _shared(per_weight: Tensor, groups: Groups) -> Tensor:
-    """Mean over each group, exact where all its members are equal (so that saving and loading changes no bit)."""
-    first = groups.first(per_weight)
-    return first + groups.sum(per_weight - groups.expand(first).reshape(per_weight.shape)) / groups.size(per_weight)
-
-
-def _check_group(group: dict[str, Any], owner: str) -> None:
-    for field in ("strength", "imbalance"):
-        value = group.get(field, _DEFAULTS[field])
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(f"{owner}: {field} as a tensor must have one element, got shape {tuple(value.shape)}")
-            value = value.item()
-        if value is None and field == "imbalance":
-            raise TypeError(f"{owner}: imbalance must be a number, got NoneType")
-        check_number(owner, field, value)
-    if group.get("time_scale", "saturated") not in ("saturated", "none"):
-        raise ValueError(f"{owner}: time_scale must be 'saturated' or 'none', got {group['time_scale']!r}")

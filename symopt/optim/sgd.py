@@ -125,3 +125,7 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
         if group["momentum"] != 0:
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
+        elif any(constraint is not None for constraint in self._bound.values()):
+            # torch's distributed checkpoints want state for all parameters or for none.
+            for p in params:
+                self.state.setdefault(p, {})
