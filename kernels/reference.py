@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "FASTEST",
     "SNAP",
     "Groups",
     "adam",
@@ -40,6 +41,9 @@ __all__ = [
 
 SNAP = 1e-6
 """A weight below ``SNAP * metric_scale`` that is still being attracted is set to exactly zero."""
+
+FASTEST = 0.98
+"""Least factor of the imbalance in one step of its automatic law."""
 
 _SAMPLE = 1024
 
@@ -167,15 +171,18 @@ def plain(w: Tensor, delta: Tensor, decay: Tensor | float) -> Tensor:
     return (1 - decay) * w - delta
 
 
-def _time(metric: Tensor, decay: Tensor | float, metric_scale: Tensor | None) -> Tensor:
-    """The time scale ``t = 1 / max(metric_scale, metric)``, or 1 without a ``metric_scale``; never ``decay t > 1``.
+def _time(metric: Tensor, pull: Tensor, decay: Tensor | float, metric_scale: Tensor | None) -> Tensor:
+    """The time scale ``t = 1 / max(metric_scale, metric)``, or 1 without a ``metric_scale``.
 
     Above ``metric_scale`` a weight moves as under the plain optimizer; without it steps would be a fixed *factor* of
-    the weight and large weights blow up.  The bound keeps ``rho >= 0`` where a preconditioner is huge (a pixel that is
-    always dark has 1 / eps): delta and decay shrink together, so fixed points stay.
+    the weight and large weights blow up.  ``t (decay + |pull|) <= 1`` keeps factors from overshooting zero, where decay
+    and gradient agree and the weight still would not shrink; without the time scale, which is the factor step to the
+    letter, only ``t decay <= 1`` (rho >= 0).  Both scale delta and decay alike, so fixed points stay.
     """
-    t = torch.ones_like(metric) if metric_scale is None else 1 / torch.maximum(metric, metric_scale)
-    return t / (decay * t).clamp(min=1)
+    if metric_scale is None:
+        return 1 / (torch.ones_like(metric) * decay).clamp(min=1)
+    t = 1 / torch.maximum(metric, metric_scale)
+    return t / (t * (decay + pull.abs())).clamp(min=1)
 
 
 def sparse(
@@ -194,7 +201,7 @@ def sparse(
     then exact zeros: ``|w'| <= SNAP * metric_scale`` while ``|delta| < decay`` (attracted).
     """
     metric = (imbalance * imbalance + 4 * w * w).sqrt()
-    t = _time(metric, decay, metric_scale if saturated else None)
+    t = _time(metric, delta, decay, metric_scale if saturated else None)
     delta, decay = t * delta, t * decay
     rho = 1 - decay
     new = (rho * rho + delta * delta) * w - rho * delta * metric
@@ -219,7 +226,7 @@ def group(
     then exact zeros as in :func:`sparse`, by the norm of the group.  ``decay`` is a number or one value per group.
     """
     metric = (imbalance * imbalance + 4 * groups.sum(w * w)).sqrt()
-    t = _time(metric, decay, metric_scale if saturated else None)
+    t = _time(metric, groups.sum(delta * delta).sqrt(), decay, metric_scale if saturated else None)
     delta, decay = groups.scale(t, delta), t * decay
     rho = 1 - decay
     gate_sq = (imbalance + metric) / 2
@@ -240,7 +247,7 @@ def sparse_deep(
     Signs are locked and zeros absorb; equal to the factor step wherever ``a' > 0``.
     """
     a = w.abs() ** (1 / depth)
-    t = _time(depth * a ** (2 * (depth - 1)), decay, metric_scale if saturated else None)
+    t = _time(depth * a ** (2 * (depth - 1)), delta * a ** (depth - 2), decay, metric_scale if saturated else None)
     delta, decay = t * delta, t * decay
     new = w.sign() * ((1 - decay) * a - w.sign() * delta * a ** (depth - 1)).clamp(min=0) ** depth
     snapped = (new.abs() <= SNAP * weight_scale(metric_scale, depth)) & (delta.abs() * a ** (depth - 2) < decay)
@@ -263,7 +270,8 @@ def group_deep(
     """
     norm = groups.sum(w * w).sqrt()
     s_sq = norm ** (2 / depth)
-    t = _time(depth * s_sq ** (depth - 1), decay, metric_scale if saturated else None)
+    pull = groups.sum(delta * delta).sqrt() * s_sq ** (depth / 2 - 1)
+    t = _time(depth * s_sq ** (depth - 1), pull, decay, metric_scale if saturated else None)
     delta, decay = groups.scale(t, delta), t * decay
     rho = 1 - decay
     gate = (rho - groups.sum(delta * w) / s_sq.clamp(min=torch.finfo(w.dtype).tiny)).clamp(min=0) ** (depth - 1)
@@ -287,19 +295,22 @@ def sparse_free(
     snapped; with it, a weight that snaps keeps its large factors and may revive through them.
     """
     others = partial_products(factors)
-    t = _time(sum_of_squares(others), decay, metric_scale if saturated else None)
+    t = _time(sum_of_squares(others), _drive(factors, delta), decay, metric_scale if saturated else None)
     delta, decay = t * delta, t * decay
     new = tuple((1 - decay) * u - delta * rest for u, rest in zip(factors, others, strict=True))
     w = product(new)
     if not saturated:
         return w, new
-    magnitudes = torch.stack([u.abs() for u in new])
-    # Near zero it is the two smallest factors that decide: they feed each other through delta times all the others.
-    drive = delta.abs() * magnitudes.sort(0).values[2:].prod(0)
-    snapped = (w.abs() <= SNAP * weight_scale(metric_scale, len(new))) & (drive < decay)
-    light = magnitudes.argmin(0)
+    snapped = (w.abs() <= SNAP * weight_scale(metric_scale, len(new))) & (_drive(new, delta) < decay)
+    light = torch.stack([u.abs() for u in new]).argmin(0)
     new = tuple(torch.where(snapped & (light == i), 0.0, u) for i, u in enumerate(new))
     return torch.where(snapped, 0.0, w), new
+
+
+def _drive(factors: tuple[Tensor, ...], delta: Tensor) -> Tensor:
+    """How fast the two smallest factors feed each other: ``|delta|`` times all the others."""
+    magnitudes = torch.stack([u.abs() for u in factors]).sort(0).values
+    return delta.abs() * magnitudes[2:].prod(0)
 
 
 def product(factors: tuple[Tensor, ...]) -> Tensor:
@@ -337,14 +348,16 @@ def imbalance_law(
     the slow coordinates have settled, zeros freeze in the wrong places, so ``c' = rho**4 c`` takes rho from the slow
     end: of ``decay`` a low quantile (from a strided sample), and of the time scale that of the size the tensor's mass
     has *now*, ``sum size**2 / sum size`` over the units, because weights may have to grow far beyond their initial
-    ``metric_scale``.  (Factors alone have rho**2; measured in docs/imbalance.md.)
+    ``metric_scale``.  At most 2 % per step, however large the steps: the weights need some hundred to settle in any
+    case.  (Factors alone have rho**2 and no bound; measured in docs/imbalance.md.)
     """
     if isinstance(decay, Tensor) and decay.numel() > 1:
         flat = decay.flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLE)]
         decay = sample.kthvalue(1 + sample.numel() // 10).values
     if saturated:
+        size = size.nan_to_num(0.0, 0.0, 0.0)  # a weight that is lost must not take its tensor with it
         typical = 2 * (size * size).sum() / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
         decay = decay / torch.maximum(metric_scale, typical)
-    new = imbalance * (torch.ones_like(imbalance) - decay).clamp(min=0) ** 4
+    new = imbalance * ((torch.ones_like(imbalance) - decay).clamp(min=0) ** 4).clamp(min=FASTEST)
     return torch.where(new <= SNAP * metric_scale, 0.0, new)

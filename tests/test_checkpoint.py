@@ -25,7 +25,7 @@ from table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrai
 HALF = 100
 SOME = ("sgd-momentum", "adam-amsgrad", "adamw")
 FEW = [
-    *(row for row in CONSTRAINTS if row.id in ("sparse", "group-out", "group-head-packed", "group-index")),
+    *(row for row in CONSTRAINTS if row.id in ("sparse", "group-head-packed", "group-index")),
     ConstraintRow("free", lambda k: symopt.Sparse(k, gauge="free"), (6, 5)),
     ConstraintRow("deep", lambda k: symopt.GroupSparse("out", k, depth=3), (6, 5)),
 ]
@@ -167,7 +167,7 @@ def test_an_optimizer_copied_without_its_module_keeps_the_constraint(
     assert torch.equal(params[0], module.weight)
 
 
-@constraints
+@ends
 @optimizers
 def test_a_deepcopy_of_the_module_alone_is_constrained(row: OptimizerRow, bound: ConstraintRow) -> None:
     module = build(bound)

@@ -197,9 +197,7 @@ NOISE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("noise", "imbalance", "size"), [("coin", 1.0, 1), ("normal", 0.0, 1), ("coin", 0.0, 4)]
-)
+@pytest.mark.parametrize(("noise", "imbalance", "size"), [("coin", 1.0, 1), ("normal", 0.0, 1), ("coin", 0.0, 4)])
 def test_adamw_keeps_what_has_signal_above_the_strength(noise, imbalance, size):
     """``d ln|w|`` per step is ``2 lr t (r - strength)``: 5 % below dies, 5 % above lives, whatever the group's size.
 

@@ -127,7 +127,7 @@ class Explicit:
         delta, decay = self.lr * d, self.lr * self.strength * gain
         metric = self.metric(c)
         t = 1 / metric.clamp(min=float(scale)) if self.saturated else torch.ones_like(metric)
-        t = torch.minimum(t, 1 / decay)  # rho >= 0
+        t = torch.minimum(t, 1 / (decay + self.norm(delta)) if self.saturated else 1 / decay)
         delta, rho = delta * (member @ t), 1 - decay * t
         gate = ((c + metric) / 2).sqrt()
         part = torch.where(member @ gate > 0, self.w / (member @ gate), 0.0)
@@ -144,7 +144,7 @@ class Explicit:
         slow = decay.sort().values[len(decay) // 10] if self.name == "Adam" or self.name == "AdamW" else decay[0]
         if self.saturated:
             slow = slow / torch.maximum(scale, 2 * (size @ size) / size.sum())
-        c = c * (1 - slow).clamp(min=0) ** 4
+        c = c * ((1 - slow).clamp(min=0) ** 4).clamp(min=0.98)
         return torch.where(c <= SNAP * scale, 0.0, c)
 
     def compare(self, p: Tensor, opt: torch.optim.Optimizer) -> None:
@@ -253,10 +253,8 @@ def test_a_huge_strength_never_turns_a_weight_over(row, opt_row, time_scale):
         opt.step()
         assert bool((size(p.detach()) <= size(before)).all())  # rho < 0 multiplies by rho**2 > 1
     p.grad = torch.zeros_like(p)
-    for state in (opt.state[p],):  # forget the momentum, so that nothing but decay is left
-        for key in ("momentum_buffer", "exp_avg"):
-            if key in state:
-                state[key].zero_()
+    for key in {"momentum_buffer", "exp_avg"} & set(opt.state[p]):  # so that nothing but decay is left
+        opt.state[p][key].zero_()
     opt.step()
     assert int(p.count_nonzero()) == 0
 
@@ -291,9 +289,7 @@ def snap(row, *, size, pull, decay, saturated, imbalance=0.0, scale=2.0):
     member = torch.nn.functional.one_hot(labels(constraint, row.shape)).double()
     unit = (w.flatten() / (member @ (w.flatten() ** 2 @ member).sqrt())).reshape(row.shape)
     c, scale = (torch.tensor(x, dtype=torch.float64) for x in (imbalance, scale))
-    new = constraint.retract(
-        size * unit, -pull * unit, decay, c, scale, constraint.partition(w), saturated=saturated
-    )
+    new = constraint.retract(size * unit, -pull * unit, decay, c, scale, constraint.partition(w), saturated=saturated)
     return new, unit
 
 

@@ -40,7 +40,7 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
         >>> import torch, symopt
         >>> net = symopt.constrain(torch.nn.Linear(3, 1, bias=False), {"weight": symopt.Sparse(strength=1.0)})
         >>> opt = symopt.SGD(net, lr=0.1)
-        >>> for _ in range(200):
+        >>> for _ in range(1000):
         ...     opt.zero_grad()
         ...     net(torch.ones(1, 3)).sum().mul(0.1).backward()  # a gradient of 0.1 is weaker than strength 1
         ...     opt.step()
