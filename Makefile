@@ -35,7 +35,7 @@ quickstart: $(VENV)/demo.stamp  ## train, compress and fold LeNet-300-100 on MNI
 # The console script, not `python -m pytest`: the latter puts the repository on sys.path, before the installed package.
 test: $(VENV)/test.stamp  ## run all tests and doctests against the installed package; ARGS="-k name" selects
 	@$(MAKE) -s install
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 $(ARGS)
 
 lint: $(VENV)/lint.stamp  ## ruff
 	$(BIN)/ruff check .
