@@ -1,6 +1,6 @@
 """The figure and the numbers of docs/gauges.md: explicit, free, fixed.
 
-    python benchmarks/gauges.py            a few minutes; writes docs/gauges.png and prints the tables
+python benchmarks/gauges.py            a few minutes; writes docs/gauges.png and prints the tables
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def main() -> None:
         right.semilogx(strengths, counts, marker="o", label=kind)
         print(f"| {kind} | " + " | ".join(map(str, counts)) + " |", flush=True)
     right.axhline(10, color="0.8", zorder=0)
-    right.set(title=f"noisy regression, {P} weights, 10 matter", xlabel="strength", ylabel="live weights", ylim=(0, None))
+    right.set(
+        title=f"noisy regression, {P} weights, 10 matter", xlabel="strength", ylabel="live weights", ylim=(0, None)
+    )
     right.legend()
     args.out.parent.mkdir(exist_ok=True)
     figure.savefig(args.out, dpi=110)

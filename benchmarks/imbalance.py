@@ -8,7 +8,7 @@ The truth is scikit-learn's Lasso run to 1e-14.  The laws differ only in the rat
     init       p = 2, time scale of the initial weights (metric_scale): the law of factors, rate of the slow coordinates
     rms        p = 2, time scale of the root mean square of the weights now
     mass       p = 2, time scale of the size the mass has now, sum w**2 / sum |w|
-    mass4      p = 4, the same: the package's automatic law
+    mass4      p = 4, the same, at most 2 % per step: the package's automatic law
     anneal     exp(-25 k / steps): symopt.Anneal
 """
 

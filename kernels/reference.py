@@ -88,8 +88,11 @@ class Groups:
             return torch.bincount(self.index.flatten(), minlength=self.count).to(like.dtype)
         return like.new_full((self.count,), like.numel() / self.count)
 
-    def scale(self, v: Tensor, x: Tensor) -> Tensor:
+    def scale(self, v: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Multiply every element of ``x`` by its group's value; keeps the shape of ``x``."""
+        if out is not None:
+            torch.mul(self.expand(v), x.reshape(self.view), out=out.view(self.view))
+            return out
         return (self.expand(v) * x.reshape(self.view)).reshape(x.shape)
 
 
@@ -313,11 +316,11 @@ def _drive(factors: tuple[Tensor, ...], delta: Tensor) -> Tensor:
     return delta.abs() * magnitudes[2:].prod(0)
 
 
-def product(factors: tuple[Tensor, ...]) -> Tensor:
+def product(factors: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
     """Elementwise product, left to right."""
     w = factors[0]
     for u in factors[1:]:
-        w = w * u
+        w = torch.mul(w, u, out=out)
     return w
 
 

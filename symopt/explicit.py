@@ -29,17 +29,55 @@ class _Compose(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(constraint: Constraint, *factors: Tensor) -> Tensor:
-        return constraint.compose(factors)
+    def forward(constraint: Constraint, pool: _Pool, *factors: Tensor) -> Tensor:
+        return constraint.compose(factors, pool.like(factors[-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.constraint = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
+        ctx.constraint, ctx.pool, *factors = inputs
+        ctx.save_for_backward(*factors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return None, *ctx.constraint.pullback(ctx.saved_tensors, grads[0])
+        factors: tuple[Tensor, ...] = ctx.saved_tensors
+        double = torch.is_grad_enabled()  # create_graph: the pull-back must itself be differentiable
+        out = None if double else tuple(ctx.pool.like(f) for f in factors)
+        return None, None, *ctx.constraint.pullback(factors, grads[0], out)
+
+
+class _Pool:
+    """Memory of large CPU tensors, handed out again once nobody else holds it.
+
+    Every step composes the weight and makes gradients of the factors anew.  On the CPU each such tensor is fresh memory
+    from the system, whose page faults cost several times the arithmetic: at 4096 x 4096, 25 ms against 6 ms for
+    ``u * v`` (``python benchmarks/explicit_mode.py``).  A storage is reused only if the pool's is the one reference to
+    it, so whatever still lives (a graph, ``.grad``, a view) keeps its values.
+    """
+
+    large = 1 << 20
+
+    def __init__(self, size: int) -> None:
+        self.size, self.storages = size, list[torch.UntypedStorage]()
+
+    def like(self, x: Tensor) -> Tensor | None:
+        """Uninitialised memory of the shape of ``x``; None where torch's own allocation is as good."""
+        nbytes = x.numel() * x.element_size()
+        if nbytes < self.large or x.device.type != "cpu" or not x.is_contiguous() or not _counts_references(x):
+            return None
+        for storage in self.storages:
+            if storage.nbytes() == nbytes and torch._C._storage_Use_Count(storage._cdata) == 1:
+                return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, x.stride())
+        fresh = torch.empty(x.shape, dtype=x.dtype)
+        self.storages = [*self.storages, fresh.untyped_storage()][-self.size :]
+        return fresh
+
+    def __reduce__(self) -> tuple[type[_Pool], tuple[int]]:
+        return _Pool, (self.size,)
+
+
+def _counts_references(x: Tensor) -> bool:
+    plain = type(x) in (Tensor, nn.Parameter) and not torch._C._are_functorch_transforms_active()
+    return plain and hasattr(torch._C, "_storage_Use_Count")
 
 
 class Explicit(nn.Module):
@@ -53,12 +91,13 @@ class Explicit(nn.Module):
     def __init__(self, constraint: Constraint, init: str | float = "imbalanced") -> None:
         super().__init__()
         self.constraint, self.init = constraint, init
+        self._pool = _Pool(constraint.depth + 1)
 
     def forward(self, *factors: Tensor) -> Tensor:
         """Factors -> effective weight."""
         if torch.compiler.is_compiling():
             return self.constraint.compose(factors)  # the compiler fuses it, and breaks the graph at a Function
-        weight: Tensor = _Compose.apply(self.constraint, *factors)  # type: ignore[no-untyped-call]
+        weight: Tensor = _Compose.apply(self.constraint, self._pool, *factors)  # type: ignore[no-untyped-call]
         return weight
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:

@@ -81,6 +81,8 @@ def tolerance(kind: str) -> float:
         "convex gap": 1e-6,
         # The same on columns scaled over two decades.
         "scaled convex gap": 1e-4,
+        # Stationary points of scalar problems: the step's fixed point exactly, reached at a linear rate.
+        "stationary": 1e-9,
         # Thresholds on the strength are located from both sides at +-1 %.
         "threshold": 0.01,
         # First-order laws (collapse time, signal-to-noise) hold up to O(lr) and finite c.

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from symopt_kernels.reference import SNAP, Groups, weight_scale
 
-__all__ = ["Constraint", "Factors"]
+__all__ = ["Constraint", "Factors", "Outs", "check_depth", "check_number", "heavy_factor", "light_factor"]
 
 Factors = tuple[Tensor, ...]
+Outs = tuple[Tensor | None, ...]
 
 
 class Constraint(ABC):
@@ -33,6 +34,8 @@ class Constraint(ABC):
     ``violation`` how far the weight is from the structure it has all but reached; 0 once it is exact
     ``fold``      the weight with its structure enforced exactly
     ============  ==========================================================================================
+
+    ``out`` is memory to write to, as in torch: a tensor for ``compose``, one or None per factor for ``pullback``.
     """
 
     name: ClassVar[str]
@@ -59,13 +62,13 @@ class Constraint(ABC):
     # -- geometry --------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def compose(self, factors: Factors) -> Tensor: ...
+    def compose(self, factors: Factors, out: Tensor | None = None) -> Tensor: ...
 
     @abstractmethod
     def split(self, w: Tensor, imbalance: Tensor | float = 0.0) -> Factors: ...
 
     @abstractmethod
-    def pullback(self, factors: Factors, grad: Tensor) -> Factors: ...
+    def pullback(self, factors: Factors, grad: Tensor, out: Outs | None = None) -> Factors: ...
 
     @abstractmethod
     def mirror(self, factors: Factors) -> Factors: ...

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from symopt.constraints.base import Constraint, Factors
+from symopt.constraints.base import Constraint, Factors, Outs
 from symopt.constraints.group import GroupSparse
 from symopt.constraints.sparse import Sparse
 from symopt_kernels import reference
@@ -70,14 +70,14 @@ class Composed(Constraint):
             total = total + groups.scale(inverse * groups.size(w).sqrt() if decoupled else inverse, w.abs())
         return total
 
-    def compose(self, factors: Factors) -> Tensor:
-        return Sparse().compose(factors)
+    def compose(self, factors: Factors, out: Tensor | None = None) -> Tensor:
+        return Sparse().compose(factors, out)
 
     def split(self, w: Tensor, imbalance: Tensor | float = 0.0) -> Factors:
         return Sparse().split(w, imbalance)
 
-    def pullback(self, factors: Factors, grad: Tensor) -> Factors:
-        return Sparse().pullback(factors, grad)
+    def pullback(self, factors: Factors, grad: Tensor, out: Outs | None = None) -> Factors:
+        return Sparse().pullback(factors, grad, out)
 
     def mirror(self, factors: Factors) -> Factors:
         return Sparse().mirror(factors)

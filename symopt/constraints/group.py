@@ -11,7 +11,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from symopt.constraints.base import Constraint, Factors, check_depth, heavy_factor
+from symopt.constraints.base import Constraint, Factors, Outs, check_depth, heavy_factor
 from symopt_kernels import reference
 from symopt_kernels.reference import Groups
 
@@ -154,9 +154,9 @@ class GroupSparse(Constraint):
             )
         return (rows // r, r, shape[1] // c, c, math.prod(shape[2:])), (1, 3, 4)
 
-    def compose(self, factors: Factors) -> Tensor:
+    def compose(self, factors: Factors, out: Tensor | None = None) -> Tensor:
         *gates, direction = factors
-        return self.partition(direction).scale(reference.product(tuple(gates)), direction)
+        return self.partition(direction).scale(reference.product(tuple(gates)), direction, out)
 
     def split(self, w: Tensor, imbalance: Tensor | float = 0.0) -> Factors:
         groups = self.partition(w)
@@ -165,12 +165,12 @@ class GroupSparse(Constraint):
         inverse = torch.where(power > 0, 1 / power.clamp(min=torch.finfo(w.dtype).tiny), 0.0)
         return (gate,) * (self.depth - 1) + (groups.scale(inverse, w),)
 
-    def pullback(self, factors: Factors, grad: Tensor) -> Factors:
+    def pullback(self, factors: Factors, grad: Tensor, out: Outs | None = None) -> Factors:
         *gates, direction = factors
         groups = self.partition(direction)
         inner = groups.sum(grad * direction)
         rest = (inner * r for r in reference.partial_products(tuple(gates))) if len(gates) > 1 else (inner,)
-        return (*rest, groups.scale(reference.product(tuple(gates)), grad))
+        return (*rest, groups.scale(reference.product(tuple(gates)), grad, out[-1] if out else None))
 
     def mirror(self, factors: Factors) -> Factors:
         gate, *others, direction = factors

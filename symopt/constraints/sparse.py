@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
-from symopt.constraints.base import Constraint, Factors, check_depth, heavy_factor, light_factor
+from symopt.constraints.base import Constraint, Factors, Outs, check_depth, heavy_factor, light_factor
 from symopt_kernels import reference
 from symopt_kernels.reference import Groups
 
@@ -70,15 +71,16 @@ class Sparse(Constraint):
         """Whether the factors are optimizer state."""
         return self.gauge == "free"
 
-    def compose(self, factors: Factors) -> Tensor:
-        return reference.product(factors)
+    def compose(self, factors: Factors, out: Tensor | None = None) -> Tensor:
+        return reference.product(factors, out)
 
     def split(self, w: Tensor, imbalance: Tensor | float = 0.0) -> Factors:
         heavy = heavy_factor(w.abs(), imbalance, self.depth)
         return (heavy,) * (self.depth - 1) + (light_factor(w, heavy, self.depth),)
 
-    def pullback(self, factors: Factors, grad: Tensor) -> Factors:
-        return tuple(grad * rest for rest in reference.partial_products(factors))
+    def pullback(self, factors: Factors, grad: Tensor, out: Outs | None = None) -> Factors:
+        rest = reference.partial_products(factors)
+        return tuple(torch.mul(grad, r, out=o) for r, o in zip(rest, out or (None,) * self.depth, strict=True))
 
     def mirror(self, factors: Factors) -> Factors:
         return (-factors[0], -factors[1], *factors[2:])
