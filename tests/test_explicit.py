@@ -138,47 +138,48 @@ def test_gates_are_one_and_the_weight_is_the_last_factor(row):
 BIG = (256, 256)
 
 
+def redrawn(constraint: Any, weight: Tensor, init: str) -> tuple[Tensor, list[Tensor]]:
+    """The new weight and its factors, after ``init``."""
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.weight = nn.Parameter(weight.clone())
+    symopt.constrain(module, {"weight": constraint}, mode="explicit", init=init)
+    return module.weight.detach(), [f.detach() for f in factors(module)]
+
+
 @pytest.mark.parametrize("depth", [2, 3, 4])
 def test_independent_draws_gates_like_the_weight_and_keeps_it_as_the_last_factor(depth):
-    torch.manual_seed(0)
-    weight = 0.3 * randn(BIG, 1)
-    module = nn.Module()
-    module.weight = nn.Parameter(weight.clone())
-    symopt.constrain(module, {"weight": S(depth=depth)}, mode="explicit", init="independent")
-    *gates, last = (f.detach() for f in factors(module))
-    assert torch.equal(last, weight) and len(gates) == depth - 1
+    old = 0.3 * randn(BIG, 1)
+    new, (*gates, last) = redrawn(S(depth=depth), old, "independent")
+    assert torch.equal(last, old) and len(gates) == depth - 1
     for i, gate in enumerate(gates):
-        assert gate.std() / weight.std() == pytest.approx(1, abs=tolerance("threshold"))
+        assert float(gate.std() / old.std()) == pytest.approx(1, abs=tolerance("threshold"))
         assert abs(gate.mean() / gate.std()) < tolerance("threshold")
-        for other in (weight, *gates[:i]):  # independent of all the others
+        for other in (old, *gates[:i]):  # independent of all the others
             assert abs(torch.corrcoef(torch.stack([gate.flatten(), other.flatten()]))[0, 1]) < tolerance("threshold")
-    assert module.weight.std() / weight.std() ** depth == pytest.approx(1, abs=tolerance("law"))
+    assert float(new.std() / old.std() ** depth) == pytest.approx(1, abs=tolerance("law"))
 
 
 @pytest.mark.parametrize("depth", [2, 3, 4])
-@pytest.mark.parametrize("kind", [S, lambda depth: G("in", depth=depth)], ids=["sparse", "group"])
+@pytest.mark.parametrize("kind", [S, lambda depth: G("block:2x2", depth=depth)], ids=["sparse", "group"])
 def test_matched_keeps_the_variance_with_truncated_factors(kind, depth):
-    torch.manual_seed(0)
-    weight = 0.02 * randn((64, 4096), 1) if kind is not S else 0.02 * randn(BIG, 1)
-    module = nn.Module()
-    module.weight = nn.Parameter(weight.clone())
-    symopt.constrain(module, {"weight": kind(depth=depth)}, mode="explicit", init="matched")
-    assert module.weight.std() / weight.std() == pytest.approx(1, abs=tolerance("law"))
-    assert abs(module.weight.mean() / weight.std()) < tolerance("law")
-    # Of a standard normal kept to .1 < |z| < 2, by the midpoint rule.
+    old = 0.02 * randn((1024, 256), 1)
+    new, drawn = redrawn(kind(depth=depth), old, "matched")
+    assert len(drawn) == depth
+    assert float(new.std() / old.std()) == pytest.approx(1, abs=tolerance("law"))
+    assert abs(new.mean() / old.std()) < tolerance("threshold")
+    # The standard deviation of a standard normal kept to .1 < |z| < 2, by the midpoint rule.
     z = torch.linspace(0.1, 2, 10001, dtype=torch.float64)
     z = (z[1:] + z[:-1]) / 2
     density = (-z * z / 2).exp()
-    truncated = float(((z * z * density).sum() / density.sum()).sqrt())
-    for f in factors(module):
-        underlying = float(weight.std()) ** (1 / depth) / truncated
-        assert f.std() * truncated / float(weight.std()) ** (1 / depth) == pytest.approx(
-            truncated, abs=tolerance("law")
-        )
-        inside = 1 + tolerance("identity")
-        assert 0.1 * underlying / inside <= float(f.detach().abs().min())
-        assert float(f.detach().abs().max()) <= 2 * underlying * inside
-        assert abs(float((f.detach() > 0).double().mean()) - 0.5) < tolerance("law")
+    underlying = old.std() ** (1 / depth) / ((z * z * density).sum() / density.sum()).sqrt()
+    for f in drawn:
+        assert float(f.std() / old.std() ** (1 / depth)) == pytest.approx(1, abs=tolerance("threshold"))
+        assert abs(f.mean() / f.std()) < tolerance("threshold")
+        low, high = f.abs().aminmax()  # both bounds are kept, and come near on so many draws
+        for bound, reached, sign in ((0.1, low, 1), (2.0, high, -1)):
+            beyond = sign * float(reached / underlying / bound - 1)
+            assert -tolerance("convex gap") <= beyond < tolerance("threshold")
 
 
 @pytest.mark.parametrize("init", ["independent", "matched"])
@@ -227,11 +228,11 @@ def saved(function: Callable[[], Tensor]) -> list[Tensor]:
 @every_row
 def test_the_function_saves_the_factors_alone(row):
     constraint, values = random_factors(row)
-    own = {v.data_ptr() for v in values}
     kept = saved(lambda: Explicit(constraint)(*values))
     assert [x.data_ptr() for x in kept] == [v.data_ptr() for v in values]
-    plain = saved(lambda: constraint.compose(values))
-    assert (constraint.depth == 2 and row.id.startswith("sparse")) or {x.data_ptr() for x in plain} - own
+    if constraint.depth > 2:  # where plain autograd keeps partial products as well
+        plain = saved(lambda: constraint.compose(values))
+        assert {x.data_ptr() for x in plain} - {v.data_ptr() for v in values}
 
 
 def test_gradients_only_where_asked_for():
@@ -324,7 +325,7 @@ def test_plain_state_dict_is_what_the_plain_module_saves(init):
     fresh.load_state_dict(state, strict=True)
     close(fresh[0].weight, plain[0].weight)
     assert set(symopt.plain_state_dict(plain)) == set(plain.state_dict())  # nothing explicit: torch's own
-    with pytest.raises(TypeError, match="plain_state_dict: expected a torch.nn.Module, got dict"):
+    with pytest.raises(TypeError, match=r"plain_state_dict: expected a torch\.nn\.Module, got dict"):
         symopt.plain_state_dict(state)
 
 
@@ -489,8 +490,7 @@ FORMS: dict[str, Callable[[nn.Module], Any]] = {
     "param_groups": symopt.param_groups,
     "one factor": lambda m: [m[3][0].parametrizations.weight.original1],
     "deepcopy": copy.deepcopy,
-    "deepcopy's parameters": lambda m: copy.deepcopy(m).parameters(),
-    "converted": lambda m: copy.deepcopy(m).float().parameters(),
+    "converted": lambda m: copy.deepcopy(m).float(),
     "inside another": lambda m: nn.ModuleList([m]).parameters(),
 }
 REFUSED = r"hold factors of an explicit constraint.*symopt\.param_groups\(model\).*mode='optimizer'"
@@ -503,30 +503,29 @@ def test_symopts_optimizers_refuse_factors_in_every_form(cls, form):
     params = FORMS[form](module)
     with pytest.raises(ValueError, match=f"^{cls.__name__}: .*{REFUSED}"):
         cls(params, lr=0.1)
-    other = nn.Linear(2, 2)
-    opt = cls(other, lr=0.1)
-    params = FORMS[form](module)
-    if isinstance(params, nn.Module):
-        params = params.parameters()
-    params = list(params)
-    for group in params if isinstance(params[0], dict) else [{"params": params}]:
-        held = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
-        known = {id(f) for m in (module[0], module[3][0], module[3][2]) for f in factors(m)}
-        if form.startswith(("deep", "conv")) or any(id(p) in known for p in held):
-            with pytest.raises(ValueError, match=REFUSED):
-                opt.add_param_group({**group, "params": held})
+
+
+@pytest.mark.parametrize("cls", [symopt.SGD, symopt.Adam, symopt.AdamW])
+@pytest.mark.parametrize("form", FORMS)
+def test_and_when_they_are_added_later(cls, form):
+    module, other = explicit_net(), nn.Linear(2, 2)
+    opt = cls(other.parameters(), lr=0.1)
+    params = FORMS[form](module)  # what they belong to must stay alive, as it does in a user's hands
+    listed = list(params.parameters() if isinstance(params, nn.Module) else params)
+    groups = [group["params"] for group in listed] if isinstance(listed[0], dict) else [listed]
+    with pytest.raises(ValueError, match=REFUSED):
+        for group in groups:
+            opt.add_param_group({"params": [p[1] if isinstance(p, tuple) else p for p in group]})
     assert len(opt.param_groups) == 1
     other(torch.ones(2)).sum().backward()
+    before = other.weight.detach().clone()
     opt.step()  # what it had still works
-    cls(symopt.release(module), lr=0.1)
+    assert not torch.equal(other.weight, before)
 
 
-def test_weights_constrained_after_the_optimizer_was_made_are_refused_when_groups_are_looked_up_again():
-    module = net()
-    opt = symopt.SGD(module, lr=0.1)
-    symopt.constrain(module[0], {"weight": S()}, mode="explicit")
-    with pytest.raises(ValueError, match=REFUSED):
-        opt.add_param_group({"params": factors(module[0])})
+def test_after_release_they_take_the_weights():
+    module = symopt.release(explicit_net())
+    assert len(symopt.SGD(module, lr=0.1).param_groups[0]["params"]) == len(list(net().parameters()))
 
 
 # -- binding ---------------------------------------------------------------------------------------------------------
@@ -675,8 +674,8 @@ def test_attention_convolution_embedding_and_several_weights_of_one_module():
     assert factors(attention, "in_proj_weight")[0].shape == (2,)
     close(attention(x, x, x)[0], expected)
     attention(x, x, x)[0].square().sum().backward()
-    assert all(bool(p.grad.any()) for p in attention.parameters() if p.grad is not None)
-    assert all(p.grad is not None for p in factors(attention, "in_proj_weight") + factors(attention, "in_proj_bias"))
+    assert all(p.grad is not None for p in attention.parameters())
+    assert all(bool(f.grad.any()) for name in ("in_proj_weight",) for f in factors(attention, name))
     with torch.no_grad():
         close(attention.eval()(x, x, x)[0], mode_eval)
     fresh = nn.MultiheadAttention(8, 2, batch_first=True).double()
@@ -708,7 +707,8 @@ def test_assigning_the_weight_splits_it():
 
 # -- free gauge ------------------------------------------------------------------------------------------------------
 
-A, TARGET = randn((40, 5), 11), randn((40, 6), 12)
+A = randn((40, 5), 11)
+TARGET = A @ randn((5, 6), 12) + 0.1 * randn((40, 6), 13)
 STEPS = 200
 
 
@@ -784,7 +784,7 @@ def test_momentum_runs_on_the_effective_gradient(depth, momentum, dampening, nes
     close(module.weight.detach(), math.prod(values[1:], start=values[0]), "factor step")
     other = symopt.constrain(holder(), {"weight": S(0.05, depth=depth)}, mode="explicit", init="imbalanced")
     train(other, torch.optim.SGD(symopt.param_groups(other), lr=0.002, **options))
-    assert (other.weight - module.weight).abs().max() > 1e3 * tolerance("factor step")
+    assert (other.weight - module.weight).abs().max() > 0.01
 
 
 def by_copy(module: nn.Module, value: Tensor) -> None:
