@@ -37,7 +37,8 @@ def constrain(
     """Write down which parameters of a module obey which constraint.
 
     Nothing about the module changes: weights, ``state_dict`` keys, forward pass and memory stay as they are.  The
-    constraint is imposed by the symopt optimizer that trains the module.
+    constraint is imposed by the symopt optimizer that trains the module, which finds it through the module: keep that
+    alive until the optimizer is built.
 
     Three forms: ``constrain(module, patterns)`` returns the module; ``@constrain(patterns)`` on a Module subclass
     constrains every new instance (patterns see the class's own parameters); on a factory function, what it returns.

@@ -87,6 +87,10 @@ def tolerance(kind: str) -> float:
         "threshold": 0.01,
         # First-order laws (collapse time, signal-to-noise) hold up to O(lr) and finite c.
         "law": 0.05,
+        # The issue asks spred for scikit-learn's share of zeros to a tenth of a percentage point.
+        "share of zeros": 1e-3,
+        # Adam at a constant lr of 1e-2 trembles around the optimum of 2 000 factor pairs instead of reaching it.
+        "trembling gap": 1e-4,
         # Mechanically identical computations.
         "exact": 0.0,
     }[kind]

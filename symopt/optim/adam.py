@@ -60,7 +60,13 @@ class _AdamBase(ConstrainedOptimizer):
                 self._update(group, state, key, value)
         return update, gain
 
+    def _graph_check(self) -> None:
+        """torch's own error if a CUDA graph is captured without ``capturable``; the method's name depends on torch."""
+        name = "_accelerator_graph_capture_health_check"
+        getattr(self, name if hasattr(self, name) else "_cuda_graph_capture_health_check")()
+
     def _step_plain(self, group: dict[str, Any]) -> None:
+        self._graph_check()
         params: list[Tensor] = []
         grads: list[Tensor] = []
         exp_avgs: list[Tensor] = []
