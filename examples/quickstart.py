@@ -192,13 +192,13 @@ def main() -> None:
     symopt.constrain(net, {"*.weight": symopt.Sparse()})
     opt = symopt.AdamW(net, lr=args.lr)
     sparse = train("sparse", net, opt, data, args.epochs, symopt.Anneal(opt, total_steps=total))
-    print(symopt.report(net, opt))
+    console.print(symopt.report(net, opt))
 
     net = lenet(args.seed)
     symopt.constrain(net, {("0.weight", "2.weight"): symopt.GroupSparse("out")})
     opt = symopt.AdamW(net, lr=args.lr)
     few = train("few neurons", net, opt, data, args.epochs, symopt.Anneal(opt, total_steps=total))
-    print(symopt.report(net, opt))
+    console.print(symopt.report(net, opt))
 
     folded = symopt.fold(few.net)
     nets = {

@@ -245,14 +245,15 @@ def sparse_deep(
 ) -> Tensor:
     """``w = u_1 * ... * u_D`` with all ``|u_i| = a = |w|**(1/D)`` (balanced fixed gauge):
 
-        a' = rho a - sgn(w) delta a**(D-1),   w' = sgn(w) max(a', 0)**D.
+        a' = rho a - sgn(w) delta a**(D-1),   w' = sgn(w) max(a', 0)**D = w max(rho - sgn(w) delta a**(D-2), 0)**D.
 
     Signs are locked and zeros absorb; equal to the factor step wherever ``a' > 0``.
     """
     a = w.abs() ** (1 / depth)
     t = _time(depth * a ** (2 * (depth - 1)), delta * a ** (depth - 2), decay, metric_scale if saturated else None)
     delta, decay = t * delta, t * decay
-    new = w.sign() * ((1 - decay) * a - w.sign() * delta * a ** (depth - 1)).clamp(min=0) ** depth
+    new = w * (1 - decay - w.sign() * delta * a ** (depth - 2)).clamp(min=0) ** depth
+    new = new + 0 * delta  # the clamp would turn an infinite gradient into a quiet zero
     snapped = (new.abs() <= SNAP * weight_scale(metric_scale, depth)) & (delta.abs() * a ** (depth - 2) < decay)
     return torch.where(snapped, 0.0, new)
 

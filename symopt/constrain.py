@@ -154,7 +154,8 @@ def param_groups(module: nn.Module) -> list[dict[str, Any]]:
 
     For symopt's optimizers each group of constrained parameters has its own ``"strength"`` (None means the
     constraint's own), which a scheduler may change.  In explicit mode the groups are for any optimizer: factors get
-    ``weight_decay = strength`` (the coupled default if None), the rest keeps the optimizer's own.
+    ``weight_decay = strength`` (the coupled default if None), the rest keeps the optimizer's own and has no
+    ``"strength"``.
 
     Raises:
         TypeError: if ``module`` is no Module.
@@ -181,7 +182,7 @@ def param_groups(module: nn.Module) -> list[dict[str, Any]]:
         own = constraint.strength
         if explicitly and own is None:
             own = constraint.default_strength(decoupled=False)
-        groups.append({"params": named, "weight_decay" if explicitly else "strength": own})
+        groups.append({"params": named, "strength": own} | ({"weight_decay": own} if explicitly else {}))
     if rest:
         groups.append({"params": rest} if factors else {"params": rest, "strength": None})
     return groups
@@ -311,6 +312,12 @@ def _factorise(init: str | float, module: nn.Module, bound: list[tuple[nn.Module
                 f"constrain: {other} and {full} are one tensor under several names, which mode='explicit' cannot keep; "
                 "use mode='optimizer'"
             )
+    for _, name, constraint in bound:
+        if isinstance(constraint, Composed):
+            raise ValueError(
+                f"constrain: {name} has a list of constraints, whose strength differs from weight to weight, so weight "
+                "decay on factors cannot impose it; use mode='optimizer'"
+            )
     for sub, name, constraint in bound:
         attach(sub, name, constraint, init)
 
@@ -352,6 +359,10 @@ def _nothing(key: str, value: Constraint | None, places: list[tuple[str, nn.Modu
 
 
 def _check(full: str, sub: nn.Module, name: str, p: nn.Parameter, constraint: Constraint) -> Constraint:
+    if id(p) in annotation.factors():
+        raise ValueError(
+            f"constrain: {full} is a factor of an explicit constraint already; call symopt.release(module) first"
+        )
     found = annotation.constraints_by_parameter().get(id(p))
     if found is not None:
         known = "" if found[0] == full else f" under the name {found[0]}"

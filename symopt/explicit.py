@@ -8,6 +8,7 @@ package need neither.  It is also the oracle they are tested against.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -65,7 +66,9 @@ class _Pool:
         if nbytes < self.large or x.device.type != "cpu" or not x.is_contiguous() or not _counts_references(x):
             return None
         for storage in self.storages:
-            if storage.nbytes() == nbytes and torch._C._storage_Use_Count(storage._cdata) == 1:
+            # Python's count too: the list, the loop and the call; a storage taken from a tensor is this very object.
+            free = torch._C._storage_Use_Count(storage._cdata) == 1 and sys.getrefcount(storage) <= 3
+            if free and storage.nbytes() == nbytes:
                 return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, x.stride())
         fresh = torch.empty(x.shape, dtype=x.dtype)
         self.storages = [*self.storages, fresh.untyped_storage()][-self.size :]
@@ -130,17 +133,16 @@ def factors_of(constraint: Constraint, weight: Tensor, init: str | float) -> tup
     gates = balanced[:-1]
     if init == "gates":
         return (*(torch.ones_like(g) for g in gates), weight.clone())
+    size = weight.square().mean().sqrt()
+    if not bool(size > 0):
+        raise ValueError(f"constrain: init={init!r} draws factors of the weight's size, which is 0; use 'gates'")
     if init == "independent":
         # Every factor has the law of the weight itself, as if each were a freshly initialised layer.
-        return (*(_redraw(g, weight.std()) for g in gates), weight.clone())
+        return (*(torch.randn_like(g) * size for g in gates), weight.clone())
     # "matched": the product has the weight's variance; truncation keeps both tails of the product in check.
     depth = len(balanced)
-    root = weight.std() ** (1 / depth)
+    root = size ** (1 / depth)
     return tuple(_truncated(f, root) for f in balanced)
-
-
-def _redraw(like: Tensor, std: Tensor) -> Tensor:
-    return torch.randn_like(like) * std
 
 
 def _truncated(like: Tensor, std: Tensor) -> Tensor:
@@ -181,7 +183,13 @@ def detach(module: nn.Module) -> None:
         shared = type(module)
         module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
     for name in names:
-        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        trained = any(p.requires_grad for p in module.parametrizations[name].parameters())  # type: ignore[index, union-attr]
+        with torch.enable_grad():
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        # torch leaves a buffer where the composed weight needs no gradient.
+        weight = getattr(module, name).detach()
+        module._buffers.pop(name, None)
+        module.register_parameter(name, nn.Parameter(weight, requires_grad=trained))
         hooks = module._load_state_dict_pre_hooks
         for key, hook in list(hooks.items()):
             inner = getattr(hook, "hook", hook)
@@ -207,7 +215,8 @@ class _Splitter:
         plain = state_dict.pop(prefix + self.name, None)
         if plain is None:
             return
-        (how,) = [p for name, _, p in explicit(module) if name == self.name]
+        ((holder, how),) = [(chain, p) for name, chain, p in explicit(module) if name == self.name]
+        plain = plain.to(next(holder.parameters()).dtype)  # split in the precision the factors have
         init = "imbalanced" if how.init in ("independent", "matched") else how.init  # those would change the weight
         for i, factor in enumerate(factors_of(how.constraint, plain, init)):
             state_dict[f"{prefix}parametrizations.{self.name}.original{i}"] = factor

@@ -62,7 +62,7 @@ class Recipe:
     def schedule(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
         """Set the strength in force after a share ``progress`` of training; a no-op for constant ones."""
         for group in optimizer.param_groups:
-            if group.setdefault("strength", group["weight_decay"]):
+            if "strength" in group:  # the factors' groups, see symopt.param_groups
                 group["weight_decay"] = group["strength"] * self.strength_at(progress)
 
 

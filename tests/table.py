@@ -83,6 +83,8 @@ def tolerance(kind: str) -> float:
         "scaled convex gap": 1e-4,
         # Stationary points of scalar problems: the step's fixed point exactly, reached at a linear rate.
         "stationary": 1e-9,
+        # scipy.integrate.quad at its default absolute and relative error of 1.5e-8.
+        "quadrature": 1.5e-8,
         # Thresholds on the strength are located from both sides at +-1 %.
         "threshold": 0.01,
         # First-order laws (collapse time, signal-to-noise) hold up to O(lr) and finite c.

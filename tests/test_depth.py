@@ -199,7 +199,10 @@ def test_groups_of_one_weight_are_sparse(depth, time_scale):
 
 # -- factors and penalty ---------------------------------------------------------------------------------------------
 
-KINDS = {"sparse": lambda depth: symopt.Sparse(depth=depth), "group": lambda depth: symopt.GroupSparse("out", depth=depth)}
+KINDS = {
+    "sparse": lambda depth: symopt.Sparse(depth=depth),
+    "group": lambda depth: symopt.GroupSparse("out", depth=depth),
+}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -336,6 +339,25 @@ def test_snapping_in_the_free_gauge(row):
     assert bool((w > 0).all())
 
 
+@every_deep
+def test_snapping_in_the_fixed_gauge(row):
+    """Below the threshold while ``|delta| a**(depth - 2) < decay``, whichever way delta points."""
+    constraint, decay = row.make(None), 1e-2
+    scale, depth = torch.tensor(2.0, dtype=torch.float64), constraint.depth
+    label = labels(constraint, row.shape)
+    member = torch.nn.functional.one_hot(label).double()
+    w = randn(row.shape).flatten()
+    unit = (w / (member @ (w * w @ member).sqrt())).reshape(row.shape)
+    size, zero = 0.5 * threshold(scale, depth), torch.tensor(0.0, dtype=torch.float64)
+    for share, dies in ((0.0, True), (LOW, True), (HIGH, False)):
+        for sign in (1, -1):
+            delta = sign * share * decay / size ** (1 - 2 / depth) * unit
+            new = constraint.retract(size * unit, delta, decay, zero, scale, constraint.partition(unit))
+            assert bool((new == 0).all()) if dies else bool((new * unit > 0).all())
+    above = 1.1 * threshold(scale, depth) * unit
+    assert bool((constraint.retract(above, 0 * unit, decay, zero, scale, constraint.partition(unit)) != 0).all())
+
+
 # -- where scalar problems end ---------------------------------------------------------------------------------------
 
 KAPPA = 0.2
@@ -358,20 +380,20 @@ def minimiser(y):
 MINIMA = torch.tensor([minimiser(y) for y in YS], dtype=torch.float64)
 
 
-def solve(how, start, steps=4000):
+def solve(how, start):
     if how == "explicit":
         module = torch.nn.Module()
         module.weight = torch.nn.Parameter(start.clone())
         symopt.constrain(module, {"weight": symopt.Sparse(KAPPA, depth=3)}, mode="explicit", init="balanced")
         opt = torch.optim.SGD(symopt.param_groups(module), lr=0.02)
-        for _ in range(steps):
+        for _ in range(6000):
             opt.zero_grad()
             (0.5 * (module.weight - YS).square().sum()).backward()
             opt.step()
         return module.weight.detach()
     module = module_of(start, symopt.Sparse(KAPPA, depth=3, gauge=how))
     opt = symopt.SGD(module, lr=0.2)
-    for _ in range(steps):
+    for _ in range(3000):
         module.weight.grad = module.weight.detach() - YS
         opt.step()
     return module.weight.detach()
@@ -384,7 +406,7 @@ def test_depth_three_ends_at_the_minimum_of_its_penalty(how):
     assert alive.tolist() == [True] * 7 + [False] * 2
     close(w[alive], MINIMA[alive], "stationary")
     if how == "explicit":
-        assert bool((w[~alive].abs() < 1e-9).all())
+        assert bool((w[~alive].abs() <= tolerance("stationary")).all())
     else:
         assert torch.equal(w[~alive], torch.zeros(2, dtype=torch.float64))
 
@@ -396,7 +418,7 @@ def test_depth_three_started_inside_the_barrier_ends_at_zero(how):
     for share, target in ((0.9, torch.zeros(7, dtype=torch.float64)), (1.1, MINIMA[:7])):
         start = YS.clone()
         start[:7] = share * peaks * YS[:7].sign()
-        torch.testing.assert_close(solve(how, start)[:7], target, rtol=0, atol=1e-9)
+        torch.testing.assert_close(solve(how, start)[:7], target, rtol=0, atol=tolerance("stationary"))
 
 
 # -- collapse --------------------------------------------------------------------------------------------------------
@@ -445,7 +467,7 @@ def test_collapse_takes_the_steps_the_formula_says(depth, kind, time_scale, lr):
     scale, saturated = opt.state[p]["metric_scale"], time_scale == "saturated"
     need = constraint.collapse(radius, scale, saturated=saturated)
     exact = [collapse_by_quadrature(float(r), float(scale), depth, saturated) for r in radius]
-    torch.testing.assert_close(need, torch.tensor(exact, dtype=torch.float64), rtol=1e-8, atol=0)
+    torch.testing.assert_close(need, torch.tensor(exact, dtype=torch.float64), rtol=tolerance("quadrature"), atol=0)
     metric = depth * radius ** (2 - 2 / depth)
     assert bool((metric > scale).any()) and bool((metric < scale).any())
     torch.testing.assert_close(died, need / (lr * strength), rtol=tolerance("law"), atol=1.0)
@@ -487,20 +509,19 @@ class SparseGroupLasso:
             w, z = u, u + k / (k + 3) * (u - w)
         return w
 
-
     def steps(self, best, scale, lr, cls):
         """A few thousand, and the time in which the slowest zero collapses: its net rate times lr and gain."""
-        force, live = -self.gradient(best), (best != 0).any(1)
-        inside, rest = (best == 0) & live[:, None], (force.abs() - L1).clamp(min=0).norm(dim=1)[~live]
-        # in a dead row the margin to L2 is at worst shared by all of it; Adam's gain is at least 1 / |gradient|
-        gain = 1 / (L1 + L2) if cls is symopt.Adam else 1.0
-        need = symopt.Sparse().collapse(scale / 2, scale)
-        slowest = min(float((L1 - force[inside].abs()).min()), float((L2 - rest).min()) / math.sqrt(COLUMNS))
-        return 2000 + math.ceil(need / (lr * gain * slowest))
+        force, live = self.gradient(best).abs(), (best != 0).any(1)
+        rest = (force - L1).clamp(min=0).norm(dim=1)
+        # in a live row the whole margin to L1; in a dead one the margin to L2, at worst shared by all of the row
+        margin = torch.where(live[:, None], L1 - force, ((L2 - rest) / math.sqrt(COLUMNS))[:, None])
+        rate = margin / force.clamp(max=L1 + L2) if cls is symopt.Adam else margin  # Adam's gain is 1 / |gradient|
+        slowest = float(rate[best == 0].min())
+        return 2000 + math.ceil(symopt.Sparse().collapse(scale / 2, scale) / (lr * slowest))
 
 
-@pytest.mark.parametrize(("cls", "lr"), [(symopt.SGD, 0.2), (symopt.Adam, 1e-2)], ids=["sgd", "adam"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("cls", "lr"), [(symopt.SGD, 0.2), (symopt.Adam, 2e-2)], ids=["sgd", "adam"])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_list_ends_at_the_sparse_group_lasso(seed, cls, lr):
     problem = SparseGroupLasso(seed)
     best = problem.solve()
@@ -538,3 +559,25 @@ def test_the_order_of_a_list_does_not_matter():
         ends.append(module.weight.detach())
     close(*ends)
     assert bool((ends[0] - randn((6, 5))).abs().max() > 1e-2)
+
+
+@pytest.mark.parametrize("grad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("time_scale", ["saturated", "none"])
+@pytest.mark.parametrize("make", [lambda: symopt.Sparse(0.1, depth=3), lambda: symopt.GroupSparse("out", 0.1, depth=3)])
+def test_a_bad_gradient_shows_in_the_weight(make, time_scale, grad):
+    net = symopt.constrain(torch.nn.Linear(2, 1, bias=False), {"weight": make()})
+    torch.nn.init.constant_(net.weight, 1.0)
+    opt = symopt.SGD(net, lr=0.1, time_scale=time_scale)
+    net.weight.grad = torch.tensor([[grad, 1.0]])
+    opt.step()
+    assert not net.weight[0, 0].isfinite()
+
+
+@pytest.mark.parametrize("depth", [3, 4, 5])
+def test_a_step_with_lr_zero_moves_no_bit(depth):
+    net = symopt.constrain(torch.nn.Linear(64, 8, bias=False), {"weight": symopt.Sparse(0.3, depth=depth)})
+    before = net.weight.detach().clone()
+    opt = symopt.SGD(net, lr=0.0)
+    net.weight.grad = torch.ones_like(before)
+    opt.step()
+    assert torch.equal(net.weight, before)

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import symopt
-from symopt.explicit import Explicit
+from symopt.explicit import Explicit, _Pool
 from symopt.fold import fold
 from table import CONSTRAINTS, ConstraintRow, ids, tolerance
 
@@ -37,6 +37,16 @@ SMALL = [row for row in ROWS if row.id in ("sparse", "sparse-depth-3", "group-ou
 KEEPS = ("imbalanced", "balanced", "gates", 1.0, 0.0)
 every_row = pytest.mark.parametrize("row", ROWS, ids=ids)
 small_rows = pytest.mark.parametrize("row", SMALL, ids=ids)
+
+
+@pytest.fixture(params=["torch's memory", "reused memory"])
+def memory(request, monkeypatch):
+    """Tensors of the tests are too small for the pool, unless it is told otherwise."""
+    if request.param == "reused memory":
+        monkeypatch.setattr(_Pool, "large", 0)
+
+
+in_any_memory = pytest.mark.usefixtures("memory")
 
 
 class Cell(nn.Module):
@@ -192,6 +202,7 @@ def test_random_inits_of_a_single_weight_are_finite(init):
 
 
 @every_row
+@in_any_memory
 def test_backward_is_autograd_of_the_plain_product(row):
     constraint, values = random_factors(row)
     cotangent = randn(row.shape, 20)
@@ -202,6 +213,7 @@ def test_backward_is_autograd_of_the_plain_product(row):
 
 
 @every_row
+@in_any_memory
 def test_gradcheck_and_double_backward(row):
     constraint, values = random_factors(row)
     assert gradcheck(Explicit(constraint), values, fast_mode=True)
@@ -226,6 +238,7 @@ def saved(function: Callable[[], Tensor]) -> list[Tensor]:
 
 
 @every_row
+@in_any_memory
 def test_the_function_saves_the_factors_alone(row):
     constraint, values = random_factors(row)
     kept = saved(lambda: Explicit(constraint)(*values))
@@ -235,6 +248,7 @@ def test_the_function_saves_the_factors_alone(row):
         assert {x.data_ptr() for x in plain} - {v.data_ptr() for v in values}
 
 
+@in_any_memory
 def test_gradients_only_where_asked_for():
     constraint, (u, v) = random_factors(ROWS[0])
     out = Explicit(constraint)(u.detach(), v)
@@ -242,6 +256,41 @@ def test_gradients_only_where_asked_for():
     assert u.grad is None and torch.equal(v.grad, u.detach())
     with torch.no_grad():
         assert Explicit(constraint)(u, v).grad_fn is None
+
+
+@small_rows
+def test_reused_memory_leaves_alone_whatever_still_lives(row, monkeypatch):
+    monkeypatch.setattr(_Pool, "large", 0)
+    module, x = explicit(row), randn(row.shape, 5)
+    held, expected, first = [], [], factors(module)[0]
+    for i in range(8):
+        with torch.no_grad():
+            first.add_(0.1)
+        constraint, now = symopt.constraints(module)["weight"], tuple(f.detach().clone() for f in factors(module))
+        weight = module.weight
+        grads = torch.autograd.grad((weight * x).sum() * (i + 1), factors(module))
+        for part in (weight, weight.detach()[0], weight.detach().numpy(), *grads):
+            held.append(torch.as_tensor(part))
+        wanted, rest = constraint.compose(now), constraint.pullback(now, x * (i + 1))
+        expected += [wanted, wanted[0], wanted, *rest]
+    close([h.detach() for h in held], expected)
+    out = [(module.weight * x).sum() for _ in range(3)]  # three graphs at once, backward in another order
+    for i in (1, 0, 2):
+        close(torch.autograd.grad(out[i], factors(module)), constraint.pullback(now, x))
+
+
+def test_memory_is_reused_once_nothing_holds_it():
+    module = symopt.constrain(nn.Linear(1024, 512, bias=False), {"weight": S()}, mode="explicit")
+    seen = set()
+    for _ in range(6):
+        module.zero_grad()
+        weight = module.weight
+        weight.sum().backward()
+        seen |= {weight.data_ptr(), *(f.grad.data_ptr() for f in factors(module))}
+        del weight
+    assert len(seen) == 3
+    double = copy.deepcopy(module)
+    assert double.weight.data_ptr() not in seen and torch.equal(double.weight, module.weight)
 
 
 # -- state dicts -----------------------------------------------------------------------------------------------------
@@ -335,10 +384,15 @@ def test_names_that_begin_alike_are_told_apart():
         module.register_parameter(name, nn.Parameter(randn((3, 2), len(name))))
     values = {k: v.clone() for k, v in module.state_dict().items()}
     symopt.constrain(module, {"weight": S(), "weight2": G("out")}, mode="explicit")
+    module.register_parameter("weight3", nn.Parameter(torch.ones(2)))
+    parametrize.register_parametrization(module, "weight3", nn.Softplus(), unsafe=True)  # not ours: stays as in torch
+    values["parametrizations.weight3.original"] = torch.ones(2)
     state = symopt.plain_state_dict(module)
-    assert sorted(state) == ["weight", "weight2"]
+    assert sorted(state) == ["parametrizations.weight3.original", "weight", "weight2"]
     close(state, values)
-    module.load_state_dict({"weight": values["weight2"], "weight2": values["weight"]})
+    module.load_state_dict({**values, "weight": values["weight2"], "weight2": values["weight"]})
+    released = symopt.release(copy.deepcopy(module))
+    assert [n for n, _ in released.named_parameters()][-1] == "parametrizations.weight3.original"
     close(module.weight, values["weight2"])
     close(module.weight2, values["weight"])
 
@@ -419,6 +473,7 @@ def test_release_of_a_submodule_and_of_one_among_foreign_hooks():
     assert not module[0]._load_state_dict_pre_hooks
 
 
+@in_any_memory
 def test_a_deepcopy_trains_by_itself():
     module, x = explicit_net(), randn((8, 5), 1)
     double = copy.deepcopy(module)
@@ -455,7 +510,7 @@ def test_param_groups_put_the_strength_on_the_factors(cls):
     assert all(
         name == dict((id(p), n) for n, p in module.named_parameters())[id(p)] for g in groups for name, p in g["params"]
     )
-    assert not any("strength" in group for group in groups) and len(groups) == 3
+    assert [group.get("strength", "absent") for group in groups] == [0.1, 1e-4, "absent"]
     opt = cls(groups, lr=0.01, weight_decay=0.7)
     assert opt.param_groups[-1]["weight_decay"] == 0.7 and opt.param_groups[0]["weight_decay"] == 0.1
     before = [p.detach().clone() for p in module.parameters()]
@@ -475,9 +530,22 @@ def test_torchs_weight_decay_on_the_factors_is_the_strength(row):
     close(module.weight, w * (1 - 0.1 * 0.3) ** row.make(0.3).depth)
 
 
-def test_a_list_of_constraints_decays_by_their_strengths():
-    module = symopt.constrain(nn.Linear(4, 3), {"weight": [S(0.01), G("out", 0.0)]}, mode="explicit")
-    assert [group.get("weight_decay") for group in symopt.param_groups(module)] == [0.01, None]
+def test_a_list_of_constraints_is_refused():
+    # Its strength differs from weight to weight; a decay of the factors is one number.
+    layer = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match=r"weight has a list of constraints.*use mode='optimizer'"):
+        symopt.constrain(layer, {"weight": [S(0.01), G("out", 0.0)]}, mode="explicit")
+    assert symopt.constraints(layer) == {} and sorted(layer.state_dict()) == ["bias", "weight"]
+
+
+def test_memory_that_somebody_took_from_the_weight_is_not_reused(memory):
+    layer = symopt.constrain(nn.Linear(6, 5), {"weight": S()}, mode="explicit")
+    storage = layer.weight.untyped_storage()
+    before = list(storage)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(1.0)
+    assert layer.weight.numel() == 30 and list(storage) == before
 
 
 FORMS: dict[str, Callable[[nn.Module], Any]] = {
@@ -600,6 +668,7 @@ def test_decorators():
 
 
 @small_rows
+@in_any_memory
 def test_autocast(row):
     torch.manual_seed(0)
     module = symopt.constrain(nn.Linear(row.shape[1], row.shape[0]), {"weight": row.make(0.3)}, mode="explicit")
@@ -628,6 +697,7 @@ def test_compile_without_graph_breaks(row, backend):
 
 
 @small_rows
+@in_any_memory
 def test_activation_checkpointing(row):
     module, x = explicit(row), randn(row.shape, 5).requires_grad_()
     out = checkpoint(module, x, use_reentrant=False)
@@ -636,6 +706,7 @@ def test_activation_checkpointing(row):
 
 
 @every_row
+@in_any_memory
 def test_functional_call_grad_and_vmap(row):
     module, x = explicit(row), randn(row.shape, 5)
     constraint = symopt.constraints(module)["weight"]
@@ -663,6 +734,7 @@ def test_functional_call_grad_and_vmap(row):
     close(vmap(through, (dims,))(some), torch.stack([through({**values, names[0]: b}) for b in batch[names[0]]]))
 
 
+@in_any_memory
 def test_attention_convolution_embedding_and_several_weights_of_one_module():
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(8, 2, batch_first=True).double()

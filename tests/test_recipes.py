@@ -1,4 +1,4 @@
-"""Every recipe trains, and shows on a regression of seconds what its paper claims; the references are convex solvers."""
+"""Every recipe trains, and shows on a small regression what its paper claims; the references are convex solvers."""
 
 import dataclasses
 import inspect
@@ -114,7 +114,7 @@ def test_a_recipe_trains(name):
         loss = (net(x) - target).square().mean()
         loss.backward()
         opt.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.2 * losses[0]
     weights = symopt.plain_state_dict(net)
     assert weights["0.weight"].shape == (16, 8) and "0.parametrizations.weight.original0" not in weights
@@ -159,35 +159,30 @@ def test_schedule_leaves_decay_of_other_weights_alone():
 # -- the papers' claims ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strength", [0.1, 0.5])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("seed", "strength"), [(0, 0.1), (0, 0.5), (1, 0.1)])
 def test_spred_is_the_lasso(seed, strength):
     """Many irrelevant features, Adam at 1e-2 with coupled decay as in the paper's notebook: scikit-learn's zeros."""
     problem = Regression(seed, 100, 2000, 10, 0.1)
     solver = Lasso(strength, fit_intercept=False, max_iter=200_000, tol=1e-13)
     best = torch.tensor(solver.fit(problem.x.numpy(), problem.y.numpy()).coef_)
     recipe = dataclasses.replace(recipes.spred(strength), optimizer_class=torch.optim.Adam, options={"lr": 1e-2})
-    w = problem.fit(recipe, 4000)
+    w = problem.fit(recipe, 3000)
     shares = [float((~live(v)).double().mean()) for v in (w, best)]
-    print(f"share of zeros: spred {shares[0]:.4f}, scikit-learn {shares[1]:.4f}")
     assert abs(shares[0] - shares[1]) <= tolerance("share of zeros")
     assert 0.9 < shares[1] < 1
 
     def objective(w):
         return problem.loss(w) + strength * w.abs().sum()
 
-    gap = float(objective(w) / objective(best) - 1)
-    print(f"gap {gap:.2e}")
-    assert abs(gap) <= tolerance("trembling gap")
+    assert abs(float(objective(w) / objective(best) - 1)) <= tolerance("trembling gap")
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_deep_weight_factorization_is_sparser_at_equal_fit(seed):
     """Depth 2 keeps several times as many weights even where it fits slightly worse: it shrinks the live ones."""
     problem = Regression(seed, 100, 200, 10, 0.3)
     deep = problem.fit(recipes.deep_weight_factorization(0.02), 2500, lr=0.02)
     flat = problem.fit(recipes.deep_weight_factorization(0.05, depth=2), 2500, lr=0.02)
-    print(problem.loss(deep), problem.loss(flat), live(deep).sum(), live(flat).sum())
     assert 1 <= float(problem.loss(flat) / problem.loss(deep)) < 1.2
     assert torch.equal(live(deep), problem.truth != 0)
     assert int(live(flat).sum()) >= 2 * int(live(deep).sum())
@@ -199,29 +194,27 @@ def test_deep_weight_factorization_starts_variance_matched(depth):
     """D factors of deviation std**(1/D) whose product has the weight's, and no factor near zero or far out."""
     torch.manual_seed(0)
     net = torch.nn.Linear(400, 400, bias=False, dtype=torch.float64)
-    std = float(net.weight.std())
+    std = float(net.weight.detach().std())
     recipes.deep_weight_factorization(1e-3, depth=depth).constrain(net, "weight")
-    factors = list(net.parametrizations.weight.parameters())
+    factors = [f.detach() for f in net.parametrizations.weight.parameters()]
     assert len(factors) == depth
     for f in factors:
         assert float(f.std()) == pytest.approx(std ** (1 / depth), rel=tolerance("law"))
         assert abs(float(f.mean())) <= tolerance("law") * float(f.std())
         low, high = float(f.abs().min()), float(f.abs().max())
         assert high / low <= 20 * (1 + tolerance("identity"))  # .1 to 2 of one deviation
-    assert float(net.weight.std()) == pytest.approx(std, rel=tolerance("law"))
+    assert float(net.weight.detach().std()) == pytest.approx(std, rel=tolerance("law"))
 
 
 GROUPS, SIZE = 20, 5
 
 
-@pytest.mark.parametrize("strength", [0.05, 0.2, 0.6, 1.2])
+@pytest.mark.parametrize("strength", [0.03, 0.1, 0.3, 1.2])
 def test_d_gating_follows_the_group_lasso(strength):
     problem = Regression(0, 150, GROUPS * SIZE, 4 * SIZE, 0.3)
     members = torch.arange(GROUPS * SIZE).reshape(GROUPS, SIZE).tolist()
     solver = GroupLasso(members, strength, fit_intercept=False, tol=1e-10, max_iter=500)
     best = torch.tensor(solver.fit(problem.x.numpy(), problem.y.numpy()).coef_)
-    torch.manual_seed(0)
-    w = problem.fit(recipes.d_gating(strength), 3000, (GROUPS, SIZE), lr=0.02)
 
     def norms(w):
         return w.reshape(GROUPS, SIZE).norm(dim=1)
@@ -229,17 +222,20 @@ def test_d_gating_follows_the_group_lasso(strength):
     def objective(w):
         return problem.loss(w) + strength * norms(w).sum()
 
-    gap = float(objective(w) / objective(best) - 1)
-    print(f"strength {strength}: gap {gap:.1e}, live {int(live(norms(w)).sum())} of {int((norms(best) != 0).sum())}")
-    assert abs(gap) <= tolerance("convex gap")
+    def force(w):
+        return problem.x.T @ (problem.y - problem.x @ w) / len(problem.y)
+
+    # the slowest zero shrinks by 2 lr / (1 - momentum) (strength - ||force||) per step; e**-14 is 1e-6
+    margin = float((strength - norms(force(best)))[norms(best) == 0].min())
+    steps = 1000 + math.ceil(14 / (2 * 0.05 / (1 - 0.9) * margin))
+    w = problem.fit(recipes.d_gating(strength), steps, (GROUPS, SIZE), lr=0.05)
+    assert abs(float(objective(w) / objective(best) - 1)) <= tolerance("convex gap")
     assert torch.equal(live(norms(w)), norms(best) != 0)
     assert bool((norms(best) != 0).any())
     slack = tolerance("threshold") * strength  # stationary without skglm, too
-    force = (problem.x.T @ (problem.y - problem.x @ w) / len(problem.y)).reshape(GROUPS, SIZE)
-    unit = w.reshape(GROUPS, SIZE) / norms(w)[:, None]
-    alive = live(norms(w))
-    assert bool((force[~alive].norm(dim=1) <= strength + slack).all())
-    assert bool(((force - strength * unit)[alive].norm(dim=1) <= slack).all())
+    unit, alive = w.reshape(GROUPS, SIZE) / norms(w)[:, None], live(norms(w))
+    assert bool((norms(force(w))[~alive] <= strength + slack).all())
+    assert bool((norms(force(w) - strength * unit.flatten())[alive] <= slack).all())
 
 
 def test_d_gating_starts_with_open_gates():
@@ -251,15 +247,14 @@ def test_d_gating_starts_with_open_gates():
     assert torch.equal(direction, before) and torch.equal(net.weight, before)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_pilot_ends_nearer_to_the_truth(seed):
     """n = 40, p = 100, 5 live, no noise: constant decay is biased by shrinkage, none by the l2 start."""
     problem, strength = Regression(seed, 40, 100, 5, 0.0), 0.1
     pilot = recipes.pilot(strength)
     constant = dataclasses.replace(pilot, strength_at=lambda progress: 1.0)
     switched, always, never = (
-        problem.error(problem.fit(recipe, 2000, lr=0.02)) for recipe in (pilot, constant, recipes.pilot(0.0))
+        problem.error(problem.fit(recipe, 1500, lr=0.02)) for recipe in (pilot, constant, recipes.pilot(0.0))
     )
-    print(f"errors: pilot {switched:.5f}, constant {always:.5f}, none {never:.5f}")
     assert switched < 0.2 * min(always, never)
     assert math.isfinite(never) and switched < tolerance("law")

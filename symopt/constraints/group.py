@@ -124,7 +124,7 @@ class GroupSparse(Constraint):
             assert index is not None
             return Groups(int(index.max()) + 1, tuple(w.shape), (), index)
         view, dims = self._view("weight", w)
-        return Groups(math.prod(n for d, n in enumerate(view) if d not in dims), view, dims)
+        return Groups(math.prod([n for d, n in enumerate(view) if d not in dims]), view, dims)  # a list: compilable
 
     def _view(self, name: str, w: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         shape, kind = tuple(w.shape), self.groups

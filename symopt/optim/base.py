@@ -85,8 +85,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
 
     def _bind(self) -> None:
         """Look every parameter up again; those a module no longer vouches for keep what they had."""
-        found, known = annotation.constraints_by_parameter(), self._bound
-        self._bound, factors = {}, annotation.factors()
+        found, factors = annotation.constraints_by_parameter(), annotation.factors()
+        bound: dict[Tensor, Constraint | None] = {}
+        names: dict[Tensor, str] = {}
         for group in self.param_groups:
             for p in group["params"]:
                 if id(p) in factors:
@@ -95,12 +96,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
                         "optimizer would constrain twice; use torch.optim with symopt.param_groups(model), or "
                         "constrain(..., mode='optimizer')"
                     )
-                name, constraint = found.get(id(p), (self._names.get(p, "a parameter"), known.get(p)))
-                self._bound[p], self._names[p] = constraint, name
+                name, constraint = found.get(id(p), (self._names.get(p, "a parameter"), self._bound.get(p)))
+                bound[p], names[p] = constraint, name
                 if constraint is not None:
                     self._check_supported(name, group, constraint)
-        self._names = {p: self._names[p] for p in self._bound}
-        self._groups = {p: g for p, g in self._groups.items() if p in self._bound}
+        self._bound, self._names = bound, names
+        self._groups = {p: g for p, g in self._groups.items() if p in bound}
         self._epoch = annotation.epoch()
 
     def _check_supported(self, name: str, group: dict[str, Any], constraint: Constraint) -> None:
