@@ -32,6 +32,7 @@ __all__ = [
     "partial_products",
     "plain",
     "product",
+    "rebalance",
     "sgd",
     "sparse",
     "sparse_deep",
@@ -309,6 +310,32 @@ def sparse_free(
     light = torch.stack([u.abs() for u in new]).argmin(0)
     new = tuple(torch.where(snapped & (light == i), 0.0, u) for i, u in enumerate(new))
     return torch.where(snapped, 0.0, w), new
+
+
+def rebalance(factors: tuple[Tensor, ...], keep: float) -> tuple[Tensor, ...]:
+    """The same weight in a gauge where every difference ``u_i**2 - u_j**2`` is ``keep`` times what it was.
+
+    The squares become ``m + keep (u_i**2 - mean)`` with the one m that leaves their product ``w**2``; Newton from the
+    mean, which lies above it because shrinking the differences raises a product, so the descent is monotone.
+    """
+    squares = torch.stack([u * u for u in factors])
+    mean, target = squares.mean(0), squares.prod(0)
+    spread = keep * (squares - mean)
+    m = mean
+    for _ in range(32):
+        shifted = (m + spread).clamp(min=0)
+        slope = sum_of_products(shifted)
+        step = (shifted.prod(0) - target) / slope.clamp(min=torch.finfo(mean.dtype).tiny)
+        m = m - step.clamp(min=0)
+    sizes = (m + spread).clamp(min=0).sqrt()
+    light = torch.arange(len(factors), device=mean.device).view(-1, *[1] * mean.dim()) == squares.argmin(0)
+    sizes = torch.where(light & (target == 0), 0.0, sizes)  # a zero stays one
+    return tuple(torch.where(u < 0, -size, size) for u, size in zip(factors, sizes, strict=True))
+
+
+def sum_of_products(parts: Tensor) -> Tensor:
+    """Derivative of the product of ``parts + m`` in m, at 0: the sum over i of the product of all others."""
+    return torch.stack(partial_products(tuple(parts))).sum(0)
 
 
 def _drive(factors: tuple[Tensor, ...], delta: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ class Anneal:
 
     Each step multiplies every tensor's imbalance by ``exp(-25 / total_steps)``: it reaches 0 after about 55 % of
     training, whatever the learning rate, strength or preconditioner.  Without Anneal it decays at the rate of the
-    slowest weights, which is safe but can take long.
+    slowest weights, which is safe but can take long.  In the free gauge, where every weight has its own, all of them
+    are multiplied alike.
 
     With ``commit``, structure found by then is final: from that share of training on the strength is 0, so what is zero
     stays zero and what lives trains without shrinkage (no bias, but no longer the optimum of loss + penalty).

@@ -12,6 +12,7 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 
 import symopt
+from symopt_kernels import reference
 from table import OPTIMIZERS, ConstraintRow, constrained_parameter, ids, tolerance
 from test_steps import Explicit, gradients, labels, optimizer
 
@@ -581,3 +582,37 @@ def test_a_step_with_lr_zero_moves_no_bit(depth):
     net.weight.grad = torch.ones_like(before)
     opt.step()
     assert torch.equal(net.weight, before)
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4, 5])
+@pytest.mark.parametrize("keep", [0.99, 0.5, 0.0])
+def test_rebalancing_shrinks_every_imbalance_and_keeps_the_weight(depth, keep):
+    g = torch.Generator().manual_seed(depth)
+    factors = tuple(torch.randn(200, generator=g, dtype=torch.float64) for _ in range(depth))
+    factors = (torch.where(torch.arange(200) < 20, 0.0, factors[0]), *factors[1:])
+    new = reference.rebalance(factors, keep)
+    before, after = (torch.stack([u * u for u in fs]) for fs in (factors, new))
+    live = factors[0] != 0
+    torch.testing.assert_close(reference.product(new), reference.product(factors), rtol=1e-9, atol=1e-13)
+    differences = [(squares - squares[-1])[:, live] for squares in (before, after)]
+    torch.testing.assert_close(differences[1], keep * differences[0], rtol=1e-7, atol=1e-9)
+    assert bool((reference.product(new)[~live] == 0).all())
+    assert all(bool((a.sign() * b.sign() >= 0).all()) for a, b in zip(factors, new, strict=True))
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_anneal_balances_the_free_gauge(depth):
+    torch.manual_seed(0)
+    net = symopt.constrain(torch.nn.Linear(6, 4).double(), {"weight": symopt.Sparse(0.0, depth=depth, gauge="free")})
+    opt = symopt.SGD(net, lr=0.01)
+    with pytest.warns(UserWarning, match="strength"):
+        anneal = symopt.Anneal(opt, total_steps=40)
+    for _ in range(40):
+        opt.zero_grad()
+        net(torch.ones(1, 6, dtype=torch.float64)).square().sum().backward()
+        opt.step()
+        anneal.step()
+    state = opt.state[net.weight]
+    squares = torch.stack([state[f"factor_{i}"].square() for i in range(depth)])
+    live = net.weight != 0
+    assert bool(((squares - squares[0]).abs().amax(0)[live] <= 1e-8).all()) and bool(live.any())

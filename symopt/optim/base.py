@@ -226,6 +226,10 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
             new, moved = constraint.advance(factors, delta, decay, scale, saturated=saturated)
             # A product rounds, so where no factor moved the weight is left alone: a step with lr 0 changes no bit.
             still = torch.stack([f == m for f, m in zip(factors, moved, strict=True)]).all(0)
+            if group["imbalance_decay"] is not None:
+                balanced = reference.rebalance(moved, group["imbalance_decay"])
+                moved = tuple(torch.where(still, m, b) for m, b in zip(moved, balanced, strict=True))
+                new = constraint.compose(moved)
             p.copy_(torch.where(still, p, new.to(p.dtype)))
             for i, value in enumerate(moved):
                 self._update(group, state, f"factor_{i}", value)
