@@ -294,7 +294,7 @@ def test_nothing_is_left_to_do() -> None:
 def test_no_path_of_one_machine() -> None:
     # After a letter, dot or slash it is the end of a relative path or of an address.
     pattern = r"(?<![\w.~/*-])/(home|root|work|Users|tmp|mnt|scratch|private|var/folders)/\w|\b[A-Z]:\\(Users|work)"
-    assert all(re.search(pattern, text) for text in ("open('/ho" "me/me')", "cd /wo" "rk/main", "C:\\" "Users"))
+    assert all(re.search(pattern, text) for text in ("open('/home/me')", "cd /work/main", "C:\\Users"))
     assert lines_with(pattern) == []
 
 

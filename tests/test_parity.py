@@ -580,9 +580,7 @@ POSITIONAL: dict[str, tuple[Any, ...]] = {
 @CLASSES
 def test_positional_arguments_in_torchs_order(row: OptimizerRow) -> None:
     values = POSITIONAL[row.cls.__name__]
-    positional = [
-        p for p in inspect.signature(row.torch_cls).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
-    ]
+    positional = [p for p in inspect.signature(row.torch_cls).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert len(positional) == len(values) + 1
     want, have = row.torch_cls(list(tensors().values()), *values), row.cls(network(), *values)
     assert want.defaults.items() <= have.defaults.items()
