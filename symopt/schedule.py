@@ -105,7 +105,7 @@ class Anneal:
             self._warned.add(id(p))
             factor, strength = needed / self.total_steps, float(self.optimizer.strength(group, constraint))
             if math.isinf(factor):
-                fix = "give a strength > 0" if strength == 0 else "give an lr > 0"
+                fix = "give an lr > 0" if float(group["lr"]) == 0 else "give a strength > 0"
             else:
                 fix = (
                     f"use lr >= {float(group['lr']) * factor:.2g}, strength >= {strength * factor:.2g}, or "
@@ -135,6 +135,7 @@ def collapse_steps(
     live = size > 0
     if not bool(live.any()):
         return 0.0
-    rate = group["lr"] * optimizer.strength(group, constraint) * torch.as_tensor(gain).flatten()
+    charge = torch.as_tensor(constraint.charge(w, decoupled=optimizer.decoupled(group))).flatten()
+    rate = group["lr"] * optimizer.strength(group, constraint) * torch.as_tensor(gain).flatten() * charge
     need = constraint.collapse(size, scale, saturated=group["time_scale"] == "saturated") / rate
     return float(need[live].median())

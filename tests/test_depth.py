@@ -616,3 +616,18 @@ def test_anneal_balances_the_free_gauge(depth):
     squares = torch.stack([state[f"factor_{i}"].square() for i in range(depth)])
     live = net.weight != 0
     assert bool(((squares - squares[0]).abs().amax(0)[live] <= 1e-8).all()) and bool(live.any())
+
+
+def test_anneal_knows_the_strengths_of_a_list():
+    def steps_named(*strengths):
+        torch.manual_seed(0)
+        parts = [symopt.Sparse(strengths[0]), symopt.GroupSparse("out", strengths[1])]
+        net = symopt.constrain(torch.nn.Linear(16, 4), {"weight": parts})
+        with pytest.warns(UserWarning, match="too few") as caught:
+            symopt.Anneal(symopt.SGD(net, lr=0.01), total_steps=1)
+        return str(caught[0].message)
+
+    assert "give a strength > 0" in steps_named(0.0, 0.0)
+    # Equal weights of a group of n would make the group's penalty count 1 / sqrt(n) per weight.
+    one, both = (int(steps_named(*s).rsplit(", or ", 1)[1].split()[0]) for s in ((0.1, 0.0), (0.1, 0.4)))
+    assert 0.3 * one < both < 0.8 * one
