@@ -318,6 +318,9 @@ def rebalance(factors: tuple[Tensor, ...], keep: float) -> tuple[Tensor, ...]:
     The squares become ``m + keep (u_i**2 - mean)`` with the one m that leaves their product ``w**2``; Newton from the
     mean, which lies above it because shrinking the differences raises a product, so the descent is monotone.
     """
+    if keep == 0:
+        size = product(factors).abs() ** (1 / len(factors))
+        return tuple(torch.where(u < 0, -size, size) for u in factors)
     squares = torch.stack([u * u for u in factors])
     mean, target = squares.mean(0), squares.prod(0)
     spread = keep * (squares - mean)
@@ -327,10 +330,9 @@ def rebalance(factors: tuple[Tensor, ...], keep: float) -> tuple[Tensor, ...]:
         slope = sum_of_products(shifted)
         step = (shifted.prod(0) - target) / slope.clamp(min=torch.finfo(mean.dtype).tiny)
         m = m - step.clamp(min=0)
-    sizes = (m + spread).clamp(min=0).sqrt()
-    light = torch.arange(len(factors), device=mean.device).view(-1, *[1] * mean.dim()) == squares.argmin(0)
-    sizes = torch.where(light & (target == 0), 0.0, sizes)  # a zero stays one
-    return tuple(torch.where(u < 0, -size, size) for u, size in zip(factors, sizes, strict=True))
+    # At a zero the root may be a double one, where Newton only halves: there the squares just shrink.
+    new = torch.where(target == 0, keep * (squares - squares.amin(0)), m + spread)
+    return tuple(torch.where(u < 0, -size, size) for u, size in zip(factors, new.clamp(min=0).sqrt(), strict=True))
 
 
 def sum_of_products(parts: Tensor) -> Tensor:

@@ -222,17 +222,17 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         delta, decay = group["lr"] * update, group["lr"] * self.strength(group, constraint) * gain * charge
         c, scale = state["imbalance"], state["metric_scale"]
         if constraint.carries_factors:
-            factors = tuple(state[f"factor_{i}"] for i in range(constraint.depth))
+            stored = tuple(state[f"factor_{i}"] for i in range(constraint.depth))
+            factors = stored
+            if group["imbalance_decay"] is not None:
+                # Before the step: at a commit the strength is 0 from here on, and a zero must not start with a partner.
+                factors = reference.rebalance(stored, group["imbalance_decay"])
             new, moved = constraint.advance(factors, delta, decay, scale, saturated=saturated)
             # A product rounds, so where no factor moved the weight is left alone: a step with lr 0 changes no bit.
             still = torch.stack([f == m for f, m in zip(factors, moved, strict=True)]).all(0)
-            if group["imbalance_decay"] is not None:
-                balanced = reference.rebalance(moved, group["imbalance_decay"])
-                moved = tuple(torch.where(still, m, b) for m, b in zip(moved, balanced, strict=True))
-                new = constraint.compose(moved)
             p.copy_(torch.where(still, p, new.to(p.dtype)))
-            for i, value in enumerate(moved):
-                self._update(group, state, f"factor_{i}", value)
+            for i, (before, value) in enumerate(zip(stored, moved, strict=True)):
+                self._update(group, state, f"factor_{i}", torch.where(still, before, value))
             return
         new = constraint.retract(w, delta, decay, c, scale, groups, saturated=saturated)
         p.copy_(new)
