@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from symopt import annotation
 from symopt.constrain import constraints, free
 from symopt.constraints import Constraint
+from symopt.explicit import plain_state_dict
 from symopt.fold import fold
 from symopt.optim import ConstrainedOptimizer
 from symopt.schedule import collapse_steps
@@ -35,6 +37,8 @@ class Row:
     violation: float
     """Relative change of the tensor if its nearly-zero units were rounded to zero."""
     strength: float | None
+    committed: bool
+    """Whether :class:`symopt.Anneal` has fixed the support: the strength is 0 from then on."""
     imbalance: float | None
     """Plasticity c; zeros are permanent once it is 0.  None before the first step."""
     collapse_steps: float | None
@@ -81,7 +85,11 @@ class Report:
                 "x".join(map(str, row.shape)),
                 f"{row.zeros / math.prod(row.shape):.2%}",
                 f"{row.live}/{row.units}",
-                *map(number, (row.penalty, row.violation, row.strength, row.imbalance, row.collapse_steps)),
+                number(row.penalty),
+                number(row.violation),
+                "committed" if row.committed else number(row.strength),
+                number(row.imbalance),
+                "-" if row.committed else number(row.collapse_steps),
             ]
             for row in self.rows
         ]
@@ -150,14 +158,17 @@ def report(
         raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
     if optimizer is not None and not isinstance(optimizer, ConstrainedOptimizer):
         raise TypeError(f"report: optimizer must be a symopt optimizer or None, got {type(optimizer).__name__}")
-    named, bound = dict(model.named_parameters(remove_duplicate=False)), constraints(model)
+    bound = constraints(model)
+    named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    composed = {name: w for name, w in plain_state_dict(model).items() if name in bound and name not in named}
+    named |= composed  # explicit mode: what the factors make
     live = {id(p): (group, p, c) for group, p, _, c in optimizer.constrained()} if optimizer is not None else {}
     rows = tuple(_row(name, named[name], c, optimizer, live.get(id(named[name]))) for name, c in bound.items())
     small = fold(model, example_inputs)
     return Report(
         rows=rows,
         unconstrained=tuple(free(model)),
-        parameters=_count(model),
+        parameters=_count(model, composed),
         parameters_folded=_count(small),
         flops=_flops(model, example_inputs),
         flops_folded=_flops(small, example_inputs),
@@ -184,13 +195,17 @@ def _row(name: str, p: torch.Tensor, constraint: Constraint, optimizer: Constrai
         penalty=float(constraint.penalty(p)),
         violation=float(constraint.violation(p)),
         strength=strength,
+        committed=bool(entry and entry[0]["committed"]),
         imbalance=imbalance,
         collapse_steps=steps,
     )
 
 
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def _count(model: nn.Module, composed: dict[str, Any] | None = None) -> int:
+    """Parameters, with a composed weight in place of its factors."""
+    factors = annotation.factors()
+    own = sum(p.numel() for p in model.parameters() if id(p) not in factors)
+    return own + sum(int(w.numel()) for w in (composed or {}).values())
 
 
 def _flops(model: nn.Module, example_inputs: Any | None) -> int | None:

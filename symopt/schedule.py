@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from symopt.constraints import Composed
 from symopt.optim import ConstrainedOptimizer
 
 __all__ = ["Anneal"]
@@ -26,8 +27,9 @@ class Anneal:
     With ``commit``, structure found by then is final: from that share of training on the strength is 0, so what is zero
     stays zero and what lives trains without shrinkage (no bias, but no longer the optimum of loss + penalty).
 
-    Before the first step it warns if ``lr * total_steps * strength`` is too small to bring even the median weight of
-    some tensor to zero, and says what would do.
+    Before the first step it warns if ``lr * steps * strength`` is too small to bring even the median weight of some
+    tensor to zero, and says what would do.  It knows the steps with strength (up to ``commit``) and the largest lr the
+    group names (``lr``, and ``initial_lr`` and ``max_lr``, which torch's schedulers leave there), not the schedule.
 
     Args:
         optimizer: a symopt optimizer.
@@ -99,22 +101,25 @@ class Anneal:
 
     def _check(self) -> None:
         for group, p, name, constraint in self.optimizer.constrained():
-            needed = collapse_steps(self.optimizer, group, p, constraint)
-            if needed is None or id(p) in self._warned or needed <= self.total_steps:
+            lr = max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
+            needed = collapse_steps(self.optimizer, {**group, "lr": lr}, p, constraint)
+            active = self.total_steps if self.commit is None else self.commit * self.total_steps
+            if needed is None or id(p) in self._warned or needed <= active:
                 continue
             self._warned.add(id(p))
-            factor, strength = needed / self.total_steps, float(self.optimizer.strength(group, constraint))
+            factor, strength = needed / active, float(self.optimizer.strength(group, constraint))
+            own = isinstance(constraint, Composed)  # its strength multiplies those in the list
             if math.isinf(factor):
-                fix = "give an lr > 0" if float(group["lr"]) == 0 else "give a strength > 0"
+                fix = "give an lr > 0" if lr == 0 else "give a strength > 0"
             else:
-                fix = (
-                    f"use lr >= {float(group['lr']) * factor:.2g}, strength >= {strength * factor:.2g}, or "
-                    f"{math.ceil(needed)} steps"
-                )
+                more = f"strengths {factor:.2g} times as large" if own else f"strength >= {strength * factor:.2g}"
+                fix = f"use lr >= {lr * factor:.2g}, {more}, or {math.ceil(self.total_steps * factor)} steps"
+            at = f"lr {lr:.2g}" if own else f"lr {lr:.2g} and strength {strength:.2g}"
+            before = "" if self.commit is None else " before the commit"
             warnings.warn(
-                f"{name}: {self.total_steps} steps at lr {float(group['lr']):.2g} and strength {strength:.2g} are too "
-                f"few to bring even its median weight to zero without a gradient; {fix}",
-                stacklevel=4,
+                f"{name}: {math.floor(active)} steps{before} at {at} are too few to bring even its median weight to "
+                f"zero without a gradient; {fix}",
+                stacklevel=3,
             )
 
 

@@ -54,3 +54,63 @@ def test_full_balance_keeps_small_weights(depth):
     )
     new = reference.rebalance(factors, 0.0)
     torch.testing.assert_close(reference.product(new), factors[0], rtol=1e-12, atol=0.0)
+
+
+def test_report_of_an_explicit_module_is_that_of_its_plain_weights():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(6, 4)
+    with torch.no_grad():
+        layer.weight[0] = 0
+    twin = torch.nn.Linear(6, 4)
+    twin.load_state_dict(layer.state_dict())
+    explicit = symopt.constrain(layer, {"weight": symopt.Sparse(0.1)}, mode="explicit")
+    plain = symopt.constrain(twin, {"weight": symopt.Sparse(0.1)})
+    one, two = symopt.report(explicit), symopt.report(plain)
+    assert (one.parameters, one.parameters_folded) == (two.parameters, two.parameters_folded) == (28, 28)
+    assert one.rows[0].zeros == two.rows[0].zeros == 6 and one.unconstrained == two.unconstrained == ("bias",)
+    assert one.rows[0].penalty == pytest.approx(two.rows[0].penalty, rel=1e-6)
+
+
+def test_report_says_committed():
+    net = symopt.constrain(torch.nn.Linear(4, 2), {"weight": symopt.Sparse(50.0)})
+    opt = symopt.AdamW(net, lr=0.1)
+    anneal = symopt.Anneal(opt, 10, commit=0.5)
+    seen = []
+    for _ in range(6):
+        seen.append((symopt.report(net, opt).rows[0].committed, "committed" in str(symopt.report(net, opt))))
+        net(torch.ones(1, 4)).sum().backward()
+        opt.step()
+        anneal.step()
+    assert seen[0] == (False, False) and seen[-1] == (True, True)
+
+
+def warning_of(make, **options):
+    torch.manual_seed(0)
+    net = symopt.constrain(torch.nn.Linear(16, 4), {"weight": make})
+    opt = symopt.AdamW(net, lr=options.pop("lr", 1e-3))
+    if "max_lr" in options:
+        torch.optim.lr_scheduler.OneCycleLR(opt, options.pop("max_lr"), total_steps=100, cycle_momentum=False)
+    with pytest.warns(UserWarning, match="too few") as caught:
+        symopt.Anneal(opt, **options)
+    return caught[0]
+
+
+def steps_of(warning) -> int:
+    return int(str(warning.message).rsplit(", or ", 1)[1].split()[0])
+
+
+def test_the_warning_points_here_and_counts_only_the_steps_with_strength():
+    whole = warning_of(symopt.Sparse(0.1), total_steps=10)
+    half = warning_of(symopt.Sparse(0.1), total_steps=10, commit=0.5)
+    assert whole.filename == __file__
+    assert "before the commit" in str(half.message) and abs(steps_of(half) - 2 * steps_of(whole)) <= 2
+
+
+def test_the_warning_judges_by_the_peak_of_a_warmup():
+    peak = warning_of(symopt.Sparse(0.1), lr=1e-3, total_steps=10)
+    assert abs(steps_of(warning_of(symopt.Sparse(0.1), max_lr=1e-3, total_steps=10)) - steps_of(peak)) <= 1
+
+
+def test_the_warning_of_a_list_names_a_factor_and_no_multiplier():
+    message = str(warning_of([symopt.Sparse(0.1), symopt.GroupSparse("out", 0.1)], total_steps=10).message)
+    assert "times as large" in message and "strength >=" not in message

@@ -140,8 +140,9 @@ class GroupSparse(Constraint):
             heads = int(head[1])
             packed = 3 if w.dim() == 2 and rows == 3 * shape[1] else 1
             if rows % (packed * heads):
+                what = "outputs of each of query, key and value" if packed == 3 else "outputs"
                 raise ValueError(
-                    f"GroupSparse({kind!r}) on {name}: {rows // packed} outputs do not split into {heads} equal heads"
+                    f"GroupSparse({kind!r}) on {name}: {rows // packed} {what} do not split into {heads} equal heads"
                 )
             return (packed, heads, rows // (packed * heads) * rest), (0, 2)
         block = _BLOCK.fullmatch(kind)
