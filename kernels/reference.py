@@ -251,11 +251,12 @@ def sparse_deep(
     Signs are locked and zeros absorb; equal to the factor step wherever ``a' > 0``.
     """
     a = w.abs() ** (1 / depth)
-    t = _time(depth * a ** (2 * (depth - 1)), delta * a ** (depth - 2), decay, metric_scale if saturated else None)
+    lever = a ** (depth - 2)
+    t = _time(depth * a ** (2 * (depth - 1)), delta * lever, decay, metric_scale if saturated else None)
     delta, decay = t * delta, t * decay
-    new = w * (1 - decay - w.sign() * delta * a ** (depth - 2)).clamp(min=0) ** depth
+    new = w * (1 - decay - w.sign() * delta * lever).clamp(min=0) ** depth
     new = new + 0 * delta  # the clamp would turn an infinite gradient into a quiet zero
-    snapped = (new.abs() <= SNAP * weight_scale(metric_scale, depth)) & (delta.abs() * a ** (depth - 2) < decay)
+    snapped = (new.abs() <= SNAP * weight_scale(metric_scale, depth)) & (delta.abs() * lever < decay)
     return torch.where(snapped, 0.0, new)
 
 
@@ -275,14 +276,15 @@ def group_deep(
     """
     norm = groups.sum(w * w).sqrt()
     s_sq = norm ** (2 / depth)
-    pull = groups.sum(delta * delta).sqrt() * s_sq ** (depth / 2 - 1)
-    t = _time(depth * s_sq ** (depth - 1), pull, decay, metric_scale if saturated else None)
+    lever, bulk = s_sq ** (depth / 2 - 1), s_sq ** (depth - 1)
+    pull = groups.sum(delta * delta).sqrt() * lever
+    t = _time(depth * bulk, pull, decay, metric_scale if saturated else None)
     delta, decay = groups.scale(t, delta), t * decay
     rho = 1 - decay
     gate = (rho - groups.sum(delta * w) / s_sq.clamp(min=torch.finfo(w.dtype).tiny)).clamp(min=0) ** (depth - 1)
-    new = groups.scale(gate * rho, w) - groups.scale(gate * s_sq ** (depth - 1), delta)
+    new = groups.scale(gate * rho, w) - groups.scale(gate * bulk, delta)
     small = groups.sum(new * new).sqrt() <= SNAP * weight_scale(metric_scale, depth)
-    snapped = small & (groups.sum(delta * delta).sqrt() * s_sq ** (depth / 2 - 1) < decay)
+    snapped = small & (groups.sum(delta * delta).sqrt() * lever < decay)
     return torch.where(groups.expand(snapped).reshape(w.shape), 0.0, new)
 
 

@@ -22,7 +22,9 @@ M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 Patterns = Mapping[str | tuple[str, ...], Constraint | list[Constraint] | None]
 Rows = list[tuple[tuple[str, ...], Constraint | None]]
-Bind = Callable[[nn.Module, list[tuple[nn.Module, str, Constraint]]], None]
+Bound = list[tuple[str, nn.Module, str, Constraint]]
+"""Qualified name, owner, name there, constraint."""
+Bind = Callable[[nn.Module, Bound], None]
 
 
 @overload
@@ -265,7 +267,9 @@ def _apply(module: nn.Module, rows: Rows, bind: Bind) -> None:
         for name, p in sub.named_parameters(recurse=False):
             places.append((f"{prefix}.{name}" if prefix else name, sub, name, p))
     chosen: dict[int, tuple[str, Constraint | None]] = {}
-    bound: list[tuple[nn.Module, str, Constraint]] = []
+    bound: Bound = []
+    # Looked up once: both walk everything that is annotated.
+    factors, known = annotation.factors(), annotation.constraints_by_parameter()
     hits = [dict.fromkeys(keys, 0) for keys, _ in rows]
     for full, sub, name, p in places:
         row, key = _first_match(full, p, rows)
@@ -281,7 +285,8 @@ def _apply(module: nn.Module, rows: Rows, bind: Bind) -> None:
             )
         chosen[id(p)] = (full, constraint)
         if constraint is not None:
-            bound.append((sub, name, _check(full, sub, name, p, constraint)))
+            _check_free(full, p, factors, known)
+            bound.append((full, sub, name, _check(full, sub, p, constraint)))
     for (_, value), counts in zip(rows, hits, strict=True):
         for key, n in counts.items():
             if n == 0:
@@ -290,35 +295,31 @@ def _apply(module: nn.Module, rows: Rows, bind: Bind) -> None:
         bind(module, bound)
 
 
-def _annotate(module: nn.Module, bound: list[tuple[nn.Module, str, Constraint]]) -> None:
-    names = {sub: f"{prefix}." if prefix else "" for prefix, sub in module.named_modules()}
-    for sub, name, constraint in bound:
+def _annotate(module: nn.Module, bound: Bound) -> None:
+    for full, sub, name, constraint in bound:
         found = sub.__dict__.get(ATTRIBUTE)
         if found is None:
             found = sub.__dict__[ATTRIBUTE] = Annotation(sub)
-        found.set(name, constraint, names[sub] + name)
+        found.set(name, constraint, full)
         _watch(sub)
     _watch(module)
 
 
-def _factorise(init: str | float, module: nn.Module, bound: list[tuple[nn.Module, str, Constraint]]) -> None:
-    prefixes = {sub: prefix for prefix, sub in module.named_modules()}
+def _factorise(init: str | float, module: nn.Module, bound: Bound) -> None:
     names: dict[int, str] = {}
-    for sub, name, _ in bound:
-        full = f"{prefixes[sub]}.{name}"
+    for full, sub, name, constraint in bound:
         other = names.setdefault(id(sub._parameters[name]), full)
         if other != full:
             raise ValueError(
                 f"constrain: {other} and {full} are one tensor under several names, which mode='explicit' cannot keep; "
                 "use mode='optimizer'"
             )
-    for _, name, constraint in bound:
         if isinstance(constraint, Composed):
             raise ValueError(
-                f"constrain: {name} has a list of constraints, whose strength differs from weight to weight, so weight "
+                f"constrain: {full} has a list of constraints, whose strength differs from weight to weight, so weight "
                 "decay on factors cannot impose it; use mode='optimizer'"
             )
-    for sub, name, constraint in bound:
+    for _, sub, name, constraint in bound:
         attach(sub, name, constraint, init)
 
 
@@ -358,17 +359,20 @@ def _nothing(key: str, value: Constraint | None, places: list[tuple[str, nn.Modu
     return f"constrain: pattern {key!r} binds nothing: earlier patterns already bind {before}; put it first"
 
 
-def _check(full: str, sub: nn.Module, name: str, p: nn.Parameter, constraint: Constraint) -> Constraint:
-    if id(p) in annotation.factors():
+def _check_free(full: str, p: nn.Parameter, factors: set[int], known: dict[int, tuple[str, Constraint]]) -> None:
+    if id(p) in factors:
         raise ValueError(
             f"constrain: {full} is a factor of an explicit constraint already; call symopt.release(module) first"
         )
-    found = annotation.constraints_by_parameter().get(id(p))
-    if found is not None:
-        known = "" if found[0] == full else f" under the name {found[0]}"
+    if id(p) in known:
+        name, constraint = known[id(p)]
+        alias = "" if name == full else f" under the name {name}"
         raise ValueError(
-            f"constrain: {full} is already constrained by {found[1]}{known}; call symopt.release(module) first"
+            f"constrain: {full} is already constrained by {constraint}{alias}; call symopt.release(module) first"
         )
+
+
+def _check(full: str, sub: nn.Module, p: nn.Parameter, constraint: Constraint) -> Constraint:
     if isinstance(p, nn.parameter.UninitializedParameter):
         raise ValueError(f"constrain: {full} is uninitialised; run the lazy module once before constraining it")
     if p.is_complex() or not p.is_floating_point():

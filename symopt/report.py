@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -214,9 +215,7 @@ def _flops(model: nn.Module, example_inputs: Any | None) -> int | None:
     from torch.utils.flop_counter import FlopCounterMode
 
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    mode, training = FlopCounterMode(display=False), model.training
-    model.eval()
+    mode = FlopCounterMode(display=False)
     with mode:
-        model(*inputs)
-    model.train(training)
+        copy.deepcopy(model).eval()(*inputs)  # a copy: submodules may each have a mode of their own
     return int(mode.get_total_flops() // max(1, inputs[0].shape[0]))

@@ -108,13 +108,13 @@ class Anneal:
                 continue
             self._warned.add(id(p))
             factor, strength = needed / active, float(self.optimizer.strength(group, constraint))
-            own = isinstance(constraint, Composed)  # its strength multiplies those in the list
+            listed = isinstance(constraint, Composed)  # its strength multiplies those in the list
             if math.isinf(factor):
                 fix = "give an lr > 0" if lr == 0 else "give a strength > 0"
             else:
-                more = f"strengths {factor:.2g} times as large" if own else f"strength >= {strength * factor:.2g}"
+                more = f"strengths {factor:.2g} times as large" if listed else f"strength >= {strength * factor:.2g}"
                 fix = f"use lr >= {lr * factor:.2g}, {more}, or {math.ceil(self.total_steps * factor)} steps"
-            at = f"lr {lr:.2g}" if own else f"lr {lr:.2g} and strength {strength:.2g}"
+            at = f"lr {lr:.2g}" if listed else f"lr {lr:.2g} and strength {strength:.2g}"
             before = "" if self.commit is None else " before the commit"
             warnings.warn(
                 f"{name}: {math.floor(active)} steps{before} at {at} are too few to bring even its median weight to "

@@ -114,3 +114,13 @@ def test_the_warning_judges_by_the_peak_of_a_warmup():
 def test_the_warning_of_a_list_names_a_factor_and_no_multiplier():
     message = str(warning_of([symopt.Sparse(0.1), symopt.GroupSparse("out", 0.1)], total_steps=10).message)
     assert "times as large" in message and "strength >=" not in message
+
+
+def test_report_leaves_every_submodule_in_its_mode():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+    symopt.constrain(net, {"0.weight": symopt.Sparse()})
+    net[1].eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    assert symopt.report(net, example_inputs=torch.randn(5, 4)).flops == 2 * (4 * 3 + 3 * 2)
+    assert [m.training for m in net.modules()] == [True, True, False, True]
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
