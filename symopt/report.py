@@ -103,15 +103,25 @@ class Report:
             lines.append(f"unconstrained: {', '.join(self.unconstrained)}")
         return lines + [f"note: {note}" for note in self.notes]
 
+    def _widths(self) -> list[int]:
+        return [max(map(len, column)) for column in zip(_COLUMNS, *self._cells(), strict=True)]
+
     def __str__(self) -> str:
-        table = [list(_COLUMNS), *self._cells()]
-        width = [max(len(line[i]) for line in table) for i in range(len(_COLUMNS))]
-        text = ["  ".join(cell.ljust(n) for cell, n in zip(line, width, strict=True)).rstrip() for line in table]
+        table, widths = [_COLUMNS, *self._cells()], self._widths()
+        text = ["  ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip() for line in table]
         return "\n".join(text + self._lines())
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         from rich.table import Table
 
+        widths = self._widths()
+        if sum(widths) + 3 * len(widths) + 1 > options.max_width:
+            # Too narrow: rich would cut names and numbers short.  A few words per tensor wrap without a loss.
+            for name, constraint, shape, *figures in self._cells():
+                yield f"{name}  {constraint}  {shape}"
+                yield "   " + ",  ".join(f"{c} {figure}" for c, figure in zip(_COLUMNS[3:], figures, strict=True))
+            yield "\n".join(self._lines())
+            return
         table = Table(*_COLUMNS, title="symopt", caption="\n".join(self._lines()), caption_justify="left")
         for line in self._cells():
             table.add_row(*line)

@@ -1,5 +1,7 @@
 """What Anneal's commit promises: from then on what is zero stays zero, in every gauge."""
 
+import io
+
 import pytest
 import torch
 
@@ -124,3 +126,16 @@ def test_report_leaves_every_submodule_in_its_mode():
     assert symopt.report(net, example_inputs=torch.randn(5, 4)).flops == 2 * (4 * 3 + 3 * 2)
     assert [m.training for m in net.modules()] == [True, True, False, True]
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 240])
+def test_a_narrow_terminal_loses_nothing_of_a_report(width):
+    from rich.console import Console
+
+    net = torch.nn.Sequential(torch.nn.Linear(784, 300), torch.nn.ReLU(), torch.nn.Linear(300, 100))
+    report = symopt.report(symopt.constrain(net, {"0.weight": symopt.GroupSparse("out"), "*.weight": symopt.Sparse()}))
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(report)
+    printed = console.export_text()
+    assert "…" not in printed
+    assert [cell for line in report._cells() for cell in line if cell not in printed] == []
