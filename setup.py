@@ -1,10 +1,30 @@
-"""Packages and their folders; everything else stands in pyproject.toml."""
+"""Packages, their folders and the optional C++ extension; everything else stands in pyproject.toml."""
 
-from setuptools import find_packages, setup
+import os
+import shlex
+
+from setuptools import Extension, find_packages, setup
+
+native = Extension(
+    "symopt_kernels._native",
+    ["kernels/native.cpp"],
+    depends=["kernels/native_step.h", "kernels/native_walk.h"],
+    # -fopenmp-simd only lets the loops be vectorized; no OpenMP runtime is linked, for torch has brought one.
+    extra_compile_args=[
+        *("-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+        *("-fvisibility=hidden", "-Wno-psabi"),
+        *shlex.split(os.environ.get("SYMOPT_CXXFLAGS", "")),
+    ],
+    language="c++",
+    optional=True,  # without a compiler the package installs and says so
+    py_limited_api=True,
+)
 
 setup(
     packages=[*find_packages(include=["symopt", "symopt.*"]), "symopt_kernels"],
     # Top-level `kernels` is another distribution's import name, hence folder and package differ.
     package_dir={"symopt_kernels": "kernels"},
-    package_data={"symopt": ["py.typed"], "symopt_kernels": ["py.typed", "*.cpp"]},
+    package_data={"symopt": ["py.typed"], "symopt_kernels": ["py.typed"]},
+    ext_modules=[native],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -137,8 +137,8 @@ def adam(
     exp_avg = exp_avg + (1 - beta1) * (grad - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * square
     peak = exp_avg_sq if max_exp_avg_sq is None else torch.maximum(max_exp_avg_sq, exp_avg_sq)
-    gain = 1 / ((peak / (1 - beta2**step)).sqrt() + eps)
-    mean = exp_avg / (1 - beta1**step)
+    gain = 1 / ((peak * (1 / (1 - beta2**step))).sqrt() + eps)
+    mean = exp_avg * (1 / (1 - beta1**step))
     update = gain * mean if groups is None else groups.scale(gain, mean)
     return update, gain, exp_avg, exp_avg_sq, None if max_exp_avg_sq is None else peak
 
@@ -176,7 +176,7 @@ def plain(w: Tensor, delta: Tensor, decay: Tensor | float) -> Tensor:
 
 
 def _time(metric: Tensor, pull: Tensor, decay: Tensor | float, metric_scale: Tensor | None) -> Tensor:
-    """The time scale ``t = 1 / max(metric_scale, metric)``, or 1 without a ``metric_scale``.
+    """The time scale ``t = 1 / max(metric, metric_scale, decay + |pull|)``, or 1 without a ``metric_scale``.
 
     Above ``metric_scale`` a weight moves as under the plain optimizer; without it steps would be a fixed *factor* of
     the weight and large weights blow up.  ``t (decay + |pull|) <= 1`` keeps factors from overshooting zero, where decay
@@ -185,8 +185,7 @@ def _time(metric: Tensor, pull: Tensor, decay: Tensor | float, metric_scale: Ten
     """
     if metric_scale is None:
         return 1 / (torch.ones_like(metric) * decay).clamp(min=1)
-    t = 1 / torch.maximum(metric, metric_scale)
-    return t / (t * (decay + pull.abs())).clamp(min=1)
+    return 1 / torch.maximum(metric, torch.maximum(metric_scale, decay + pull.abs()))
 
 
 def sparse(
@@ -206,11 +205,10 @@ def sparse(
     """
     metric = (imbalance * imbalance + 4 * w * w).sqrt()
     t = _time(metric, delta, decay, metric_scale if saturated else None)
-    delta, decay = t * delta, t * decay
-    rho = 1 - decay
+    attracted = delta.abs() < decay
+    delta, rho = t * delta, 1 - t * decay
     new = (rho * rho + delta * delta) * w - rho * delta * metric
-    snapped = (new.abs() <= SNAP * metric_scale) & (delta.abs() < decay)
-    return torch.where(snapped, 0.0, new)
+    return torch.where((new.abs() <= SNAP * metric_scale) & attracted, 0.0, new)
 
 
 def group(
@@ -230,14 +228,14 @@ def group(
     then exact zeros as in :func:`sparse`, by the norm of the group.  ``decay`` is a number or one value per group.
     """
     metric = (imbalance * imbalance + 4 * groups.sum(w * w)).sqrt()
-    t = _time(metric, groups.sum(delta * delta).sqrt(), decay, metric_scale if saturated else None)
-    delta, decay = groups.scale(t, delta), t * decay
-    rho = 1 - decay
+    pull = groups.sum(delta * delta).sqrt()
+    t = _time(metric, pull, decay, metric_scale if saturated else None)
+    delta, rho = groups.scale(t, delta), 1 - t * decay
     gate_sq = (imbalance + metric) / 2
     radial = groups.sum(delta * w) / gate_sq.clamp(min=torch.finfo(w.dtype).tiny)
     shared = rho - radial
     new = groups.scale(shared * rho, w) - groups.scale(shared * gate_sq, delta)
-    snapped = (groups.sum(new * new).sqrt() <= SNAP * metric_scale) & (groups.sum(delta * delta).sqrt() < decay)
+    snapped = (groups.sum(new * new).sqrt() <= SNAP * metric_scale) & (pull < decay)
     return torch.where(groups.expand(snapped).reshape(w.shape), 0.0, new)
 
 

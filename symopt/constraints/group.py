@@ -128,14 +128,14 @@ class GroupSparse(Constraint):
 
     def _view(self, name: str, w: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         shape, kind = tuple(w.shape), self.groups
-        rows, rest = shape[0], math.prod(shape[1:])
+        rows = shape[0]
         assert isinstance(kind, str)
         if kind == "out":
-            return (rows, rest), (1,)
+            return shape, tuple(range(1, w.dim()))
         if kind == "in":
             if w.dim() < 2:
                 raise ValueError(f"GroupSparse('in') on {name}: shape {shape} has no dimension 1; use 'out'")
-            return (rows, shape[1], math.prod(shape[2:])), (0, 2)
+            return shape, (0, *range(2, w.dim()))
         if head := _HEAD.fullmatch(kind):
             heads = int(head[1])
             packed = 3 if w.dim() == 2 and rows == 3 * shape[1] else 1
@@ -144,7 +144,7 @@ class GroupSparse(Constraint):
                 raise ValueError(
                     f"GroupSparse({kind!r}) on {name}: {rows // packed} {what} do not split into {heads} equal heads"
                 )
-            return (packed, heads, rows // (packed * heads) * rest), (0, 2)
+            return (packed, heads, rows // (packed * heads), *shape[1:]), (0, *range(2, w.dim() + 2))
         block = _BLOCK.fullmatch(kind)
         assert block is not None
         r, c = int(block[1]), int(block[2])
@@ -153,7 +153,7 @@ class GroupSparse(Constraint):
                 f"GroupSparse({kind!r}) on {name}: shape {shape} does not split into {r} x {c} blocks; choose divisors "
                 "of its first two dimensions or give an index tensor"
             )
-        return (rows // r, r, shape[1] // c, c, math.prod(shape[2:])), (1, 3, 4)
+        return (rows // r, r, shape[1] // c, c, *shape[2:]), (1, *range(3, w.dim() + 2))
 
     def compose(self, factors: Factors, out: Tensor | None = None) -> Tensor:
         *gates, direction = factors

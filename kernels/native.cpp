@@ -1,0 +1,411 @@
+// The constrained step on CPUs: tasks, threads and the plain C interface of native.py.
+//
+// native_step.h and native_walk.h hold the arithmetic and are compiled here once per instruction set; the best one that
+// the processor has is chosen when the step runs.  There is no thread pool: tasks run on the OpenMP runtime torch itself
+// has loaded, whose entry point the caller passes in.  A second pool would spin against it.
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr double SNAP = 1e-6, FASTEST = 0.98;
+constexpr int64_t BLOCK = 512;            // what a direction hands to a retraction; in L1
+constexpr int64_t CHUNK = 1 << 16;        // elements of a task
+constexpr int64_t SMALL_CHUNK = 1 << 14;  // the same in tensors below SMALL
+constexpr int64_t SMALL = 1 << 20;
+constexpr int64_t TILE = 1 << 15;         // elements of a unit that is summed and moved at once; three arrays in L2
+constexpr int64_t LONG_RUN = 128;         // members in a row from which a group is summed by itself
+constexpr int64_t STRIPE = 256;           // columns summed side by side
+constexpr int64_t SAMPLE = 1024;
+constexpr int64_t SERIAL = 1 << 15;       // below this many elements waking threads costs more than it saves
+
+enum Direction { SGD, ADAM, ADAMW };
+enum Retraction { PLAIN, SPARSE, SPARSE_FREE, GROUP };
+
+struct Bfloat { uint16_t bits; };
+struct Half { uint16_t bits; };
+
+template <class To, class From> inline To cast(From from) {
+  To to;
+  static_assert(sizeof to == sizeof from, "same size");
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline float widen(Bfloat h) { return cast<float>(uint32_t(h.bits) << 16); }
+
+inline void narrow(float x, Bfloat& h) {  // to nearest, ties to even
+  uint32_t bits = cast<uint32_t>(x), rounded = bits + 0x7fff + (bits >> 16 & 1);
+  h.bits = uint16_t(x != x ? 0x7fc0 : rounded >> 16);
+}
+
+inline float widen(Half h) {
+  uint32_t sign = uint32_t(h.bits & 0x8000) << 16, rest = h.bits & 0x7fff;
+  float x = rest >= 0x7c00 ? cast<float>((rest << 13) + 0x70000000u) : cast<float>(rest << 13) * 0x1p112f;
+  return cast<float>(cast<uint32_t>(x) | sign);
+}
+
+inline void narrow(float x, Half& h) {
+  uint32_t bits = cast<uint32_t>(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff, out;
+  if (rest > 0x7f800000) out = 0x7e00;
+  else if (rest >= 0x477ff000) out = 0x7c00;  // 65520 and above
+  else if (rest < 0x38800000)                 // below 2^-14: adding 1/2 leaves the rounded subnormal in the last bits
+    out = cast<uint32_t>(cast<float>(rest) + 0.5f) - cast<uint32_t>(0.5f);
+  else out = (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13;
+  h.bits = uint16_t(sign | out);
+}
+
+}  // namespace
+
+// One tensor and its state; native.py mirrors these two structures field by field.
+struct Entry {
+  void* weight;
+  const void* grad;
+  void* master;      // fp32 copy of a half-precision weight, or null
+  void* first;       // momentum_buffer, exp_avg, or null
+  void* second;      // exp_avg_sq, or null; one entry per group in groups
+  void* peak;        // max_exp_avg_sq, or null
+  void* factor_0;
+  void* factor_1;
+  void* imbalance;
+  const void* metric_scale;
+  void* step;              // 0-dim counter, or null
+  const int64_t* index;    // group of every weight, or null where the five sizes below describe the groups
+  int64_t numel;
+  int64_t bands, rows, groups, run;  // element ((band * rows + row) * groups + group) * run + member
+  double inside, outside, threshold;  // strengths above and up to a size of the threshold
+  int64_t zeros;           // out: exact zeros after the step
+  int32_t retraction, dtype, fresh, wide_step;  // fresh: momentum_buffer is new; wide_step: the counter is fp64
+};
+
+struct Settings {
+  double lr, beta1, beta2, eps, momentum, dampening, weight_decay;
+  double imbalance_decay;   // negative: the automatic law
+  const float* grad_scale;  // or null
+  const float* found_inf;   // or null; nonzero skips the step
+  int32_t direction, nesterov, maximize, saturated, threads, instructions;
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel, or null
+};
+
+namespace {
+
+struct Tally {
+  double sum = 0, square = 0;  // of the sizes of all units
+  int64_t zeros = 0;
+  void add(double s, double q, int64_t z) { sum += s, square += q, zeros += z; }
+};
+
+// Everything about an entry that its weights share.  Strengths come multiplied by lr.
+template <class T> struct Law {
+  static constexpr T largest = sizeof(T) == 4 ? T(3.4028234663852886e38) : T(1.7976931348623157e308);
+  static constexpr T smallest = sizeof(T) == 4 ? T(1.1754943508222875e-38) : T(2.2250738585072014e-308);
+  T lr, inside, outside, threshold, imbalance, metric_scale, momentum, undamped, fresh1, beta2, fresh2, unbias1, unbias2,
+      eps, factor, weight_decay;
+  int32_t direction, nesterov, saturated;
+
+  Law() = default;
+  template <class S> explicit Law(const Law<S>& k)
+      : lr(T(k.lr)), inside(T(k.inside)), outside(T(k.outside)), threshold(T(k.threshold)), imbalance(T(k.imbalance)),
+        metric_scale(T(k.metric_scale)), momentum(T(k.momentum)), undamped(T(k.undamped)), fresh1(T(k.fresh1)),
+        beta2(T(k.beta2)), fresh2(T(k.fresh2)), unbias1(T(k.unbias1)), unbias2(T(k.unbias2)), eps(T(k.eps)),
+        factor(T(k.factor)), weight_decay(T(k.weight_decay)), direction(k.direction), nesterov(k.nesterov),
+        saturated(k.saturated) {}
+};
+
+// `rows` rows of `width` elements, `row_stride` apart: `groups` neighbouring groups with runs of `run`, `group` the first.
+struct Unit { int64_t base, row_stride, width, rows, group, groups, run; };
+
+struct Functions {
+  void (*single)(const Entry&, const Law<double>&, int64_t, int64_t, Tally&, double*, int64_t);
+  void (*reduce)(const Entry&, const Law<double>&, const Unit&, int64_t, int64_t, double*);
+  void (*settle)(const Entry&, const Law<double>&, const Unit&, double*, int64_t, int64_t, void*, void*, Tally&, double*,
+                 int64_t);
+  void (*apply)(const Entry&, const Law<double>&, const Unit&, int64_t, int64_t, const void*, const void*, Tally&);
+};
+
+#if defined(__clang__)
+#define SYMOPT_TARGET(list) _Pragma("clang attribute push(__attribute__((target(" #list "))), apply_to = function)")
+#define SYMOPT_TARGET_END _Pragma("clang attribute pop")
+#else
+#define SYMOPT_PRAGMA(text) _Pragma(#text)
+#define SYMOPT_TARGET(list) _Pragma("GCC push_options") SYMOPT_PRAGMA(GCC target(list))
+#define SYMOPT_TARGET_END _Pragma("GCC pop_options")
+#endif
+
+namespace baseline {
+#include "native_step.h"
+#include "native_walk.h"
+}  // namespace baseline
+#if defined(__x86_64__)
+#define SYMOPT_F16C
+SYMOPT_TARGET("avx2,fma,f16c")
+namespace avx2 {
+#include "native_step.h"
+#include "native_walk.h"
+}  // namespace avx2
+SYMOPT_TARGET_END
+SYMOPT_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
+namespace avx512 {
+#include "native_step.h"
+#include "native_walk.h"
+}  // namespace avx512
+SYMOPT_TARGET_END
+#endif
+
+const Functions* const* choose(int instructions) {
+#if defined(__x86_64__)
+  if (instructions == 2) return avx512::table;
+  if (instructions == 1) return avx2::table;
+#endif
+  return baseline::table;
+}
+
+// -------------------------------------------------------------------------------------------------------------- tasks
+
+// How one entry is cut, and what its tasks share.
+struct Work {
+  Entry* e = nullptr;
+  Law<double> k;
+  const Functions* f = nullptr;
+  bool grouped = false;
+  int64_t units = 0, unit_groups = 0, width = 0, numbers = 0, parts = 1, part = 0, per_task = 1, tasks = 0, first_task = 0;
+  int64_t moves = 0, first_move = 0, sums_size = 0, stride = 1, samples = 0;
+  std::unique_ptr<Tally[]> tallies;
+  std::unique_ptr<double[]> sums, sample;
+  std::unique_ptr<char[]> keep, shift;
+  std::unique_ptr<std::atomic<int64_t>[]> waiting;  // parts of every unit that still sum
+  std::atomic<int64_t> left{0};                     // tasks of the last phase
+
+  Unit unit(int64_t i) const {
+    if (e->index) return {0, e->numel, e->numel, 1, 0, e->groups, 1};
+    int64_t per_band = (e->groups + unit_groups - 1) / unit_groups, band = i / per_band;
+    int64_t group = i % per_band * unit_groups, n = std::min(unit_groups, e->groups - group);
+    int64_t stride = e->groups * e->run;
+    return {band * e->rows * stride + group * e->run, stride, n * e->run, e->rows, band * e->groups + group, n, e->run};
+  }
+};
+
+template <class T> double read(const void* p) { return double(*static_cast<const T*>(p)); }
+
+void cut(Work& w) {
+  Entry& e = *w.e;
+  w.grouped = e.retraction == GROUP;
+  if (!w.grouped) {
+    int64_t chunk = e.numel < SMALL ? SMALL_CHUNK : std::max(CHUNK, (e.numel / SAMPLE + BLOCK) / BLOCK * BLOCK);
+    w.part = chunk;
+    w.tasks = std::max<int64_t>(1, (e.numel + chunk - 1) / chunk);
+  } else if (e.index) {
+    w.units = 1;
+    w.parts = std::max<int64_t>(1, std::min<int64_t>(16, e.numel / std::max(CHUNK, 64 * e.groups)));
+    w.part = (e.numel + w.parts - 1) / w.parts;
+    w.sums_size = 5 * e.groups;
+    w.numbers = e.groups;
+    w.tasks = w.parts;
+  } else {
+    w.unit_groups = e.run >= LONG_RUN ? 1 : std::min(e.groups, std::max<int64_t>(1, STRIPE / e.run));
+    w.width = w.unit_groups * e.run;
+    w.units = e.bands * ((e.groups + w.unit_groups - 1) / w.unit_groups);
+    w.numbers = w.unit_groups == 1 ? 1 : w.width;
+    w.sums_size = 4 * w.numbers;
+    int64_t size = e.rows * w.width;
+    if (size > TILE) {
+      int64_t most = std::max<int64_t>(1, std::max<int64_t>(256 / w.units, size / (1 << 22)));
+      w.parts = std::min((size + TILE - 1) / TILE, most);
+      w.part = (size + w.parts - 1) / w.parts;
+      int64_t whole = w.unit_groups == 1 ? BLOCK : w.width;
+      w.part = (w.part + whole - 1) / whole * whole;
+      w.parts = (size + w.part - 1) / w.part;
+    }
+    if (w.parts == 1) w.per_task = std::max<int64_t>(1, SMALL_CHUNK / size);
+    w.tasks = w.parts == 1 ? (w.units + w.per_task - 1) / w.per_task : w.units * w.parts;
+  }
+  if (e.index || w.parts > 1) {
+    w.moves = w.tasks;
+    w.sums.reset(new double[w.tasks * w.sums_size]());
+    w.keep.reset(new char[w.units * w.numbers * sizeof(double)]);
+    w.shift.reset(new char[w.units * w.numbers * sizeof(double)]);
+    w.waiting.reset(new std::atomic<int64_t>[w.units]);
+    for (int64_t i = 0; i < w.units; i++) w.waiting[i] = w.parts;
+  }
+  w.left = w.moves ? w.moves : w.tasks;
+  w.tallies.reset(new Tally[w.tasks]);
+}
+
+Law<double> law(const Entry& e, const Settings& s) {
+  Law<double> k;
+  bool constrained = e.retraction != PLAIN;
+  double step = 0;
+  if (e.step) {
+    step = (e.wide_step ? read<double>(e.step) : read<float>(e.step)) + 1;
+    if (e.wide_step) *static_cast<double*>(e.step) = step;
+    else *static_cast<float*>(e.step) = float(step);
+  }
+  k.direction = s.direction, k.nesterov = s.nesterov, k.saturated = s.saturated;
+  k.lr = s.lr, k.momentum = s.momentum, k.undamped = 1 - s.dampening;
+  k.fresh1 = 1 - s.beta1, k.beta2 = s.beta2, k.fresh2 = 1 - s.beta2, k.eps = s.eps;
+  k.unbias1 = e.step ? 1 / (1 - std::pow(s.beta1, step)) : 1;
+  k.unbias2 = e.step ? 1 / (1 - std::pow(s.beta2, step)) : 1;
+  k.factor = (s.maximize ? -1.0 : 1.0) / (s.grad_scale ? double(*s.grad_scale) : 1.0);
+  k.weight_decay = constrained || s.direction == ADAMW ? 0 : s.weight_decay;
+  double amplify = s.direction == SGD && e.first ? (1 - s.dampening) / (1 - s.momentum) : 1;
+  k.inside = constrained ? s.lr * e.inside * amplify : s.direction == ADAMW ? s.lr * s.weight_decay : 0;
+  k.outside = s.lr * e.outside * amplify;
+  k.threshold = e.threshold;
+  bool wide = e.dtype == 1;
+  k.imbalance = !e.imbalance ? 0 : wide ? read<double>(e.imbalance) : read<float>(e.imbalance);
+  k.metric_scale = !e.metric_scale ? 1 : wide ? read<double>(e.metric_scale) : read<float>(e.metric_scale);
+  return k;
+}
+
+// reference.py's imbalance_law, or the factor given for this step.
+void finish(Work& w, const Settings& s) {
+  Entry& e = *w.e;
+  Tally all;
+  for (int64_t i = 0; i < w.tasks; i++) all.add(w.tallies[i].sum, w.tallies[i].square, w.tallies[i].zeros);
+  e.zeros = all.zeros;
+  if (!e.imbalance || e.retraction == SPARSE_FREE || e.retraction == PLAIN) return;
+  double c = w.k.imbalance, keep = s.imbalance_decay;
+  if (keep < 0) {
+    double decay = w.k.inside;
+    if (w.sample) {
+      double* low = w.sample.get() + w.samples / 10;
+      std::nth_element(w.sample.get(), low, w.sample.get() + w.samples);
+      decay = *low;
+    }
+    if (s.saturated) {
+      double typical = 2 * all.square / std::max(all.sum, Law<double>::smallest);
+      decay /= std::max(w.k.metric_scale, typical);
+    }
+    double rho = std::max(1 - decay, 0.0);
+    keep = std::max(rho * rho * rho * rho, FASTEST);
+  }
+  c *= keep;
+  if (c <= SNAP * w.k.metric_scale) c = 0;
+  if (e.dtype == 1) *static_cast<double*>(e.imbalance) = c;
+  else *static_cast<float*>(e.imbalance) = float(c);
+}
+
+struct Job {
+  std::vector<Work>* works;
+  const Settings* settings;
+  std::atomic<int64_t> next;
+  int64_t tasks;
+  bool moving;
+};
+
+void run_task(Job& job, int64_t task) {
+  auto first = [&](const Work& w) { return job.moving ? w.first_move : w.first_task; };
+  auto after = std::upper_bound(job.works->begin(), job.works->end(), task,
+                                [&](int64_t t, const Work& w) { return t < first(w); });
+  while ((job.moving ? (after - 1)->moves : (after - 1)->tasks) == 0) --after;
+  Work& w = *(after - 1);
+  const Entry& e = *w.e;
+  const int64_t i = task - first(w);
+  const int64_t wide = e.dtype == 1 ? sizeof(double) : sizeof(float);
+  Tally& tally = w.tallies[i];
+  if (!w.grouped) {
+    w.f->single(e, w.k, i * w.part, std::min(e.numel, (i + 1) * w.part), tally, w.sample.get(), w.stride);
+  } else if (!w.moves) {
+    double sums[4 * STRIPE], keep[STRIPE], shift[STRIPE];
+    for (int64_t j = i * w.per_task; j < std::min(w.units, (i + 1) * w.per_task); j++) {
+      const Unit unit = w.unit(j);
+      std::fill(sums, sums + w.sums_size, 0.0);
+      w.f->reduce(e, w.k, unit, 0, unit.rows * unit.width, sums);
+      w.f->settle(e, w.k, unit, sums, 1, w.sums_size, keep, shift, tally, w.sample.get(), w.stride);
+      w.f->apply(e, w.k, unit, 0, unit.rows * unit.width, keep, shift, tally);
+    }
+  } else {
+    const int64_t j = i / w.parts, part = i % w.parts;
+    const Unit unit = w.unit(j);
+    // The last stripe of a band may be narrower; its parts are rows alike.
+    const int64_t size = unit.rows * unit.width;
+    const int64_t length = w.unit_groups > 1 ? w.part / w.width * unit.width : w.part;
+    const int64_t begin = std::min(size, part * length), end = std::min(size, begin + length);
+    double* sums = w.sums.get() + j * w.parts * w.sums_size;
+    char *keep = w.keep.get() + j * w.numbers * wide, *shift = w.shift.get() + j * w.numbers * wide;
+    if (job.moving) {
+      w.f->apply(e, w.k, unit, begin, end, keep, shift, tally);
+    } else {
+      w.f->reduce(e, w.k, unit, begin, end, sums + part * w.sums_size);
+      if (--w.waiting[j] == 0)
+        w.f->settle(e, w.k, unit, sums, w.parts, w.sums_size, keep, shift, w.tallies[j * w.parts], w.sample.get(), w.stride);
+      return;
+    }
+  }
+  if (--w.left == 0) finish(w, *job.settings);
+}
+
+void worker(void* argument) {
+  Job& job = *static_cast<Job*>(argument);
+  for (int64_t task; (task = job.next++) < job.tasks;) run_task(job, task);
+}
+
+void run(std::vector<Work>& works, const Settings& s, bool moving, int64_t tasks, int64_t elements) {
+  Job job{&works, &s, {0}, tasks, moving};
+  unsigned threads = unsigned(std::min<int64_t>(s.threads, tasks));
+  if (s.parallel && threads > 1 && elements > SERIAL) s.parallel(worker, &job, threads, 0);
+  else worker(&job);
+}
+
+}  // namespace
+
+#define SYMOPT_PUBLIC __attribute__((visibility("default")))
+
+extern "C" {
+
+// Bits: 1 avx2, 2 avx512; what this processor has beside the baseline.
+SYMOPT_PUBLIC int symopt_instructions() {
+#if defined(__x86_64__)
+  int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return avx2 + 2 * avx512;
+#else
+  return 0;
+#endif
+}
+
+SYMOPT_PUBLIC int symopt_sizes() { return int(sizeof(Entry) * 1000 + sizeof(Settings)); }
+
+// Steps `count` tensors.  Returns 0, or 1 if memory ran out before anything was changed.
+SYMOPT_PUBLIC int symopt_step(Entry* entries, int64_t count, const Settings* settings) try {
+  const Settings& s = *settings;
+  if (s.found_inf && *s.found_inf != 0) return 0;
+  std::vector<Work> works(static_cast<size_t>(count));
+  int64_t tasks = 0, moves = 0, elements = 0;
+  for (int64_t i = 0; i < count; i++) {
+    Work& w = works[static_cast<size_t>(i)];
+    w.e = entries + i;
+    w.f = choose(s.instructions)[w.e->dtype];
+    cut(w);
+    w.first_task = tasks, w.first_move = moves;
+    tasks += w.tasks, moves += w.moves, elements += w.e->numel;
+    bool trimmed = w.e->threshold >= 0 && w.e->inside != w.e->outside;
+    if (w.e->imbalance && w.e->retraction != PLAIN && s.imbalance_decay < 0 &&
+        (s.direction == ADAM || trimmed || (w.grouped && s.direction == ADAMW))) {
+      int64_t n = w.grouped ? (w.e->index ? w.e->groups : w.e->bands * w.e->groups) : w.e->numel;
+      w.stride = std::max<int64_t>(1, n / SAMPLE);
+      w.samples = (n + w.stride - 1) / w.stride;
+      w.sample.reset(new double[static_cast<size_t>(w.samples)]);
+    }
+  }
+  for (Work& w : works) w.k = law(*w.e, s);
+  run(works, s, false, tasks, elements);
+  if (moves) run(works, s, true, moves, elements);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+}  // extern "C"

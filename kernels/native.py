@@ -1,0 +1,201 @@
+"""The fused step on CPUs: ``native.cpp`` behind plain tensors and numbers.
+
+One call steps any number of tensors, each with its own retraction, and moves the bytes of the plain optimizer.  The C++
+is an optional extension that needs no torch headers: it is built when the package is installed with a compiler at hand,
+and everything works without it (:data:`UNAVAILABLE` says why it is missing).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping
+from ctypes import POINTER, Structure, byref, c_double, c_int32, c_int64, c_void_p
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from symopt_kernels.reference import Groups
+
+__all__ = ["DTYPES", "INSTRUCTIONS", "THREADS", "UNAVAILABLE", "Entry", "Settings", "fill", "layout", "step"]
+
+DIRECTIONS = ("sgd", "adam", "adamw")
+RETRACTIONS = ("plain", "sparse", "sparse_free", "group")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+class Entry(Structure):
+    """One tensor and its state, as ``struct Entry`` of ``native.cpp``."""
+
+    _fields_: ClassVar = [
+        *[(name, c_void_p) for name in ("weight", "grad", "master", "first", "second", "peak", "factor_0", "factor_1")],
+        *[(name, c_void_p) for name in ("imbalance", "metric_scale", "step", "index")],
+        *[(name, c_int64) for name in ("numel", "bands", "rows", "groups", "run")],
+        *[(name, c_double) for name in ("inside", "outside", "threshold")],
+        ("zeros", c_int64),
+        *[(name, c_int32) for name in ("retraction", "dtype", "fresh", "wide_step")],
+    ]
+
+
+class Settings(Structure):
+    """What a call's tensors share, as ``struct Settings`` of ``native.cpp``."""
+
+    _fields_: ClassVar = [
+        *[(name, c_double) for name in ("lr", "beta1", "beta2", "eps", "momentum", "dampening", "weight_decay")],
+        ("imbalance_decay", c_double),
+        ("grad_scale", c_void_p),
+        ("found_inf", c_void_p),
+        *[(name, c_int32) for name in ("direction", "nesterov", "maximize", "saturated", "threads", "instructions")],
+        ("parallel", c_void_p),
+    ]
+
+
+def _find() -> tuple[Any, str | None]:
+    names = [f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
+    folder = Path(os.environ.get("SYMOPT_NATIVE", Path(__file__).parent))
+    found = [folder / name for name in names if (folder / name).exists()]
+    if not found:
+        return None, "the C++ extension is not built (no compiler when symopt was installed?)"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        sizes = library.symopt_sizes()
+    except (OSError, AttributeError) as error:
+        return None, f"the C++ extension does not load: {error}"
+    if sizes != ctypes.sizeof(Entry) * 1000 + ctypes.sizeof(Settings):
+        return None, "the C++ extension was built from another version of symopt; install symopt again"
+    library.symopt_step.argtypes = [POINTER(Entry), c_int64, POINTER(Settings)]
+    return library, None
+
+
+def _pool() -> int | None:
+    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch itself has loaded, whatever its file is called."""
+    try:
+        return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, c_void_p).value
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+_library, UNAVAILABLE = _find()
+"""Why the native step cannot run here, or None."""
+
+_parallel = _pool()
+
+THREADS = "torch's own OpenMP pool" if _parallel else "one thread: torch's OpenMP runtime offers no GOMP_parallel"
+"""On what the native step runs."""
+
+INSTRUCTIONS: tuple[str, ...] = ("baseline",)
+"""Instruction sets this processor has, the best last."""
+
+if _library is not None:
+    INSTRUCTIONS += tuple(name for bit, name in ((1, "avx2"), (2, "avx512")) if _library.symopt_instructions() & bit)
+
+
+def layout(w: Tensor, groups: Groups | None = None) -> tuple[int, int, int, int] | None:
+    """``(bands, rows, groups, run)``: where in memory the groups of a dense tensor lie; None if it has no such form.
+
+    In memory order, element ``((band * rows + row) * groups + group) * run + member`` belongs to group
+    ``band * groups + group``.  Without ``groups`` every weight is its own.
+    """
+    view = w if groups is None or groups.index is not None else w.view(groups.view)
+    inner = () if groups is None or groups.index is not None else groups.dims
+    order = sorted((d for d in range(view.dim()) if view.shape[d] > 1), key=lambda d: -view.stride(d))
+    dense = 1
+    for d in reversed(order):
+        if view.stride(d) != dense:
+            return None
+        dense *= view.shape[d]
+    if groups is not None and groups.index is not None:
+        return (1, 1, groups.count, 1)
+    kept = [d for d in order if d not in inner]
+    if kept != sorted(kept):
+        return None
+    sizes, slot = [1, 1, 1, 1], 3
+    for d in reversed(order):
+        # Slots alternate: 3 and 1 are inside a group, 2 and 0 tell groups apart.
+        if (d in inner) != (slot % 2 == 1):
+            slot -= 1
+        if slot < 0:
+            return None
+        sizes[slot] *= view.shape[d]
+    if sizes[1] == 1:
+        sizes[2], sizes[0] = sizes[2] * sizes[0], 1
+    return (sizes[0], sizes[1], sizes[2], sizes[3])
+
+
+def fill(
+    entry: Entry,
+    weight: Tensor,
+    state: Mapping[str, Tensor],
+    retraction: str,
+    groups: Groups | None = None,
+    *,
+    fresh: bool = False,
+) -> None:
+    """Point ``entry`` at a weight and its state; every tensor has the weight's strides, group values are flat.
+
+    ``fresh`` says that ``momentum_buffer`` holds nothing yet.  The gradient and the strengths are the caller's to set.
+    """
+    shape = layout(weight, groups)
+    assert shape is not None
+    keys = {"first": "exp_avg" if "exp_avg" in state else "momentum_buffer", "second": "exp_avg_sq"}
+    keys |= {"peak": "max_exp_avg_sq", "index": "group_index"}
+    keys |= {key: key for key in ("master", "factor_0", "factor_1", "imbalance", "metric_scale", "step")}
+    entry.weight = weight.data_ptr()
+    for name, key in keys.items():
+        setattr(entry, name, state[key].data_ptr() if key in state else None)
+    entry.numel = weight.numel()
+    entry.bands, entry.rows, entry.groups, entry.run = shape
+    entry.threshold = -1.0
+    entry.retraction = RETRACTIONS.index(retraction)
+    entry.dtype = DTYPES.index(weight.dtype)
+    entry.fresh = fresh
+    entry.wide_step = "step" in state and state["step"].dtype == torch.float64
+
+
+def step(
+    entries: ctypes.Array[Entry],
+    direction: str,
+    *,
+    lr: float,
+    beta1: float = 0.0,
+    beta2: float = 0.0,
+    eps: float = 0.0,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    saturated: bool = True,
+    imbalance_decay: float | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    instructions: str = INSTRUCTIONS[-1],
+) -> None:
+    """Step every entry: ``reference``'s direction, then each entry's retraction and the law of its imbalance, in place.
+
+    A counter ``step`` is advanced first.  Gradients are divided by ``grad_scale``; a nonzero ``found_inf`` skips
+    everything (both fp32 tensors).  ``weight_decay`` is torch's and acts on ``plain`` entries only.
+    """
+    settings = Settings(
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        imbalance_decay=-1.0 if imbalance_decay is None else imbalance_decay,
+        grad_scale=None if grad_scale is None else grad_scale.data_ptr(),
+        found_inf=None if found_inf is None else found_inf.data_ptr(),
+        direction=DIRECTIONS.index(direction),
+        nesterov=nesterov,
+        maximize=maximize,
+        saturated=saturated,
+        threads=torch.get_num_threads(),
+        instructions=INSTRUCTIONS.index(instructions),
+        parallel=_parallel,
+    )
+    if _library.symopt_step(entries, len(entries), byref(settings)):
+        raise MemoryError("the native step found no memory for its bookkeeping; nothing was changed")
