@@ -111,7 +111,7 @@ template <class T> struct Law {
   static constexpr T largest = sizeof(T) == 4 ? T(3.4028234663852886e38) : T(1.7976931348623157e308);
   static constexpr T smallest = sizeof(T) == 4 ? T(1.1754943508222875e-38) : T(2.2250738585072014e-308);
   T lr, inside, outside, threshold, imbalance, metric_scale, momentum, undamped, fresh1, beta2, fresh2, unbias1, unbias2,
-      eps, factor, weight_decay;
+      eps, factor, weight_decay, imbalance_decay;
   int32_t direction, nesterov, saturated;
 
   Law() = default;
@@ -119,7 +119,7 @@ template <class T> struct Law {
       : lr(T(k.lr)), inside(T(k.inside)), outside(T(k.outside)), threshold(T(k.threshold)), imbalance(T(k.imbalance)),
         metric_scale(T(k.metric_scale)), momentum(T(k.momentum)), undamped(T(k.undamped)), fresh1(T(k.fresh1)),
         beta2(T(k.beta2)), fresh2(T(k.fresh2)), unbias1(T(k.unbias1)), unbias2(T(k.unbias2)), eps(T(k.eps)),
-        factor(T(k.factor)), weight_decay(T(k.weight_decay)), direction(k.direction), nesterov(k.nesterov),
+        factor(T(k.factor)), weight_decay(T(k.weight_decay)), imbalance_decay(T(k.imbalance_decay)), direction(k.direction), nesterov(k.nesterov),
         saturated(k.saturated) {}
 };
 
@@ -261,7 +261,7 @@ Law<double> law(const Entry& e, const Settings& s) {
   double amplify = s.direction == SGD && e.first ? (1 - s.dampening) / (1 - s.momentum) : 1;
   k.inside = constrained ? s.lr * e.inside * amplify : s.direction == ADAMW ? s.lr * s.weight_decay : 0;
   k.outside = s.lr * e.outside * amplify;
-  k.threshold = e.threshold;
+  k.threshold = e.threshold, k.imbalance_decay = s.imbalance_decay;
   bool wide = e.dtype == 1;
   k.imbalance = !e.imbalance ? 0 : wide ? read<double>(e.imbalance) : read<float>(e.imbalance);
   k.metric_scale = !e.metric_scale ? 1 : wide ? read<double>(e.metric_scale) : read<float>(e.metric_scale);
@@ -379,14 +379,14 @@ SYMOPT_PUBLIC int symopt_instructions() {
 SYMOPT_PUBLIC int symopt_sizes() { return int(sizeof(Entry) * 1000 + sizeof(Settings)); }
 
 // Steps `count` tensors.  Returns 0, or 1 if memory ran out before anything was changed.
-SYMOPT_PUBLIC int symopt_step(Entry* entries, int64_t count, const Settings* settings) try {
+SYMOPT_PUBLIC int symopt_step(Entry* const* entries, int64_t count, const Settings* settings) try {
   const Settings& s = *settings;
   if (s.found_inf && *s.found_inf != 0) return 0;
   std::vector<Work> works(static_cast<size_t>(count));
   int64_t tasks = 0, moves = 0, elements = 0;
   for (int64_t i = 0; i < count; i++) {
     Work& w = works[static_cast<size_t>(i)];
-    w.e = entries + i;
+    w.e = entries[i];
     w.f = choose(s.instructions)[w.e->dtype];
     cut(w);
     w.first_task = tasks, w.first_move = moves;

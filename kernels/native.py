@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_int32, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -18,13 +18,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from symopt_kernels.reference import Groups
+from symopt_kernels.groups import Groups
 
 __all__ = ["DTYPES", "INSTRUCTIONS", "THREADS", "UNAVAILABLE", "Entry", "Settings", "fill", "layout", "step"]
 
 DIRECTIONS = ("sgd", "adam", "adamw")
 RETRACTIONS = ("plain", "sparse", "sparse_free", "group")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 class Entry(Structure):
     """One tensor and its state, as ``struct Entry`` of ``native.cpp``."""
@@ -65,7 +66,7 @@ def _find() -> tuple[Any, str | None]:
         return None, f"the C++ extension does not load: {error}"
     if sizes != ctypes.sizeof(Entry) * 1000 + ctypes.sizeof(Settings):
         return None, "the C++ extension was built from another version of symopt; install symopt again"
-    library.symopt_step.argtypes = [POINTER(Entry), c_int64, POINTER(Settings)]
+    library.symopt_step.argtypes = [POINTER(c_void_p), c_int64, POINTER(Settings)]
     return library, None
 
 
@@ -155,7 +156,7 @@ def fill(
 
 
 def step(
-    entries: ctypes.Array[Entry],
+    entries: Sequence[Entry],
     direction: str,
     *,
     lr: float,
@@ -197,5 +198,6 @@ def step(
         instructions=INSTRUCTIONS.index(instructions),
         parallel=_parallel,
     )
-    if _library.symopt_step(entries, len(entries), byref(settings)):
+    table = (c_void_p * len(entries))(*map(ctypes.addressof, entries))
+    if _library.symopt_step(table, len(entries), byref(settings)):
         raise MemoryError("the native step found no memory for its bookkeeping; nothing was changed")

@@ -125,15 +125,23 @@ static int32_t sparse(int64_t n, T* __restrict w, const T* __restrict update, co
   return zeros;
 }
 
-template <class T, bool COUPLED, bool SATURATED>
+// With REBALANCE every a^2 - b^2 is first multiplied by `keep` at the same product, in closed form.
+template <class T, bool COUPLED, bool SATURATED, bool REBALANCE>
 static int32_t sparse_free(int64_t n, T* __restrict w, T* __restrict factor_0, T* __restrict factor_1,
                            const T* __restrict update, const T* __restrict gain, const Law<T>& k) {
   const T lr = k.lr, inside = k.inside, outside = k.outside, threshold = k.threshold, scale = k.metric_scale;
-  const T snap = T(SNAP) * scale;
+  const T snap = T(SNAP) * scale, keep_imbalance = k.imbalance_decay;
   int32_t zeros = 0;
 #pragma omp simd reduction(+ : zeros)
   for (int64_t i = 0; i < n; i++) {
-    T a = factor_0[i], b = factor_1[i], old = w[i];
+    T stored_a = factor_0[i], stored_b = factor_1[i], old = w[i], a = stored_a, b = stored_b;
+    if (REBALANCE) {
+      T product = size(a * b), c = keep_imbalance * ((a - b) * (a + b));
+      T high = root((size(c) + root(c * c + 4 * product * product)) / 2), low = high > 0 ? product / high : T(0);
+      T new_a = c >= 0 ? high : low, new_b = c >= 0 ? low : high;
+      a = a < 0 ? -new_a : new_a;
+      b = b < 0 ? -new_b : new_b;
+    }
     T delta = lr * update[i], decay = size(old) <= threshold ? outside : inside;
     if (COUPLED) decay = decay * gain[i];
     T pull = size(delta), limit = (SATURATED && pull < decay) ? snap : T(-1);
@@ -141,6 +149,8 @@ static int32_t sparse_free(int64_t n, T* __restrict w, T* __restrict factor_0, T
     delta = t * delta;
     T rho = 1 - t * decay, u = rho * a - delta * b, v = rho * b - delta * a, x = u * v;
     bool snapped = size(x) <= limit, light = size(u) <= size(v), still = (u == a) & (v == b);
+    u = still ? stored_a : u;
+    v = still ? stored_b : v;
     factor_0[i] = snapped & light ? T(0) : u;
     factor_1[i] = snapped & !light ? T(0) : v;
     x = still ? old : x;

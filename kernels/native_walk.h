@@ -81,6 +81,15 @@ template <class T, class W> struct Block {
 
 // ----------------------------------------------------------------------------------------------------- single weights
 
+template <class T>
+static auto pick_free(bool coupled, bool saturated, bool rebalance) {
+  if (rebalance)
+    return coupled ? (saturated ? sparse_free<T, true, true, true> : sparse_free<T, true, false, true>)
+                   : (saturated ? sparse_free<T, false, true, true> : sparse_free<T, false, false, true>);
+  return coupled ? (saturated ? sparse_free<T, true, true, false> : sparse_free<T, true, false, false>)
+                 : (saturated ? sparse_free<T, false, true, false> : sparse_free<T, false, false, false>);
+}
+
 template <class T, class W>
 static void single(const Entry& e, const Law<T>& k, int64_t begin, int64_t end, Tally& tally, double* sample,
                    int64_t stride) {
@@ -93,8 +102,7 @@ static void single(const Entry& e, const Law<T>& k, int64_t begin, int64_t end, 
                        : (k.saturated ? sparse<T, false, true> : sparse<T, false, false>);
       return f(b.n, b.w, b.u, b.gain, k, tally);
     }
-    auto f = coupled ? (k.saturated ? sparse_free<T, true, true> : sparse_free<T, true, false>)
-                     : (k.saturated ? sparse_free<T, false, true> : sparse_free<T, false, false>);
+    auto f = pick_free<T>(coupled, k.saturated, k.imbalance_decay >= 0);
     T *factor_0 = static_cast<T*>(e.factor_0) + b.at, *factor_1 = static_cast<T*>(e.factor_1) + b.at;
     mend<T, W>(b.n, b.w, factor_0, factor_1, k.imbalance);
     return f(b.n, b.w, factor_0, factor_1, b.u, b.gain, k);

@@ -24,6 +24,7 @@ The Lasso, to its optimum::
 Source: L. Ziyin, *Symmetry Induces Structure and Constraint of Learning*, ICML 2024, arXiv 2309.16932.
 """
 
+from symopt.backends import explain
 from symopt.constrain import constrain, constraints, param_groups, release
 from symopt.constraints import Constraint, GroupSparse, Sparse
 from symopt.explicit import plain_state_dict
@@ -44,6 +45,7 @@ __all__ = [
     "Sparse",
     "constrain",
     "constraints",
+    "explain",
     "fold",
     "param_groups",
     "plain_state_dict",

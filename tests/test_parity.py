@@ -566,7 +566,7 @@ def test_the_signature_shows_torchs_arguments(row: OptimizerRow) -> None:
     want, have = (inspect.signature(cls).parameters for cls in (row.torch_cls, row.cls))
     assert list(have)[: len(want)] == list(want)
     assert all((have[n].kind, have[n].default) == (p.kind, p.default) for n, p in want.items())
-    assert list(have)[len(want) :] == ["strength", "time_scale", "imbalance"]
+    assert list(have)[len(want) :] == ["strength", "time_scale", "imbalance", "backend"]
     assert all(have[n].kind is inspect.Parameter.KEYWORD_ONLY for n in list(have)[len(want) :])
 
 

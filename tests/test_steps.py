@@ -167,11 +167,13 @@ def gradients(shape: tuple[int, ...], steps: int, seed: int = 1) -> Tensor:
     return g
 
 
-def follow(row: ConstraintRow, opt_row: OptimizerRow, time_scale: str, imbalance: float, steps: int = 6) -> None:
+def follow(
+    row: ConstraintRow, opt_row: OptimizerRow, time_scale: str, imbalance: float, steps: int = 6, backend: str = "native"
+) -> None:
     """Run the library and the oracle side by side and compare after every step."""
     module = constrained_parameter(row, strength=STRENGTH)
     p = module.weight
-    opt = optimizer(module, opt_row, time_scale=time_scale, imbalance=imbalance)
+    opt = optimizer(module, opt_row, time_scale=time_scale, imbalance=imbalance, backend=backend)
     oracle = Explicit(row, opt_row, p, time_scale=time_scale, imbalance=imbalance)
     for g in gradients(row.shape, steps):
         p.grad = g
@@ -183,12 +185,13 @@ def follow(row: ConstraintRow, opt_row: OptimizerRow, time_scale: str, imbalance
 # -- the step is the factor step -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", symopt.backends.BACKENDS)
 @pytest.mark.parametrize("imbalance", [1.0, 0.2, 0.0])
 @every_time_scale
 @every_optimizer
 @every_constraint
-def test_steps_are_those_of_explicit_factors(row, opt_row, time_scale, imbalance):
-    follow(row, opt_row, time_scale, imbalance)
+def test_steps_are_those_of_explicit_factors(row, opt_row, time_scale, imbalance, backend):
+    follow(row, opt_row, time_scale, imbalance, backend=backend)
 
 
 @every_optimizer

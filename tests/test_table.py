@@ -48,12 +48,12 @@ def test_an_unknown_tolerance_is_refused():
 def test_the_suite_notices_a_wrong_retraction(constraint, monkeypatch):
     """A retraction that is off by 1e-9 of its value fails the comparison with explicit factors."""
     opt_row = next(row for row in OPTIMIZERS if row.cls is symopt.AdamW)
-    follow(constraint, opt_row, "saturated", 1.0)
+    follow(constraint, opt_row, "saturated", 1.0, backend="reference")
     name = constraint.make(None).name
     original = getattr(reference, name)
     monkeypatch.setattr(reference, name, lambda *args, **kwargs: original(*args, **kwargs) * (1 + 1e-9))
     with pytest.raises(AssertionError, match="not close"):
-        follow(constraint, opt_row, "saturated", 1.0)
+        follow(constraint, opt_row, "saturated", 1.0, backend="reference")
 
 
 @pytest.mark.parametrize("direction", ["sgd", "adam", "adamw"])
@@ -68,4 +68,4 @@ def test_the_suite_notices_a_wrong_direction(direction, monkeypatch):
 
     monkeypatch.setattr(reference, direction, wrong)
     with pytest.raises(AssertionError, match="not close"):
-        follow(CONSTRAINTS[0], opt_row, "saturated", 1.0)
+        follow(CONSTRAINTS[0], opt_row, "saturated", 1.0, backend="reference")

@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from symopt_kernels.reference import SNAP, Groups, weight_scale
+from symopt_kernels.groups import Groups
+from symopt_kernels.reference import SNAP, weight_scale
 
 __all__ = ["Constraint", "Factors", "Outs", "check_depth", "check_number", "heavy_factor", "light_factor"]
 
@@ -110,6 +111,10 @@ class Constraint(ABC):
     def index(self, w: Tensor) -> Tensor | None:
         """The map from weights to groups as a tensor, where no view of the weight can express it."""
         return None
+
+    def no_kernel(self) -> str | None:
+        """Why only the reference can step this constraint, or None: kernels have the rows ``name`` at depth 2."""
+        return None if self.depth == 2 else f"depth {self.depth} has no fused kernel"
 
     def charge(self, w: Tensor, *, decoupled: bool) -> Tensor | float:
         """Relative strength of every unit; not 1 only where several constraints share a weight."""

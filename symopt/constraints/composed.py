@@ -12,7 +12,7 @@ from symopt.constraints.base import Constraint, Factors, Outs
 from symopt.constraints.group import GroupSparse
 from symopt.constraints.sparse import Sparse
 from symopt_kernels import reference
-from symopt_kernels.reference import Groups
+from symopt_kernels.groups import Groups
 
 __all__ = ["Composed"]
 
@@ -56,6 +56,9 @@ class Composed(Constraint):
         for part in self.parts:
             part.bind(name, w)
         return self
+
+    def no_kernel(self) -> str | None:
+        return "a list of constraints has no fused kernel"
 
     def charge(self, w: Tensor, *, decoupled: bool) -> Tensor:
         total = torch.zeros_like(w)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors, Outs, check_depth, heavy_factor
 from symopt_kernels import reference
-from symopt_kernels.reference import Groups
+from symopt_kernels.groups import Groups
 
 __all__ = ["GroupSparse"]
 

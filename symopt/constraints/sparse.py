@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors, Outs, check_depth, heavy_factor, light_factor
 from symopt_kernels import reference
-from symopt_kernels.reference import Groups
+from symopt_kernels.groups import Groups
 
 __all__ = ["Sparse"]
 
@@ -54,8 +54,6 @@ class Sparse(Constraint):
         tensor(7.)
     """
 
-    name: ClassVar[str] = "sparse"
-
     strength: float | None = None
     depth: int = field(default=2, kw_only=True)
     gauge: str = field(default="fixed", kw_only=True)
@@ -65,6 +63,11 @@ class Sparse(Constraint):
         check_depth("Sparse", self.depth)
         if self.gauge not in ("fixed", "free"):
             raise ValueError(f"Sparse: gauge must be 'fixed' or 'free', got {self.gauge!r}")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Name of the kernel row."""
+        return "sparse_free" if self.gauge == "free" else "sparse"
 
     @property
     def carries_factors(self) -> bool:  # type: ignore[override]

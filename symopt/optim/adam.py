@@ -11,7 +11,8 @@ from torch.optim.adam import adam as torch_adam
 from symopt.constraints import Constraint
 from symopt.optim.base import ConstrainedOptimizer
 from symopt_kernels import reference
-from symopt_kernels.reference import Groups
+from symopt_kernels.groups import Groups
+from symopt_kernels.reference import math_dtype
 
 __all__ = ["Adam", "AdamW"]
 
@@ -29,15 +30,23 @@ class _AdamBase(ConstrainedOptimizer):
         return 1 / ((peak / (1 - group["betas"][1] ** state["step"])).sqrt() + group["eps"])  # type: ignore[no-any-return]
 
     def _init_moments(self, group: dict[str, Any], state: dict[str, Any], p: Tensor, groups: Groups | None) -> None:
-        dtype = state["imbalance"].dtype
+        dtype = math_dtype(p)
         if "step" not in state:
             state["step"] = torch.zeros((), device=p.device if group["capturable"] or group["fused"] else "cpu")
         if "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-        for key in ("exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg_sq",):
+        for key in self._moments(group)[1:]:
             if key not in state:
-                shape = p.shape if groups is None else (groups.count,)
-                state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
+                like: dict[str, Any] = {"dtype": dtype, "device": p.device}
+                state[key] = torch.zeros_like(p, **like) if groups is None else torch.zeros(groups.count, **like)
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+
+    def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        direction = "adamw" if self.decoupled(group) else "adam"
+        return {"direction": direction, "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
 
     def _direction(
         self, group: dict[str, Any], state: dict[str, Any], w: Tensor, grad: Tensor, groups: Groups | None
@@ -84,6 +93,8 @@ class _AdamBase(ConstrainedOptimizer):
             has_complex=has_complex,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
             **{key: group[key] for key in _PASSED},
         )
 
@@ -117,7 +128,7 @@ class Adam(_AdamBase, torch.optim.Adam):
         params: a module, or anything ``torch.optim.Adam`` takes.
         lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
             decoupled_weight_decay: as in torch; ``weight_decay`` applies to unconstrained parameters only.
-        strength, time_scale, imbalance: see :class:`symopt.optim.ConstrainedOptimizer`.
+        strength, time_scale, imbalance, backend: see :class:`symopt.optim.ConstrainedOptimizer`.
 
     Raises:
         ValueError, TypeError: as torch's; also for a bad strength, time_scale or imbalance.
@@ -152,6 +163,7 @@ class Adam(_AdamBase, torch.optim.Adam):
         strength: float | Tensor | None = None,
         time_scale: str = "saturated",
         imbalance: float = 1.0,
+        backend: str | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -169,6 +181,7 @@ class Adam(_AdamBase, torch.optim.Adam):
             strength=strength,
             time_scale=time_scale,
             imbalance=imbalance,
+            backend=backend,
         )
 
     def decoupled(self, group: dict[str, Any]) -> bool:
@@ -190,7 +203,7 @@ class AdamW(_AdamBase, torch.optim.AdamW):
         params: a module, or anything ``torch.optim.AdamW`` takes.
         lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as in torch;
             ``weight_decay`` applies to unconstrained parameters only.
-        strength, time_scale, imbalance: see :class:`symopt.optim.ConstrainedOptimizer`.
+        strength, time_scale, imbalance, backend: see :class:`symopt.optim.ConstrainedOptimizer`.
 
     Raises:
         ValueError, TypeError: as torch's; also for a bad strength, time_scale or imbalance.
@@ -225,6 +238,7 @@ class AdamW(_AdamBase, torch.optim.AdamW):
         strength: float | Tensor | None = None,
         time_scale: str = "saturated",
         imbalance: float = 1.0,
+        backend: str | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -241,6 +255,7 @@ class AdamW(_AdamBase, torch.optim.AdamW):
             strength=strength,
             time_scale=time_scale,
             imbalance=imbalance,
+            backend=backend,
         )
 
     def decoupled(self, group: dict[str, Any]) -> bool:

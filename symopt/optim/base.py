@@ -7,7 +7,7 @@ optimizer is one file that says what its direction is.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,15 +16,19 @@ from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from symopt import annotation
+from symopt.backends import BACKENDS, choose, why_not
 from symopt.constraints import Constraint
-from symopt.optim.options import DEFAULTS, OWN_STATE, check_group, math_dtype, shared_moment
-from symopt_kernels import reference
-from symopt_kernels.reference import Groups
+from symopt.optim.options import DEFAULTS, OWN_STATE, check_group
+from symopt.optim.slot import Slot, gradient
+from symopt.optim.state import ConstrainedState
+from symopt_kernels import native, reference
+from symopt_kernels.groups import Groups
+from symopt_kernels.reference import math_dtype
 
 __all__ = ["ConstrainedOptimizer"]
 
 
-class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
+class ConstrainedOptimizer(ConstrainedState):
     """Abstract mixin in front of a torch.optim class.
 
     Args:
@@ -36,11 +40,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
             ``"none"`` (steps of the explicit factors to the letter; large weights move by a fixed factor per step).
         imbalance: initial plasticity c of each tensor, in units of its root mean square; 0 locks signs and makes zeros
             permanent from the start.  It decays by itself (see :class:`symopt.Anneal` for a schedule).
+        backend: which kernel steps the constrained tensors: None for the best that can (:func:`symopt.explain` lists
+            them), ``"native"`` or ``"reference"``; a named one is used or an error says why not, and ``"native"`` then
+            steps unconstrained tensors too, with float32 moments for those in half precision.
 
     ``weight_decay`` keeps torch's meaning and applies to unconstrained parameters only.
     """
-
-    param_groups: list[dict[str, Any]]
 
     def __init__(
         self,
@@ -49,14 +54,17 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         strength: float | Tensor | None = None,
         time_scale: str = "saturated",
         imbalance: float = 1.0,
+        backend: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self._names: dict[Tensor, str] = {}
-        self._bound: dict[Tensor, Constraint | None] = {}
-        self._groups: dict[Tensor, Groups] = {}
+        self._names = {}
+        self._bound = {}
+        self._groups = {}
+        self._slots: dict[Tensor, Slot] = {}
         self._epoch = -1
-        self._loading: dict[str, Any] | None = None
-        given = {**DEFAULTS, "strength": strength, "time_scale": time_scale, "imbalance": imbalance}
+        self._loading = None
+        given = {"strength": strength, "time_scale": time_scale, "imbalance": imbalance, "backend": backend}
+        given = {**DEFAULTS, **given}
         check_group(given, type(self).__name__)
         if hasattr(params, "named_parameters"):
             params = params.named_parameters()
@@ -65,8 +73,6 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         for group in self.param_groups:
             for key, value in given.items():
                 group.setdefault(key, value)
-        # GradScaler then unscales and skips itself; torch's fused path would hide found_inf from the constrained step.
-        self._step_supports_amp_scaling = False
         self._bind()
         annotation.register_owner(self)
 
@@ -89,19 +95,21 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         bound: dict[Tensor, Constraint | None] = {}
         names: dict[Tensor, str] = {}
         for group in self.param_groups:
-            for p in group["params"]:
+            given = group.get("param_names", ["a parameter"] * len(group["params"]))
+            for p, own in zip(group["params"], given, strict=True):
                 if id(p) in factors:
                     raise ValueError(
                         f"{type(self).__name__}: the parameters hold factors of an explicit constraint, which this "
                         "optimizer would constrain twice; use torch.optim with symopt.param_groups(model), or "
                         "constrain(..., mode='optimizer')"
                     )
-                name, constraint = found.get(id(p), (self._names.get(p, "a parameter"), self._bound.get(p)))
+                name, constraint = found.get(id(p), (self._names.get(p, own), self._bound.get(p)))
                 bound[p], names[p] = constraint, name
                 if constraint is not None:
                     self._check_supported(name, group, constraint)
         self._bound, self._names = bound, names
         self._groups = {p: g for p, g in self._groups.items() if p in bound}
+        self._slots = {}
         self._epoch = annotation.epoch()
 
     def _check_supported(self, name: str, group: dict[str, Any], constraint: Constraint) -> None:
@@ -149,16 +157,6 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
             return constraint.strength
         return constraint.default_strength(decoupled=self.decoupled(group))
 
-    def groups(self, p: Tensor, constraint: Constraint) -> Groups | None:
-        """The partition of ``p`` into units, cached; an index map is the state tensor ``group_index``."""
-        cached = self._groups.get(p)
-        index = self.state[p].get("group_index") if p in self.state else None
-        if cached is None or cached.index is not index:
-            cached = constraint.partition(p.detach(), index)
-            if cached is not None and (cached.index is index):
-                self._groups[p] = cached
-        return cached
-
     # -- the step --------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -176,18 +174,20 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         """Update the moments in ``state`` and return ``update, gain``."""
 
     @abstractmethod
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """State keys of the moments this group's direction keeps."""
+
+    @abstractmethod
+    def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The direction and its numbers, as :func:`symopt_kernels.native.step` takes them."""
+
+    @abstractmethod
     def _step_plain(self, group: dict[str, Any]) -> None:
         """Step the unconstrained parameters of ``group`` with torch's own functions."""
 
     def _init_group(self, group: dict[str, Any], *lists: Any, **kwargs: Any) -> Any:
         plain = [p for p in group["params"] if self._constraint(p) is None]
         return super()._init_group({**group, "params": plain}, *lists, **kwargs)  # type: ignore[misc]
-
-    def _per_weight(self, p: Tensor, constraint: Constraint) -> dict[str, Tensor]:
-        """Second moments that a group shares, written out for every weight."""
-        groups = self.groups(p, constraint)
-        shared = [k for k in ("exp_avg_sq", "max_exp_avg_sq") if groups is not None and k in self.state[p]]
-        return {k: groups.expand(self.state[p][k]).reshape(p.shape).contiguous() for k in shared if groups}
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -196,25 +196,103 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if (found_inf := getattr(self, "found_inf", None)) is not None and bool(found_inf):
+            return loss  # GradScaler's gradients overflowed: nothing moves, the step count neither
         for group in self.param_groups:
-            self._step_plain(group)
-            for p in group["params"]:
-                constraint = self._constraint(p)
-                if constraint is not None and p.grad is not None:
-                    self._step_constrained(group, p, constraint)
+            slots, rest = self._plan(group)
+            if group["backend"] != "native":
+                self._step_plain(group)
+            for p, constraint in rest:
+                self._step_reference(group, p, constraint)
+            if slots:
+                self._step_native(group, slots)
         return loss
 
-    def _step_constrained(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> None:
+    def _plan(self, group: dict[str, Any]) -> tuple[list[Slot], list[tuple[Tensor, Constraint]]]:
+        """What has a gradient and is not torch's to step: for the native kernel, and for the reference."""
+        slots: list[Slot] = []
+        rest: list[tuple[Tensor, Constraint]] = []
+        key = (group["backend"], group["differentiable"], self._moments(group))
+        if self._epoch != annotation.epoch():
+            self._bind()
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            slot = self._slots.get(p)
+            if slot is None or not slot.holds(self.state[p], key):
+                constraint = self._constraint(p)
+                if constraint is None and group["backend"] != "native":
+                    continue
+                if self._backend(group, p, constraint) == "reference":
+                    assert constraint is not None
+                    rest.append((p, constraint))
+                    continue
+                state = self._ready(group, p, constraint)
+                groups = None if constraint is None else self.groups(p, constraint)
+                slot = self._slots[p] = Slot(p, constraint, state, groups, key)
+            slots.append(slot)
+        for p in [*(slot.p for slot in slots), *(p for p, _ in rest)]:
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"{self._names[p]}: sparse gradients are not supported for constrained parameters; use "
+                    "sparse=False, or leave this parameter out of symopt.constrain"
+                )
+        return slots, rest
+
+    def _backend(self, group: dict[str, Any], p: Tensor, constraint: Constraint | None) -> str:
+        return choose(group["backend"], self._names[p], self._reasons(group, p, constraint))
+
+    def _reasons(self, group: dict[str, Any], p: Tensor, constraint: Constraint | None) -> dict[str, str | None]:
+        groups = None if constraint is None else self.groups(p, constraint)
+        return {b: why_not(b, p, constraint, groups, differentiable=group["differentiable"]) for b in BACKENDS}
+
+    def backends(self) -> Iterator[tuple[str, str, dict[str, str | None]]]:
+        """Name, backend and, per backend, why not that one, of every parameter (:func:`symopt.explain` prints it)."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                constraint = self._constraint(p)
+                if constraint is None and group["backend"] != "native":
+                    yield self._names[p], "torch", {"no constraint": None}
+                else:
+                    reasons = self._reasons(group, p, constraint)
+                    yield self._names[p], choose(group["backend"], self._names[p], reasons), reasons
+
+    def zeros(self) -> dict[str, int]:
+        """Exact zeros of every constrained tensor; the native step has counted them as it wrote them."""
+        slots = {p: slot.zeros() for p, slot in self._slots.items()}
+        return {
+            name: count if (count := slots.get(p)) is not None else int((p == 0).sum())
+            for _, p, name, _ in self.constrained()
+        }
+
+    def _step_native(self, group: dict[str, Any], slots: list[Slot]) -> None:
+        grads = [gradient(slot.p) for slot in slots]  # alive until the call is over
+        for slot, grad in zip(slots, grads, strict=True):
+            constraint = slot.constraint
+            slot.aim(grad, 0.0 if constraint is None else float(self.strength(group, constraint)))
+        native.step(
+            [slot.entry for slot in slots],
+            lr=float(group["lr"]),
+            weight_decay=float(group["weight_decay"]),
+            maximize=group["maximize"],
+            saturated=group["time_scale"] == "saturated",
+            imbalance_decay=group["imbalance_decay"],
+            grad_scale=getattr(self, "grad_scale", None),
+            **self._settings(group),
+        )
+        # Autograd must see that the weights changed under it.
+        torch.autograd.graph.increment_version([slot.p for slot in slots])
+        for slot in slots:
+            slot.done()
+
+    def _step_reference(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> None:
         grad = p.grad
         assert grad is not None
-        if grad.is_sparse:
-            raise RuntimeError(
-                f"{self._names[p]}: sparse gradients are not supported for constrained parameters; use sparse=False, "
-                "or leave this parameter out of symopt.constrain"
-            )
         state = self._ready(group, p, constraint)
         groups, saturated = self.groups(p, constraint), group["time_scale"] == "saturated"
         w, grad = state.get("master", p), grad.to(math_dtype(p))
+        if (grad_scale := getattr(self, "grad_scale", None)) is not None:
+            grad = grad / grad_scale
         if group["differentiable"]:
             w = w.clone()  # the step saves it for backward and then overwrites it
         update, gain = self._direction(group, state, w, -grad if group["maximize"] else grad, groups)
@@ -252,127 +330,3 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
             state[key] = value
         else:
             state[key].copy_(value)
-
-    # -- state -----------------------------------------------------------------------------------------------------
-
-    def _ready(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> dict[str, Any]:
-        """The state of ``p``: what is missing is made (a checkpoint may bring a part), what does not fit is fitted."""
-        state: dict[str, Any] = self.state[p]
-        dtype = math_dtype(p)
-        if "group_index" not in state and (index := constraint.index(p)) is not None:
-            state["group_index"] = index
-        groups = self.groups(p, constraint)
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.is_floating_point() and key != "step" and value.dtype != dtype:
-                state[key] = value.to(dtype)
-        if p.dtype != dtype and not constraint.carries_factors:
-            # Half precision cannot hold the small shrink of a step: without an fp32 copy weights would stop short of
-            # zero.  Wherever the weight was changed from outside, it and not the copy is right.
-            master = state.get("master")
-            state["master"] = p.to(dtype) if master is None else torch.where(master.to(p.dtype) == p, master, p)
-        else:
-            state.pop("master", None)
-        for key in ("exp_avg_sq", "max_exp_avg_sq"):
-            if groups is not None and key in state and state[key].shape == p.shape != (groups.count,):
-                state[key] = shared_moment(state[key], groups)
-        if "imbalance" not in state or "metric_scale" not in state:
-            w = p.detach().to(dtype)
-            c, scale = constraint.start(w, group["imbalance"], groups)
-            if not bool(scale > 0):
-                raise ValueError(
-                    f"{self._names[p]} is zero everywhere, and without imbalance zeros are permanent, so it could "
-                    "never train; give the optimizer imbalance > 0 or initialise the weight (at depth > 2 only "
-                    "gauge='free' has an imbalance)"
-                )
-            state["imbalance"], state["metric_scale"] = c, scale
-        if constraint.carries_factors:
-            self._ready_factors(state, p, constraint)
-        self._init_moments(group, state, p, groups)
-        return state
-
-    def _ready_factors(self, state: dict[str, Any], p: Tensor, constraint: Constraint) -> None:
-        """Factors that compose to the weight; entries of it that were changed from outside are split anew."""
-        w, keys = p.detach().to(math_dtype(p)), [f"factor_{i}" for i in range(constraint.depth)]
-        if any(key not in state for key in keys):
-            state.update(zip(keys, (f.clone() for f in constraint.split(w, state["imbalance"])), strict=True))
-            return
-        factors = tuple(state[key] for key in keys)
-        stale = constraint.compose(factors).to(p.dtype) != p
-        if bool(stale.any()):
-            fresh = constraint.split(w, state["imbalance"])
-            for factor, value in zip(factors, fresh, strict=True):
-                factor.copy_(torch.where(stale, value, factor))
-
-    @abstractmethod
-    def _init_moments(self, group: dict[str, Any], state: dict[str, Any], p: Tensor, groups: Groups | None) -> None:
-        """Create whatever moments are missing from ``state``."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's; second moments shared by a group are written out per weight, so torch.optim can load them."""
-
-        def write_out(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
-            params = [p for group in self.param_groups for p in group["params"]]
-            for index, p in enumerate(params):
-                constraint = self._constraint(p)
-                if constraint is not None and index in packed["state"]:
-                    packed["state"][index] = {**packed["state"][index], **self._per_weight(p, constraint)}
-
-        # First of the hooks, so that a user's hook sees what is saved and has the last word.
-        handle = self.register_state_dict_post_hook(write_out, prepend=True)
-        try:
-            packed: dict[str, Any] = super().state_dict()
-        finally:
-            handle.remove()
-        return packed
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, and loads torch.optim checkpoints; float state keeps the precision it was saved in.
-
-        Second moments saved per weight are averaged over each group that shares one; group options that torch knows
-        nothing of stay as they are if the checkpoint has none.
-        """
-        # torch casts float state to the parameter's dtype, which costs an fp32 state of bf16 weights its last bits
-        # (pytorch #43706).  What the last pre-hook leaves is what gets loaded, so that is what __setstate__ keeps.
-        final: dict[str, Any] = {}
-        own = [{key: group[key] for key in DEFAULTS} for group in self.param_groups]
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
-        self._loading = {"final": final, "own": own}
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            self._loading = None
-            handle.remove()
-
-    def _restore(self, final: dict[str, Any], own: list[dict[str, Any]]) -> None:
-        for group, saved, before in zip(self.param_groups, final["param_groups"], own, strict=True):
-            group.update({key: value for key, value in before.items() if key not in saved})
-            for i, p in zip(saved["params"], group["params"], strict=True):
-                constrained = self._constraint(p) is not None
-                for key, value in final["state"].get(i, {}).items():
-                    if key == "step" and isinstance(value, Tensor):
-                        self.state[p][key] = self.state[p][key].clone()  # torch keeps the checkpoint's own tensor
-                    elif constrained and key == "group_index" and value.is_floating_point():
-                        del self.state[p][key]  # torch.optim saved it as floats; it is made anew
-                    elif constrained and isinstance(value, Tensor):
-                        self.state[p][key] = value.detach().to(device=p.device, copy=True)
-                    elif constrained and value is None:
-                        self.state[p].pop(key)
-        self._groups.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._bind()
-        return dict(super().__getstate__(), _bound=self._bound, _names=self._names)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.setdefault("_loading", None)
-        super().__setstate__(state)
-        if self._loading is not None:
-            self._restore(**self._loading)
-        for group in self.param_groups:
-            for key, value in DEFAULTS.items():
-                group.setdefault(key, self.defaults.get(key, value))
-        if "_bound" in state:  # unpickled or deep-copied
-            self._groups, self._epoch = {}, -1
-            self._step_supports_amp_scaling = False
-            self._bound, self._names = dict(state["_bound"]), dict(state["_names"])
-            annotation.register_owner(self)

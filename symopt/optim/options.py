@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from symopt.backends import check_backend
 from symopt.constraints.base import check_number
-from symopt_kernels.reference import Groups
+from symopt_kernels.groups import Groups
 
-__all__ = ["DEFAULTS", "OWN_STATE", "check_group", "math_dtype", "shared_moment"]
+__all__ = ["DEFAULTS", "OWN_STATE", "check_group", "shared_moment"]
 
 DEFAULTS: dict[str, Any] = {
     "strength": None,
+    "backend": None,
     "time_scale": "saturated",
     "imbalance": 1.0,
     # Anneal's: the factor of the imbalance per step (None: the automatic law), and whether the support is final.
@@ -23,11 +24,6 @@ DEFAULTS: dict[str, Any] = {
 
 
 OWN_STATE = ("imbalance", "metric_scale", "master", "group_index")
-
-
-def math_dtype(p: Tensor) -> torch.dtype:
-    """The precision in which ``p`` is stepped and its state kept."""
-    return torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype
 
 
 def shared_moment(per_weight: Tensor, groups: Groups) -> Tensor:
@@ -49,3 +45,4 @@ def check_group(group: dict[str, Any], owner: str) -> None:
         check_number(owner, field, value)
     if group.get("time_scale", "saturated") not in ("saturated", "none"):
         raise ValueError(f"{owner}: time_scale must be 'saturated' or 'none', got {group['time_scale']!r}")
+    check_backend(owner, group.get("backend"))

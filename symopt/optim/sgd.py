@@ -11,7 +11,7 @@ from torch.optim.sgd import sgd as torch_sgd
 from symopt.constraints import Constraint
 from symopt.optim.base import ConstrainedOptimizer
 from symopt_kernels import reference
-from symopt_kernels.reference import Groups
+from symopt_kernels.groups import Groups
 
 __all__ = ["SGD"]
 
@@ -28,7 +28,7 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
         params: a module, or anything ``torch.optim.SGD`` takes.
         lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused: as in torch;
             ``weight_decay`` applies to unconstrained parameters only, ``foreach`` and ``fused`` to how those step.
-        strength, time_scale, imbalance: see :class:`symopt.optim.ConstrainedOptimizer`.
+        strength, time_scale, imbalance, backend: see :class:`symopt.optim.ConstrainedOptimizer`.
 
     Raises:
         ValueError, TypeError: as torch's; also for a bad strength, time_scale or imbalance, and for ``momentum >= 1``
@@ -64,6 +64,7 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
         strength: float | Tensor | None = None,
         time_scale: str = "saturated",
         imbalance: float = 1.0,
+        backend: str | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -79,6 +80,7 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
             strength=strength,
             time_scale=time_scale,
             imbalance=imbalance,
+            backend=backend,
         )
 
     def decoupled(self, group: dict[str, Any]) -> bool:
@@ -92,7 +94,13 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
             raise ValueError(f"{name}: momentum must be < 1 for a constrained parameter, got {group['momentum']}")
 
     def _init_moments(self, group: dict[str, Any], state: dict[str, Any], p: Tensor, groups: Groups | None) -> None:
-        pass
+        pass  # torch's first momentum is the first gradient itself
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {"direction": "sgd", **{key: group[key] for key in ("momentum", "dampening", "nesterov")}}
 
     def _direction(
         self, group: dict[str, Any], state: dict[str, Any], w: Tensor, grad: Tensor, groups: Groups | None
@@ -120,6 +128,8 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
             has_sparse_grad=has_sparse_grad,
             foreach=group["foreach"],
             fused=group["fused"],
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
             **{k: group[k] for k in ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")},
         )
         if group["momentum"] != 0:

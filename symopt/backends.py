@@ -1,0 +1,92 @@
+"""Which kernel steps which tensor: the best one that can, and for every other the reason why not.
+
+``reference`` is readable torch code and can step everything.  ``native`` is the fused C++ step on CPUs.  On a CPU it is
+the faster of the two at every size, a single weight included (benchmarks/README.md), so what can run natively does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from symopt.constraints import Constraint
+from symopt_kernels import native
+from symopt_kernels.groups import Groups
+
+__all__ = ["BACKENDS", "check_backend", "choose", "explain", "why_not"]
+
+BACKENDS = ("native", "reference")
+"""Best first."""
+
+
+def check_backend(owner: str, backend: object) -> None:
+    """Raise unless ``backend`` is None or the name of one."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{owner}: backend must be None or one of {BACKENDS}, got {backend!r}")
+
+
+def why_not(
+    backend: str, p: Tensor, constraint: Constraint | None, groups: Groups | None, *, differentiable: bool = False
+) -> str | None:
+    """Why ``backend`` cannot step ``p``, or None if it can.  ``constraint=None`` asks for an unconstrained tensor."""
+    if backend == "reference":
+        return None
+    if native.UNAVAILABLE is not None:
+        return native.UNAVAILABLE
+    if type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"a {type(p).__name__} wraps its memory"
+    if p.device.type != "cpu":
+        return f"it runs on CPUs, the tensor is on {p.device}"
+    if p.dtype not in native.DTYPES:
+        return f"it knows {', '.join(str(d).removeprefix('torch.') for d in native.DTYPES)}, not {p.dtype}"
+    if differentiable:
+        return "differentiable=True needs a step that autograd can follow"
+    if constraint is not None and (reason := constraint.no_kernel()):
+        return reason
+    if p.data_ptr() % p.element_size():
+        return "the tensor's memory is not aligned to its element size"
+    if native.layout(p) is None:
+        return f"strides {p.stride()} of shape {tuple(p.shape)} are not those of a dense tensor"
+    if groups is not None and native.layout(p, groups) is None:
+        return f"strides {p.stride()} interleave the groups in memory"
+    return None
+
+
+def choose(requested: str | None, name: str, reasons: dict[str, str | None]) -> str:
+    """The first backend that can; an explicitly requested one or an error, never another."""
+    if requested is None:
+        return next(backend for backend, reason in reasons.items() if reason is None)
+    if (reason := reasons[requested]) is not None:
+        raise ValueError(f"{name}: backend={requested!r} cannot step it: {reason}; use backend=None for one that can")
+    return requested
+
+
+def explain(optimizer: Any) -> str:
+    """Say which backend each tensor of a symopt optimizer gets, and why not a better one.
+
+    Unconstrained tensors take torch's own code (``foreach`` and ``fused`` mean what they mean there), unless the group
+    says ``backend="native"``.
+
+    Raises:
+        TypeError: if ``optimizer`` is not symopt's.
+
+    Example:
+        >>> import torch, symopt
+        >>> net = symopt.constrain(torch.nn.Linear(3, 2), {"weight": symopt.Sparse(depth=3)})
+        >>> print(symopt.explain(symopt.AdamW(net)))  # doctest: +ELLIPSIS
+        weight  reference  native: ...
+        bias    torch      no constraint
+        ...
+    """
+    if not hasattr(optimizer, "backends"):
+        raise TypeError(f"explain: expected an optimizer of symopt, got {type(optimizer).__name__}")
+    rows = []
+    for name, backend, reasons in optimizer.backends():
+        better = reasons if backend == "torch" else {k: v for k, v in reasons.items() if v is not None}
+        rows.append((name, backend, "; ".join(f"{k}: {v}" if v else k for k, v in better.items())))
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    lines = [f"{name:{widths[0]}}  {backend:{widths[1]}}  {why}".rstrip() for name, backend, why in rows]
+    if native.UNAVAILABLE is None:
+        lines.append(f"native: {native.INSTRUCTIONS[-1]} instructions, {native.THREADS}")
+    return "\n".join(lines)

@@ -1,0 +1,178 @@
+"""The state of constrained parameters: made lazily, fitted to what a checkpoint brings, saved as torch.optim does."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symopt import annotation
+from symopt.constraints import Constraint
+from symopt.optim.options import DEFAULTS, shared_moment
+from symopt.optim.slot import Slot
+from symopt_kernels.groups import Groups
+from symopt_kernels.reference import math_dtype
+
+__all__ = ["ConstrainedState"]
+
+
+class ConstrainedState(torch.optim.Optimizer, ABC):
+    """Abstract: what :class:`symopt.optim.ConstrainedOptimizer` keeps beside a parameter."""
+
+    param_groups: list[dict[str, Any]]
+    _names: dict[Tensor, str]
+    _bound: dict[Tensor, Constraint | None]
+    _groups: dict[Tensor, Groups]
+    _slots: dict[Tensor, Slot]
+    _epoch: int
+    _loading: dict[str, Any] | None
+
+    @abstractmethod
+    def _bind(self) -> None:
+        """Look every parameter's constraint up again."""
+
+    @abstractmethod
+    def _constraint(self, p: Tensor) -> Constraint | None:
+        """The constraint ``p`` obeys."""
+
+    def groups(self, p: Tensor, constraint: Constraint) -> Groups | None:
+        """The partition of ``p`` into units, cached; an index map is the state tensor ``group_index``."""
+        cached = self._groups.get(p)
+        index = self.state[p].get("group_index") if p in self.state else None
+        if cached is None or cached.index is not index:
+            cached = constraint.partition(p.detach(), index)
+            if cached is not None and (cached.index is index):
+                self._groups[p] = cached
+        return cached
+
+    def _per_weight(self, p: Tensor, constraint: Constraint) -> dict[str, Tensor]:
+        """Second moments that a group shares, written out for every weight."""
+        groups = self.groups(p, constraint)
+        shared = [k for k in ("exp_avg_sq", "max_exp_avg_sq") if groups is not None and k in self.state[p]]
+        return {k: groups.expand(self.state[p][k]).reshape(p.shape).contiguous() for k in shared if groups}
+
+    def _ready(self, group: dict[str, Any], p: Tensor, constraint: Constraint | None) -> dict[str, Any]:
+        """The state of ``p``: what is missing is made (a checkpoint may bring a part), what does not fit is fitted."""
+        state: dict[str, Any] = self.state[p]
+        dtype = math_dtype(p)
+        if constraint is not None and "group_index" not in state and (index := constraint.index(p)) is not None:
+            state["group_index"] = index
+        groups = None if constraint is None else self.groups(p, constraint)
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and key != "step" and value.dtype != dtype:
+                state[key] = value.to(dtype)
+        if constraint is None:
+            self._init_moments(group, state, p, None)
+            return state
+        if p.dtype != dtype and not constraint.carries_factors:
+            # Half precision cannot hold the small shrink of a step: without an fp32 copy weights would stop short of
+            # zero.  Wherever the weight was changed from outside, it and not the copy is right.
+            master = state.get("master")
+            state["master"] = p.to(dtype) if master is None else torch.where(master.to(p.dtype) == p, master, p)
+        else:
+            state.pop("master", None)
+        for key in ("exp_avg_sq", "max_exp_avg_sq"):
+            if groups is not None and key in state and state[key].shape == p.shape != (groups.count,):
+                state[key] = shared_moment(state[key], groups)
+        if "imbalance" not in state or "metric_scale" not in state:
+            w = p.detach().to(dtype)
+            c, scale = constraint.start(w, group["imbalance"], groups)
+            if not bool(scale > 0):
+                raise ValueError(
+                    f"{self._names[p]} is zero everywhere, and without imbalance zeros are permanent, so it could "
+                    "never train; give the optimizer imbalance > 0 or initialise the weight (at depth > 2 only "
+                    "gauge='free' has an imbalance)"
+                )
+            state["imbalance"], state["metric_scale"] = c, scale
+        if constraint.carries_factors:
+            self._ready_factors(state, p, constraint)
+        self._init_moments(group, state, p, groups)
+        return state
+
+    def _ready_factors(self, state: dict[str, Any], p: Tensor, constraint: Constraint) -> None:
+        """Factors that compose to the weight; entries of it that were changed from outside are split anew."""
+        w, keys = p.detach().to(math_dtype(p)), [f"factor_{i}" for i in range(constraint.depth)]
+        if any(key not in state for key in keys):
+            state.update(zip(keys, (f.clone() for f in constraint.split(w, state["imbalance"])), strict=True))
+            return
+        factors = tuple(state[key] for key in keys)
+        stale = constraint.compose(factors).to(p.dtype) != p
+        if bool(stale.any()):
+            fresh = constraint.split(w, state["imbalance"])
+            for factor, value in zip(factors, fresh, strict=True):
+                factor.copy_(torch.where(stale, value, factor))
+
+    @abstractmethod
+    def _init_moments(self, group: dict[str, Any], state: dict[str, Any], p: Tensor, groups: Groups | None) -> None:
+        """Create whatever moments are missing from ``state``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; second moments shared by a group are written out per weight, so torch.optim can load them."""
+
+        def write_out(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            for index, p in enumerate(params):
+                constraint = self._constraint(p)
+                if constraint is not None and index in packed["state"]:
+                    packed["state"][index] = {**packed["state"][index], **self._per_weight(p, constraint)}
+
+        # First of the hooks, so that a user's hook sees what is saved and has the last word.
+        handle = self.register_state_dict_post_hook(write_out, prepend=True)
+        try:
+            packed: dict[str, Any] = super().state_dict()
+        finally:
+            handle.remove()
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, and loads torch.optim checkpoints; float state keeps the precision it was saved in.
+
+        Second moments saved per weight are averaged over each group that shares one; group options that torch knows
+        nothing of stay as they are if the checkpoint has none.
+        """
+        # torch casts float state to the parameter's dtype, which costs an fp32 state of bf16 weights its last bits
+        # (pytorch #43706).  What the last pre-hook leaves is what gets loaded, so that is what __setstate__ keeps.
+        final: dict[str, Any] = {}
+        own = [{key: group[key] for key in DEFAULTS} for group in self.param_groups]
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
+        self._loading = {"final": final, "own": own}
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self._loading = None
+            handle.remove()
+
+    def _restore(self, final: dict[str, Any], own: list[dict[str, Any]]) -> None:
+        for group, saved, before in zip(self.param_groups, final["param_groups"], own, strict=True):
+            group.update({key: value for key, value in before.items() if key not in saved})
+            for i, p in zip(saved["params"], group["params"], strict=True):
+                constrained = self._constraint(p) is not None
+                for key, value in final["state"].get(i, {}).items():
+                    if key == "step" and isinstance(value, Tensor):
+                        self.state[p][key] = self.state[p][key].clone()  # torch keeps the checkpoint's own tensor
+                    elif constrained and key == "group_index" and value.is_floating_point():
+                        del self.state[p][key]  # torch.optim saved it as floats; it is made anew
+                    elif constrained and isinstance(value, Tensor):
+                        self.state[p][key] = value.detach().to(device=p.device, copy=True)
+                    elif constrained and value is None:
+                        self.state[p].pop(key)
+        self._groups.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._bind()
+        return dict(super().__getstate__(), _bound=self._bound, _names=self._names)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.setdefault("_loading", None)
+        super().__setstate__(state)
+        if self._loading is not None:
+            self._restore(**self._loading)
+        for group in self.param_groups:
+            for key, value in DEFAULTS.items():
+                group.setdefault(key, self.defaults.get(key, value))
+        if "_bound" in state:  # unpickled or deep-copied
+            self._groups, self._slots, self._epoch = {}, {}, -1
+            self._bound, self._names = dict(state["_bound"]), dict(state["_names"])
+            annotation.register_owner(self)
