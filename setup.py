@@ -8,11 +8,11 @@ from setuptools import Extension, find_packages, setup
 native = Extension(
     "symopt_kernels._native",
     ["kernels/native.cpp"],
-    depends=["kernels/native_step.h", "kernels/native_walk.h"],
+    depends=["kernels/native_step.h", "kernels/native_avx512.h", "kernels/native_walk.h"],
     # -fopenmp-simd only lets the loops be vectorized; no OpenMP runtime is linked, for torch has brought one.
     extra_compile_args=[
         *("-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
-        *("-fvisibility=hidden", "-Wno-psabi"),
+        *("-fvisibility=hidden", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
         *shlex.split(os.environ.get("SYMOPT_CXXFLAGS", "")),
     ],
     language="c++",

@@ -26,7 +26,7 @@ constexpr int64_t SMALL_CHUNK = 1 << 14;  // the same in tensors below SMALL
 constexpr int64_t SMALL = 1 << 20;
 constexpr int64_t TILE = 1 << 15;         // elements of a unit that is summed and moved at once; three arrays in L2
 constexpr int64_t LONG_RUN = 128;         // members in a row from which a group is summed by itself
-constexpr int64_t STRIPE = 256;           // columns summed side by side
+constexpr int64_t STRIPE = 1024;          // columns summed side by side
 constexpr int64_t SAMPLE = 1024;
 constexpr int64_t SERIAL = 1 << 15;       // below this many elements waking threads costs more than it saves
 
@@ -158,6 +158,7 @@ SYMOPT_TARGET_END
 SYMOPT_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 namespace avx512 {
 #include "native_step.h"
+#include "native_avx512.h"
 #include "native_walk.h"
 }  // namespace avx512
 SYMOPT_TARGET_END
@@ -180,12 +181,13 @@ struct Work {
   const Functions* f = nullptr;
   bool grouped = false;
   int64_t units = 0, unit_groups = 0, width = 0, numbers = 0, parts = 1, part = 0, per_task = 1, tasks = 0, first_task = 0;
-  int64_t moves = 0, first_move = 0, sums_size = 0, stride = 1, samples = 0;
+  int64_t sums_size = 0, stride = 1, samples = 0;
   std::unique_ptr<Tally[]> tallies;
   std::unique_ptr<double[]> sums, sample;
   std::unique_ptr<char[]> keep, shift;
-  std::unique_ptr<std::atomic<int64_t>[]> waiting;  // parts of every unit that still sum
-  std::atomic<int64_t> left{0};                     // tasks of the last phase
+  bool split = false;                               // units are summed in parts, then moved in parts
+  std::unique_ptr<std::atomic<int64_t>[]> waiting;  // parts of every unit that still sum; -1 once it may move
+  std::atomic<int64_t> left{0};                     // tasks that still write weights
 
   Unit unit(int64_t i) const {
     if (e->index) return {0, e->numel, e->numel, 1, 0, e->groups, 1};
@@ -230,15 +232,15 @@ void cut(Work& w) {
     if (w.parts == 1) w.per_task = std::max<int64_t>(1, SMALL_CHUNK / size);
     w.tasks = w.parts == 1 ? (w.units + w.per_task - 1) / w.per_task : w.units * w.parts;
   }
-  if (e.index || w.parts > 1) {
-    w.moves = w.tasks;
+  w.split = e.index || w.parts > 1;
+  if (w.split) {
     w.sums.reset(new double[w.tasks * w.sums_size]());
     w.keep.reset(new char[w.units * w.numbers * sizeof(double)]);
     w.shift.reset(new char[w.units * w.numbers * sizeof(double)]);
     w.waiting.reset(new std::atomic<int64_t>[w.units]);
     for (int64_t i = 0; i < w.units; i++) w.waiting[i] = w.parts;
   }
-  w.left = w.moves ? w.moves : w.tasks;
+  w.left = w.tasks;
   w.tallies.reset(new Tally[w.tasks]);
 }
 
@@ -301,22 +303,55 @@ struct Job {
   const Settings* settings;
   std::atomic<int64_t> next;
   int64_t tasks;
-  bool moving;
 };
 
+inline void breathe() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+// Units are moved one unit after they are summed, while their memory may still be in the last-level cache:
+// sum 0, sum 1, move 0, sum 2, move 1, ...  Tasks are taken in this order, so whoever waits for a unit waits for
+// tasks that others are already running.
+void run_part(Work& w, int64_t i, const Settings& s) {
+  const Entry& e = *w.e;
+  const int64_t turn = i / w.parts, part = i % w.parts, wide = e.dtype == 1 ? sizeof(double) : sizeof(float);
+  const bool moving = turn == 2 * w.units - 1 || (turn > 0 && turn % 2 == 0);
+  const int64_t j = turn == 2 * w.units - 1 ? w.units - 1 : moving ? turn / 2 - 1 : (turn + 1) / 2;
+  const Unit unit = w.unit(j);
+  // The last stripe of a band may be narrower; a part has as many rows there as elsewhere.
+  const int64_t size = unit.rows * unit.width;
+  const int64_t length = w.unit_groups > 1 ? w.part / w.width * unit.width : w.part;
+  const int64_t begin = std::min(size, part * length), end = std::min(size, begin + length);
+  double* sums = w.sums.get() + j * w.parts * w.sums_size;
+  char *keep = w.keep.get() + j * w.numbers * wide, *shift = w.shift.get() + j * w.numbers * wide;
+  std::atomic<int64_t>& waiting = w.waiting[static_cast<size_t>(j)];
+  if (moving) {
+    while (waiting.load(std::memory_order_acquire) >= 0) breathe();
+    w.f->apply(e, w.k, unit, begin, end, keep, shift, w.tallies[static_cast<size_t>(j * w.parts + part)]);
+    if (--w.left == 0) finish(w, s);
+    return;
+  }
+  w.f->reduce(e, w.k, unit, begin, end, sums + part * w.sums_size);
+  if (--waiting == 0) {
+    Tally& tally = w.tallies[static_cast<size_t>(j * w.parts)];
+    w.f->settle(e, w.k, unit, sums, w.parts, w.sums_size, keep, shift, tally, w.sample.get(), w.stride);
+    waiting.store(-1, std::memory_order_release);
+  }
+}
+
 void run_task(Job& job, int64_t task) {
-  auto first = [&](const Work& w) { return job.moving ? w.first_move : w.first_task; };
   auto after = std::upper_bound(job.works->begin(), job.works->end(), task,
-                                [&](int64_t t, const Work& w) { return t < first(w); });
-  while ((job.moving ? (after - 1)->moves : (after - 1)->tasks) == 0) --after;
+                                [](int64_t t, const Work& w) { return t < w.first_task; });
   Work& w = *(after - 1);
   const Entry& e = *w.e;
-  const int64_t i = task - first(w);
-  const int64_t wide = e.dtype == 1 ? sizeof(double) : sizeof(float);
-  Tally& tally = w.tallies[i];
+  const int64_t i = task - w.first_task;
+  if (w.split) return run_part(w, i, *job.settings);
+  Tally& tally = w.tallies[static_cast<size_t>(i)];
   if (!w.grouped) {
     w.f->single(e, w.k, i * w.part, std::min(e.numel, (i + 1) * w.part), tally, w.sample.get(), w.stride);
-  } else if (!w.moves) {
+  } else {
     double sums[4 * STRIPE], keep[STRIPE], shift[STRIPE];
     for (int64_t j = i * w.per_task; j < std::min(w.units, (i + 1) * w.per_task); j++) {
       const Unit unit = w.unit(j);
@@ -324,23 +359,6 @@ void run_task(Job& job, int64_t task) {
       w.f->reduce(e, w.k, unit, 0, unit.rows * unit.width, sums);
       w.f->settle(e, w.k, unit, sums, 1, w.sums_size, keep, shift, tally, w.sample.get(), w.stride);
       w.f->apply(e, w.k, unit, 0, unit.rows * unit.width, keep, shift, tally);
-    }
-  } else {
-    const int64_t j = i / w.parts, part = i % w.parts;
-    const Unit unit = w.unit(j);
-    // The last stripe of a band may be narrower; its parts are rows alike.
-    const int64_t size = unit.rows * unit.width;
-    const int64_t length = w.unit_groups > 1 ? w.part / w.width * unit.width : w.part;
-    const int64_t begin = std::min(size, part * length), end = std::min(size, begin + length);
-    double* sums = w.sums.get() + j * w.parts * w.sums_size;
-    char *keep = w.keep.get() + j * w.numbers * wide, *shift = w.shift.get() + j * w.numbers * wide;
-    if (job.moving) {
-      w.f->apply(e, w.k, unit, begin, end, keep, shift, tally);
-    } else {
-      w.f->reduce(e, w.k, unit, begin, end, sums + part * w.sums_size);
-      if (--w.waiting[j] == 0)
-        w.f->settle(e, w.k, unit, sums, w.parts, w.sums_size, keep, shift, w.tallies[j * w.parts], w.sample.get(), w.stride);
-      return;
     }
   }
   if (--w.left == 0) finish(w, *job.settings);
@@ -351,8 +369,8 @@ void worker(void* argument) {
   for (int64_t task; (task = job.next++) < job.tasks;) run_task(job, task);
 }
 
-void run(std::vector<Work>& works, const Settings& s, bool moving, int64_t tasks, int64_t elements) {
-  Job job{&works, &s, {0}, tasks, moving};
+void run(std::vector<Work>& works, const Settings& s, int64_t tasks, int64_t elements) {
+  Job job{&works, &s, {0}, tasks};
   unsigned threads = unsigned(std::min<int64_t>(s.threads, tasks));
   if (s.parallel && threads > 1 && elements > SERIAL) s.parallel(worker, &job, threads, 0);
   else worker(&job);
@@ -383,14 +401,15 @@ SYMOPT_PUBLIC int symopt_step(Entry* const* entries, int64_t count, const Settin
   const Settings& s = *settings;
   if (s.found_inf && *s.found_inf != 0) return 0;
   std::vector<Work> works(static_cast<size_t>(count));
-  int64_t tasks = 0, moves = 0, elements = 0;
+  int64_t tasks = 0, elements = 0;
   for (int64_t i = 0; i < count; i++) {
     Work& w = works[static_cast<size_t>(i)];
     w.e = entries[i];
     w.f = choose(s.instructions)[w.e->dtype];
     cut(w);
-    w.first_task = tasks, w.first_move = moves;
-    tasks += w.tasks, moves += w.moves, elements += w.e->numel;
+    w.first_task = tasks;
+    tasks += w.split ? 2 * w.tasks : w.tasks;
+    elements += w.e->numel;
     bool trimmed = w.e->threshold >= 0 && w.e->inside != w.e->outside;
     if (w.e->imbalance && w.e->retraction != PLAIN && s.imbalance_decay < 0 &&
         (s.direction == ADAM || trimmed || (w.grouped && s.direction == ADAMW))) {
@@ -401,8 +420,7 @@ SYMOPT_PUBLIC int symopt_step(Entry* const* entries, int64_t count, const Settin
     }
   }
   for (Work& w : works) w.k = law(*w.e, s);
-  run(works, s, false, tasks, elements);
-  if (moves) run(works, s, true, moves, elements);
+  run(works, s, tasks, elements);
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;

@@ -61,7 +61,7 @@ template <class T> static void first_moment(int64_t n, const T* __restrict g, T*
 }
 
 template <class T, bool AMSGRAD>
-static void adam(int64_t n, const T* __restrict g, T* __restrict exp_avg, T* __restrict exp_avg_sq, T* __restrict peak,
+static void adam_loop(int64_t n, const T* __restrict g, T* __restrict exp_avg, T* __restrict exp_avg_sq, T* __restrict peak,
                  T* __restrict update, T* __restrict gain, const Law<T>& k) {
   const T fresh1 = k.fresh1, beta2 = k.beta2, fresh2 = k.fresh2, unbias1 = k.unbias1, unbias2 = k.unbias2, eps = k.eps;
   for (int64_t i = 0; i < n; i++) {
@@ -76,6 +76,11 @@ static void adam(int64_t n, const T* __restrict g, T* __restrict exp_avg, T* __r
     gain[i] = p;
     update[i] = p * (m * unbias1);
   }
+}
+
+template <class T>
+static void adam(int64_t n, const T* g, T* exp_avg, T* exp_avg_sq, T* peak, T* update, T* gain, const Law<T>& k) {
+  (peak ? adam_loop<T, true> : adam_loop<T, false>)(n, g, exp_avg, exp_avg_sq, peak, update, gain, k);
 }
 
 // ----------------------------------------------------------------------------------------------------- retractions
@@ -94,9 +99,14 @@ template <class T> static int32_t plain(int64_t n, T* __restrict w, const T* __r
   return zeros;
 }
 
+template <class T> static void add_finite(int64_t n, const T* w, Tally& tally) {
+  for (int64_t i = 0; i < n; i++)
+    if (size(w[i]) <= Law<T>::largest) tally.add(size(w[i]), w[i] * w[i], 0);
+}
+
 template <class T, bool COUPLED, bool SATURATED>
-static int32_t sparse(int64_t n, T* __restrict w, const T* __restrict update, const T* __restrict gain,
-                      const Law<T>& k, Tally& tally) {
+static int32_t sparse_loop(int64_t n, T* __restrict w, const T* __restrict update, const T* __restrict gain,
+                           const Law<T>& k, Tally& tally) {
   const T lr = k.lr, inside = k.inside, outside = k.outside, threshold = k.threshold, scale = k.metric_scale;
   const T square_c = k.imbalance * k.imbalance, snap = T(SNAP) * scale;
   T sum = 0, square = 0;
@@ -116,19 +126,22 @@ static int32_t sparse(int64_t n, T* __restrict w, const T* __restrict update, co
     zeros += far <= limit;
     w[i] = far <= limit ? T(0) : x;
   }
-  if (!(square <= Law<T>::largest)) {
-    sum = square = 0;
-    for (int64_t i = 0; i < n; i++)
-      if (size(w[i]) <= Law<T>::largest) sum += size(w[i]), square += w[i] * w[i];
-  }
-  tally.add(sum, square, 0);
+  if (square <= Law<T>::largest) tally.add(sum, square, 0);
+  else add_finite(n, w, tally);
   return zeros;
+}
+
+template <class T>
+static int32_t sparse(int64_t n, T* w, const T* update, const T* gain, const Law<T>& k, Tally& tally) {
+  auto loop = k.direction == ADAM ? (k.saturated ? sparse_loop<T, true, true> : sparse_loop<T, true, false>)
+                                  : (k.saturated ? sparse_loop<T, false, true> : sparse_loop<T, false, false>);
+  return loop(n, w, update, gain, k, tally);
 }
 
 // With REBALANCE every a^2 - b^2 is first multiplied by `keep` at the same product, in closed form.
 template <class T, bool COUPLED, bool SATURATED, bool REBALANCE>
-static int32_t sparse_free(int64_t n, T* __restrict w, T* __restrict factor_0, T* __restrict factor_1,
-                           const T* __restrict update, const T* __restrict gain, const Law<T>& k) {
+static int32_t sparse_free_loop(int64_t n, T* __restrict w, T* __restrict factor_0, T* __restrict factor_1,
+                                const T* __restrict update, const T* __restrict gain, const Law<T>& k) {
   const T lr = k.lr, inside = k.inside, outside = k.outside, threshold = k.threshold, scale = k.metric_scale;
   const T snap = T(SNAP) * scale, keep_imbalance = k.imbalance_decay;
   int32_t zeros = 0;
@@ -161,6 +174,21 @@ static int32_t sparse_free(int64_t n, T* __restrict w, T* __restrict factor_0, T
   return zeros;
 }
 
+template <class T, bool COUPLED>
+static int32_t sparse_free_as(int64_t n, T* w, T* factor_0, T* factor_1, const T* update, const T* gain,
+                              const Law<T>& k) {
+  auto loop = k.imbalance_decay < 0
+                  ? (k.saturated ? sparse_free_loop<T, COUPLED, true, false> : sparse_free_loop<T, COUPLED, false, false>)
+                  : (k.saturated ? sparse_free_loop<T, COUPLED, true, true> : sparse_free_loop<T, COUPLED, false, true>);
+  return loop(n, w, factor_0, factor_1, update, gain, k);
+}
+
+template <class T>
+static int32_t sparse_free(int64_t n, T* w, T* factor_0, T* factor_1, const T* update, const T* gain, const Law<T>& k) {
+  return (k.direction == ADAM ? sparse_free_as<T, true> : sparse_free_as<T, false>)(n, w, factor_0, factor_1, update,
+                                                                                  gain, k);
+}
+
 // Factors that compose to the weight in its storage format W; where somebody changed the weight they are split anew.
 template <class T, class W>
 static void mend(int64_t n, const T* __restrict w, T* __restrict factor_0, T* __restrict factor_1, T imbalance) {
@@ -185,27 +213,75 @@ static void mend(int64_t n, const T* __restrict w, T* __restrict factor_0, T* __
 
 // --------------------------------------------------------------------------------------------------- group members
 
-// Adds sum g^2, sum u^2, sum u w, sum w^2 of one stretch of a group, u being the update up to a factor per group.
-template <class T> static void add_sums(int64_t n, const T* g, const T* u, const T* w, double* sums) {
-  double gg = 0, uu = 0, uw = 0, ww = 0;
+// Adds sum g^2, sum u^2, sum u w, sum w^2 of a block of one group, u being the update up to a factor per group.  Inside a
+// block the sums run in the weight's own precision, in many lanes; `decide` knows what that leaves uncertain.
+template <class T, bool ADAPTIVE> static void add_sums(int64_t n, const T* g, const T* u, const T* w, double* sums) {
+  T gg = 0, uu = 0, uw = 0, ww = 0;
 #pragma omp simd reduction(+ : gg, uu, uw, ww)
   for (int64_t i = 0; i < n; i++) {
-    double x = g[i], y = u[i], z = w[i];
-    gg += x * x, uu += y * y, uw += y * z, ww += z * z;
+    if (ADAPTIVE) gg += g[i] * g[i];
+    uu += u[i] * u[i], uw += u[i] * w[i], ww += w[i] * w[i];
   }
   sums[0] += gg, sums[1] += uu, sums[2] += uw, sums[3] += ww;
 }
 
 // The same for n columns at once: sums[0..3][column].
-template <class T>
+template <class T, bool ADAPTIVE>
 static void add_columns(int64_t n, const T* __restrict g, const T* __restrict u, const T* __restrict w,
-                        double* __restrict sums, int64_t stride) {
-  double *gg = sums, *uu = sums + stride, *uw = sums + 2 * stride, *ww = sums + 3 * stride;
+                        T* __restrict sums, int64_t stride) {
+  T *gg = sums, *uu = sums + stride, *uw = sums + 2 * stride, *ww = sums + 3 * stride;
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
-    double x = g[i], y = u[i], z = w[i];
-    gg[i] += x * x, uu[i] += y * y, uw[i] += y * z, ww[i] += z * z;
+    if (ADAPTIVE) gg[i] += g[i] * g[i];
+    uu[i] += u[i] * u[i], uw[i] += u[i] * w[i], ww[i] += w[i] * w[i];
   }
+}
+
+// The steps of n groups from their four sums: reference.py's `adam` with a shared second moment, then its `group`.
+// `counts` holds one size per group, or one for all if there is only one.
+template <class T, int DIRECTION, bool ONE_SIZE>
+static void decide(int64_t n, T* __restrict second, T* __restrict peak, const double* __restrict counts,
+                   const double* __restrict gg, const double* __restrict uu, const double* __restrict uw,
+                   const double* __restrict ww, T* __restrict keep, T* __restrict shift, double* __restrict decays,
+                   const Law<double>& k, Tally& tally) {
+  constexpr double NOISE = sizeof(T) == 4 ? 4e-6 : 4e-14, TINY = Law<T>::smallest;
+  const double inside = k.inside, outside = k.outside, threshold = k.threshold, c = k.imbalance, scale = k.metric_scale;
+  const double fresh2 = k.fresh2, beta2 = k.beta2, unbias1 = k.unbias1, unbias2 = k.unbias2, eps = k.eps;
+  const bool saturated = k.saturated, amsgrad = peak != nullptr;
+  double sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum, square)
+  for (int64_t j = 0; j < n; j++) {
+    double lr = k.lr, gain = 1, count = ONE_SIZE ? counts[0] : counts[j];
+    if (DIRECTION != SGD) {
+      double v = beta2 * second[j] + fresh2 * (gg[j] / count);
+      second[j] = T(v);
+      if (amsgrad) {
+        double highest = peak[j];
+        v = v <= highest ? highest : v;
+        peak[j] = T(v);
+      }
+      double p = 1 / (root(v * unbias2) + eps);
+      lr *= p * unbias1;
+      gain = DIRECTION == ADAM ? p : root(count);
+    }
+    double decay = (root(ww[j]) <= threshold ? outside : inside) * gain;
+    double metric = root(c * c + 4 * ww[j]), pull = lr * root(uu[j]);
+    double most = saturated ? larger(metric, larger(scale, decay + pull)) : larger(decay, 1.0);
+    double t = 1 / most, gate_sq = (c + metric) / 2, rho = 1 - t * decay;
+    double shared = rho - t * lr * uw[j] / larger(gate_sq, TINY);
+    double a = shared * rho, b = shared * gate_sq * t * lr;
+    // A group must not snap because two large terms cancel to within their rounding.
+    double terms = a * a * ww[j] + b * b * uu[j], rest = terms - 2 * a * b * uw[j];
+    double far = root(rest < NOISE * terms ? NOISE * terms : rest);
+    bool snapped = (far <= SNAP * scale) & (pull < decay), lost = !(far <= Law<double>::largest);
+    double counted = (snapped | lost) ? 0.0 : far;
+    sum += counted;
+    square += counted * counted;
+    keep[j] = snapped ? T(0) : T(a);
+    shift[j] = snapped ? T(0) : T(b);
+    decays[j] = decay;
+  }
+  tally.add(sum, square, 0);
 }
 
 // w' = keep w - shift u, the group retraction once its two numbers are known (a group that snaps keeps 0 of both).

@@ -81,40 +81,24 @@ template <class T, class W> struct Block {
 
 // ----------------------------------------------------------------------------------------------------- single weights
 
-template <class T>
-static auto pick_free(bool coupled, bool saturated, bool rebalance) {
-  if (rebalance)
-    return coupled ? (saturated ? sparse_free<T, true, true, true> : sparse_free<T, true, false, true>)
-                   : (saturated ? sparse_free<T, false, true, true> : sparse_free<T, false, false, true>);
-  return coupled ? (saturated ? sparse_free<T, true, true, false> : sparse_free<T, true, false, false>)
-                 : (saturated ? sparse_free<T, false, true, false> : sparse_free<T, false, false, false>);
-}
-
 template <class T, class W>
 static void single(const Entry& e, const Law<T>& k, int64_t begin, int64_t end, Tally& tally, double* sample,
                    int64_t stride) {
   Block<T, W> b;
   auto retract = [&]() -> int32_t {
-    bool coupled = k.direction == ADAM;
     if (e.retraction == PLAIN) return plain(b.n, b.w, b.u, k);
-    if (e.retraction == SPARSE) {
-      auto f = coupled ? (k.saturated ? sparse<T, true, true> : sparse<T, true, false>)
-                       : (k.saturated ? sparse<T, false, true> : sparse<T, false, false>);
-      return f(b.n, b.w, b.u, b.gain, k, tally);
-    }
-    auto f = pick_free<T>(coupled, k.saturated, k.imbalance_decay >= 0);
+    if (e.retraction == SPARSE) return sparse(b.n, b.w, b.u, b.gain, k, tally);
     T *factor_0 = static_cast<T*>(e.factor_0) + b.at, *factor_1 = static_cast<T*>(e.factor_1) + b.at;
     mend<T, W>(b.n, b.w, factor_0, factor_1, k.imbalance);
-    return f(b.n, b.w, factor_0, factor_1, b.u, b.gain, k);
+    return sparse_free(b.n, b.w, factor_0, factor_1, b.u, b.gain, k);
   };
   for (int64_t i = begin; i < end; i += BLOCK) {
     b.open(e, k, i, end - i < BLOCK ? end - i : BLOCK);
     if (k.direction == SGD) {
       b.direct(e, k);
     } else {
-      auto f = e.peak ? adam<T, true> : adam<T, false>;
       T* peak = e.peak ? static_cast<T*>(e.peak) + i : nullptr;
-      f(b.n, b.g, static_cast<T*>(e.first) + i, static_cast<T*>(e.second) + i, peak, b.update_copy, b.gain, k);
+      adam(b.n, b.g, static_cast<T*>(e.first) + i, static_cast<T*>(e.second) + i, peak, b.update_copy, b.gain, k);
       b.u = b.update_copy;
     }
     if (sample)
@@ -126,35 +110,6 @@ static void single(const Entry& e, const Law<T>& k, int64_t begin, int64_t end, 
 }
 
 // ------------------------------------------------------------------------------------------------------------- groups
-
-// One group's step from its four sums: reference.py's `adam` with a shared second moment, then its `group`.
-template <class T>
-static void decide(const Entry& e, const Law<double>& k, int64_t group, double count, double gg, double uu, double uw,
-                   double ww, T& keep, T& shift, Tally& tally, double* sample, int64_t stride) {
-  double lr = k.lr, gain = 1;
-  if (k.direction != SGD) {
-    T *second = static_cast<T*>(e.second) + group, *peak = static_cast<T*>(e.peak) + group;
-    double v = k.beta2 * *second + k.fresh2 * (gg / count);
-    *second = T(v);
-    if (e.peak) *peak = T(v = v <= *peak ? double(*peak) : v);
-    double p = 1 / (root(v * k.unbias2) + k.eps);
-    lr *= p * k.unbias1;
-    gain = k.direction == ADAM ? p : root(count);
-  }
-  double decay = (root(ww) <= k.threshold ? k.outside : k.inside) * gain;
-  if (sample && group % stride == 0) sample[group / stride] = decay;
-  double metric = root(k.imbalance * k.imbalance + 4 * ww), pull = lr * root(uu);
-  double t = k.saturated ? 1 / larger(metric, larger(k.metric_scale, decay + pull)) : 1 / larger(decay, 1.0);
-  double gate_sq = (k.imbalance + metric) / 2, rho = 1 - t * decay;
-  double shared = rho - t * lr * uw / larger(gate_sq, double(Law<T>::smallest));
-  double a = shared * rho, b = shared * gate_sq * t * lr;
-  double far = a * a * ww - 2 * a * b * uw + b * b * uu;
-  far = far < 0 ? 0 : root(far);
-  bool snapped = far <= SNAP * k.metric_scale && pull < decay;
-  keep = snapped ? T(0) : T(a);
-  shift = snapped ? T(0) : T(b);
-  if (!snapped && far <= Law<double>::largest) tally.add(far, far * far, 0);
-}
 
 // Calls f(offset, length) for the blocks of [first, last), which counts the unit's elements row by row.
 template <class F>
@@ -169,10 +124,20 @@ static void walk(const Unit& unit, int64_t first, int64_t last, const F& f) {
   }
 }
 
-// Phase 1.  sums is [4] for one long group, [4][width] for a stripe, [5][groups] for an index (the fifth counts).
-template <class T, class W>
+// Phase 1.  sums is [4] for one group with long runs, [4][width] for a stripe, [5][groups] for an index (the fifth
+// counts members).
+template <class T, class W, bool ADAPTIVE>
 static void reduce(const Entry& e, const Law<T>& k, const Unit& unit, int64_t first, int64_t last, double* sums) {
+  constexpr int64_t ROWS = 32;  // summed in the weight's precision before they go to double
   Block<T, W> b;
+  T columns[4 * STRIPE];
+  const bool striped = !e.index && unit.groups > 1;
+  int64_t pending = 0;
+  auto flush = [&] {
+    if (pending)
+      for (int64_t i = 0; i < 4 * unit.width; i++) sums[i] += columns[i];
+    pending = 0;
+  };
   walk(unit, first, last, [&](int64_t at, int64_t n) {
     b.open(e, k, at, n);
     b.direct(e, k);
@@ -181,36 +146,54 @@ static void reduce(const Entry& e, const Law<T>& k, const Unit& unit, int64_t fi
         double *s = sums + e.index[at + i], x = b.g[i], y = b.u[i], z = b.w[i];
         s[0] += x * x, s[e.groups] += y * y, s[2 * e.groups] += y * z, s[3 * e.groups] += z * z, s[4 * e.groups] += 1;
       }
-    } else if (unit.groups == 1) {
-      add_sums(n, b.g, b.u, b.w, sums);
+    } else if (!striped) {
+      add_sums<T, ADAPTIVE>(n, b.g, b.u, b.w, sums);
     } else {
-      add_columns(n, b.g, b.u, b.w, sums, unit.width);
+      const int64_t column = (at - unit.base) % unit.row_stride;
+      if (column == 0 && pending == ROWS) flush();
+      if (column == 0 && pending++ == 0) std::fill(columns, columns + 4 * unit.width, T(0));
+      add_columns<T, ADAPTIVE>(n, b.g, b.u, b.w, columns + column, unit.width);
     }
   });
+  flush();
 }
 
-// Between the phases: sums of `parts` parts -> the two numbers of every group of the unit.
-template <class T>
-static void settle(const Entry& e, const Law<double>& k, const Unit& unit, double* sums, int64_t parts, int64_t stride_p,
+// Between the phases: sums of `parts` parts, `size` apart -> the two numbers of every group of the unit.
+template <class T, int DIRECTION>
+static void settle(const Entry& e, const Law<double>& k, const Unit& unit, double* sums, int64_t parts, int64_t size,
                    T* keep, T* shift, Tally& tally, double* sample, int64_t stride) {
   for (int64_t p = 1; p < parts; p++)
-    for (int64_t i = 0; i < stride_p; i++) sums[i] += sums[p * stride_p + i];
-  if (e.index) {
-    for (int64_t j = 0; j < e.groups; j++)
-      decide(e, k, j, sums[4 * e.groups + j], sums[j], sums[e.groups + j], sums[2 * e.groups + j], sums[3 * e.groups + j],
-             keep[j], shift[j], tally, sample, stride);
-    return;
-  }
-  double count = double(unit.rows) * unit.run;
-  if (unit.groups == 1)
-    return decide(e, k, unit.group, count, sums[0], sums[1], sums[2], sums[3], keep[0], shift[0], tally, sample, stride);
-  for (int64_t j = 0; j < unit.groups; j++) {
-    double s[4] = {};
-    for (int q = 0; q < 4; q++)
-      for (int64_t i = 0; i < unit.run; i++) s[q] += sums[q * unit.width + j * unit.run + i];
-    T a, c;
-    decide(e, k, unit.group + j, count, s[0], s[1], s[2], s[3], a, c, tally, sample, stride);
-    for (int64_t i = 0; i < unit.run; i++) keep[j * unit.run + i] = a, shift[j * unit.run + i] = c;
+    for (int64_t i = 0; i < size; i++) sums[i] += sums[p * size + i];
+  constexpr int64_t AT_ONCE = 64;
+  const bool direct = e.index || unit.run == 1 || unit.groups == 1;
+  const int64_t pitch = e.index ? e.groups : unit.groups == 1 ? 1 : unit.width;
+  const double count = double(unit.rows) * unit.run;
+  for (int64_t j = 0; j < unit.groups; j += AT_ONCE) {
+    const int64_t n = std::min(AT_ONCE, unit.groups - j), group = unit.group + j;
+    double folded[4][AT_ONCE], decays[AT_ONCE];
+    const double* s[4];
+    for (int q = 0; q < 4; q++) {
+      s[q] = direct ? sums + q * pitch + j : folded[q];
+      for (int64_t i = 0; i < (direct ? 0 : n); i++) {
+        const double* from = sums + q * pitch + (j + i) * unit.run;
+        folded[q][i] = 0;
+        for (int64_t r = 0; r < unit.run; r++) folded[q][i] += from[r];
+      }
+    }
+    T own_keep[AT_ONCE], own_shift[AT_ONCE];
+    T *to_keep = direct ? keep + j : own_keep, *to_shift = direct ? shift + j : own_shift;
+    T *second = static_cast<T*>(e.second) + group, *peak = e.peak ? static_cast<T*>(e.peak) + group : nullptr;
+    auto f = e.index ? decide<T, DIRECTION, false> : decide<T, DIRECTION, true>;
+    f(n, second, peak, e.index ? sums + 4 * pitch + j : &count, s[0], s[1], s[2], s[3], to_keep, to_shift, decays, k,
+      tally);
+    for (int64_t i = 0; i < (direct ? 0 : n); i++)
+      for (int64_t r = 0; r < unit.run; r++) {
+        keep[(j + i) * unit.run + r] = own_keep[i];
+        shift[(j + i) * unit.run + r] = own_shift[i];
+      }
+    if (sample)
+      for (int64_t i = 0; i < n; i++)
+        if ((group + i) % stride == 0) sample[(group + i) / stride] = decays[i];
   }
 }
 
@@ -242,11 +225,12 @@ template <class T, class W> static const Functions* functions() {
         single<T, W>(e, Law<T>(k), begin, end, tally, sample, stride);
       },
       [](const Entry& e, const Law<double>& k, const Unit& unit, int64_t first, int64_t last, double* sums) {
-        reduce<T, W>(e, Law<T>(k), unit, first, last, sums);
+        (k.direction == SGD ? reduce<T, W, false> : reduce<T, W, true>)(e, Law<T>(k), unit, first, last, sums);
       },
       [](const Entry& e, const Law<double>& k, const Unit& unit, double* sums, int64_t parts, int64_t size, void* keep,
          void* shift, Tally& tally, double* sample, int64_t stride) {
-        settle<T>(e, k, unit, sums, parts, size, static_cast<T*>(keep), static_cast<T*>(shift), tally, sample, stride);
+        auto f = k.direction == SGD ? settle<T, SGD> : k.direction == ADAM ? settle<T, ADAM> : settle<T, ADAMW>;
+        f(e, k, unit, sums, parts, size, static_cast<T*>(keep), static_cast<T*>(shift), tally, sample, stride);
       },
       [](const Entry& e, const Law<double>& k, const Unit& unit, int64_t first, int64_t last, const void* keep,
          const void* shift, Tally& tally) {

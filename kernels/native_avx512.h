@@ -1,0 +1,124 @@
+// The two loops that one core computes more slowly than memory delivers, for AVX-512 and float.
+//
+// A hardware root and division keep one unit busy for 16 cycles per sixteen weights (Zen 4) that nothing else can use.
+// Here inverses start from the processor's 14-bit estimate and take one Newton step on the multipliers, which leaves
+// about 1 ulp; sixteen weights of AdamW sparse fall from 18.2 to 9.7 ns in cache (SGD sparse: 6.7 to 6.0, and to 4.1
+// once the imbalance is 0).  The rest is bound by the multipliers; more unrolling or shorter chains changed nothing.
+
+struct All {
+  __m512 load(const float* p) const { return _mm512_loadu_ps(p); }
+  void store(float* p, __m512 x) const { _mm512_storeu_ps(p, x); }
+  __mmask16 of(__mmask16 lanes) const { return lanes; }
+};
+struct Some {
+  __mmask16 here;
+  __m512 load(const float* p) const { return _mm512_maskz_loadu_ps(here, p); }
+  void store(float* p, __m512 x) const { _mm512_mask_storeu_ps(p, here, x); }
+  __mmask16 of(__mmask16 lanes) const { return lanes & here; }
+};
+
+// Calls body(i, lanes) for sixteen weights at a time; masks cost a tenth, so only the last call has one.
+template <class Body> static inline void each(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) body(i, All());
+  if (i < n) body(i, Some{__mmask16((1u << (n - i)) - 1)});
+}
+
+static inline __m512 size(__m512 x) { return _mm512_abs_ps(x); }
+
+struct Roots {
+  __m512 root, inverse;
+};
+
+// sqrt(a) and 1 / sqrt(a) for finite a >= 0; the root of 0 is 0, its inverse merely large.
+static inline Roots roots(__m512 a) {
+  const __m512 half = _mm512_set1_ps(0.5f), tiny = _mm512_set1_ps(Law<float>::smallest);
+  const __m512 r = _mm512_rsqrt14_ps(_mm512_max_ps(a, tiny)), s = _mm512_mul_ps(a, r);
+  const __m512 e = _mm512_fnmadd_ps(_mm512_mul_ps(half, r), s, half);
+  return {_mm512_fmadd_ps(s, e, s), _mm512_fmadd_ps(r, e, r)};
+}
+
+// 1 / a; the error term of 0 and infinity is NaN, which min turns into 1, and their estimates stay what they are.
+static inline __m512 inverse(__m512 a) {
+  const __m512 one = _mm512_set1_ps(1.0f), p = _mm512_rcp14_ps(a);
+  return _mm512_fmadd_ps(p, _mm512_min_ps(_mm512_fnmadd_ps(a, p, one), one), p);
+}
+
+// BALANCED: the imbalance is 0, as it is for most of training.  Then the metric is 2 |w| and nobody asks for sizes.
+template <bool COUPLED, bool BALANCED>
+static int32_t sparse_saturated(int64_t n, float* __restrict w, const float* __restrict update,
+                                const float* __restrict gain, const Law<float>& k, Tally& tally) {
+  const auto all = [](float x) { return _mm512_set1_ps(x); };
+  const __m512 lr = all(k.lr), inside = all(k.inside), outside = all(k.outside), threshold = all(k.threshold);
+  const __m512 scale = all(k.metric_scale), fastest = all(1 / k.metric_scale), snap = all(float(SNAP) * k.metric_scale);
+  const __m512 square_c = all(k.imbalance * k.imbalance), one = all(1.0f);
+  __m512 sum = all(0.0f), square = all(0.0f);
+  const bool trimmed = k.threshold >= 0;
+  int32_t zeros = 0;
+  each(n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    __m512 x = lanes.load(w + i), delta = _mm512_mul_ps(lr, lanes.load(update + i));
+    __m512 decay = inside;
+    if (trimmed)
+      decay = _mm512_mask_mov_ps(inside, _mm512_cmp_ps_mask(size(x), threshold, _CMP_LE_OQ), outside);
+    if (COUPLED) decay = _mm512_mul_ps(decay, lanes.load(gain + i));
+    const __m512 pull = size(delta), drive = _mm512_add_ps(decay, pull), twice = _mm512_add_ps(x, x);
+    __m512 metric, t;
+    if (BALANCED) {
+      metric = size(twice);
+      t = inverse(_mm512_max_ps(metric, _mm512_max_ps(scale, drive)));
+    } else {
+      const Roots both = roots(_mm512_fmadd_ps(twice, twice, square_c));
+      metric = both.root;
+      t = _mm512_min_ps(both.inverse, fastest);
+      if (_mm512_cmp_ps_mask(drive, scale, _CMP_GT_OQ)) t = _mm512_min_ps(t, _mm512_div_ps(one, drive));
+    }
+    delta = _mm512_mul_ps(t, delta);
+    const __m512 rho = _mm512_fnmadd_ps(t, decay, one);
+    const __m512 keep = _mm512_fmadd_ps(delta, delta, _mm512_mul_ps(rho, rho));
+    x = _mm512_fmsub_ps(keep, x, _mm512_mul_ps(_mm512_mul_ps(rho, delta), metric));
+    const __m512 far = size(x), limit = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(pull, decay, _CMP_LT_OQ), snap);
+    const __mmask16 zero = lanes.of(_mm512_cmp_ps_mask(far, limit, _CMP_LE_OQ));
+    if (!BALANCED) {
+      sum = _mm512_add_ps(sum, far);
+      square = _mm512_fmadd_ps(far, far, square);
+    }
+    zeros += __builtin_popcount(zero);
+    lanes.store(w + i, _mm512_mask_mov_ps(x, zero, all(0.0f)));
+  });
+  tally.add(_mm512_reduce_add_ps(sum), _mm512_reduce_add_ps(square), 0);
+  return zeros;
+}
+
+static int32_t sparse(int64_t n, float* w, const float* update, const float* gain, const Law<float>& k, Tally& tally) {
+  if (!k.saturated) return sparse<float>(n, w, update, gain, k, tally);
+  const Tally before = tally;
+  const bool coupled = k.direction == ADAM, balanced = k.imbalance == 0;
+  auto loop = coupled ? (balanced ? sparse_saturated<true, true> : sparse_saturated<true, false>)
+                      : (balanced ? sparse_saturated<false, true> : sparse_saturated<false, false>);
+  const int32_t zeros = loop(n, w, update, gain, k, tally);
+  if (!(tally.square - before.square <= Law<float>::largest)) tally = before, add_finite(n, w, tally);
+  return zeros;
+}
+
+static void adam(int64_t n, const float* __restrict g, float* __restrict exp_avg, float* __restrict exp_avg_sq,
+                 float* __restrict peak, float* __restrict update, float* __restrict gain, const Law<float>& k) {
+  const auto all = [](float x) { return _mm512_set1_ps(x); };
+  const __m512 fresh1 = all(k.fresh1), beta2 = all(k.beta2), fresh2 = all(k.fresh2), unbias1 = all(k.unbias1);
+  const __m512 unbias2 = all(k.unbias2), eps = all(k.eps);
+  each(n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    const __m512 x = lanes.load(g + i), old = lanes.load(exp_avg + i);
+    const __m512 m = _mm512_fmadd_ps(fresh1, _mm512_sub_ps(x, old), old);
+    __m512 v = lanes.load(exp_avg_sq + i);
+    v = _mm512_fmadd_ps(beta2, v, _mm512_mul_ps(fresh2, _mm512_mul_ps(x, x)));
+    lanes.store(exp_avg + i, m);
+    lanes.store(exp_avg_sq + i, v);
+    if (peak) {
+      const __m512 highest = lanes.load(peak + i);
+      v = _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, highest, _CMP_LE_OQ), highest);
+      lanes.store(peak + i, v);
+    }
+    const __m512 p = inverse(_mm512_add_ps(_mm512_sqrt_ps(_mm512_mul_ps(v, unbias2)), eps));
+    lanes.store(gain + i, p);
+    lanes.store(update + i, _mm512_mul_ps(p, _mm512_mul_ps(m, unbias1)));
+  });
+}
