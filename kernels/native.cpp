@@ -26,7 +26,9 @@ constexpr int64_t SMALL_CHUNK = 1 << 14;  // the same in tensors below SMALL
 constexpr int64_t SMALL = 1 << 20;
 constexpr int64_t TILE = 1 << 15;         // elements of a unit that is summed and moved at once; three arrays in L2
 constexpr int64_t LONG_RUN = 128;         // members in a row from which a group is summed by itself
-constexpr int64_t STRIPE = 1024;          // columns summed side by side
+constexpr int64_t STRIPE = 4096;          // columns summed side by side, at most
+constexpr int64_t NARROW = 256;           // and at least, where a narrower stripe would fit the cache
+constexpr int64_t PARTS = 64;             // of a unit that is too large for the cache
 constexpr int64_t SAMPLE = 1024;
 constexpr int64_t SERIAL = 1 << 15;       // below this many elements waking threads costs more than it saves
 
@@ -215,14 +217,17 @@ void cut(Work& w) {
     w.numbers = e.groups;
     w.tasks = w.parts;
   } else {
-    w.unit_groups = e.run >= LONG_RUN ? 1 : std::min(e.groups, std::max<int64_t>(1, STRIPE / e.run));
+    // Stripes as narrow as it takes to fit the cache, unless that would leave too little of every row.
+    int64_t width = TILE / e.rows < NARROW ? STRIPE : std::min(STRIPE, TILE / e.rows);
+    w.unit_groups = e.run >= LONG_RUN ? 1 : std::min(e.groups, std::max<int64_t>(1, width / e.run));
     w.width = w.unit_groups * e.run;
     w.units = e.bands * ((e.groups + w.unit_groups - 1) / w.unit_groups);
     w.numbers = w.unit_groups == 1 ? 1 : w.width;
     w.sums_size = 4 * w.numbers;
     int64_t size = e.rows * w.width;
     if (size > TILE) {
-      int64_t most = std::max<int64_t>(1, std::max<int64_t>(256 / w.units, size / (1 << 22)));
+      // Partial sums of a stripe take 32 bytes a column: at least 64 rows to a part, or they would weigh too much.
+      int64_t most = w.unit_groups == 1 ? PARTS : std::max<int64_t>(2, std::min(PARTS, e.rows / 64));
       w.parts = std::min((size + TILE - 1) / TILE, most);
       w.part = (size + w.parts - 1) / w.parts;
       int64_t whole = w.unit_groups == 1 ? BLOCK : w.width;

@@ -128,34 +128,42 @@ static void walk(const Unit& unit, int64_t first, int64_t last, const F& f) {
 // counts members).
 template <class T, class W, bool ADAPTIVE>
 static void reduce(const Entry& e, const Law<T>& k, const Unit& unit, int64_t first, int64_t last, double* sums) {
-  constexpr int64_t ROWS = 32;  // summed in the weight's precision before they go to double
   Block<T, W> b;
-  T columns[4 * STRIPE];
-  const bool striped = !e.index && unit.groups > 1;
-  int64_t pending = 0;
-  auto flush = [&] {
-    if (pending)
-      for (int64_t i = 0; i < 4 * unit.width; i++) sums[i] += columns[i];
-    pending = 0;
-  };
   walk(unit, first, last, [&](int64_t at, int64_t n) {
     b.open(e, k, at, n);
     b.direct(e, k);
-    if (e.index) {
-      for (int64_t i = 0; i < n; i++) {
-        double *s = sums + e.index[at + i], x = b.g[i], y = b.u[i], z = b.w[i];
-        s[0] += x * x, s[e.groups] += y * y, s[2 * e.groups] += y * z, s[3 * e.groups] += z * z, s[4 * e.groups] += 1;
-      }
-    } else if (!striped) {
-      add_sums<T, ADAPTIVE>(n, b.g, b.u, b.w, sums);
-    } else {
-      const int64_t column = (at - unit.base) % unit.row_stride;
-      if (column == 0 && pending == ROWS) flush();
-      if (column == 0 && pending++ == 0) std::fill(columns, columns + 4 * unit.width, T(0));
-      add_columns<T, ADAPTIVE>(n, b.g, b.u, b.w, columns + column, unit.width);
+    if (!e.index) return add_sums<T, ADAPTIVE>(n, b.g, b.u, b.w, sums);
+    for (int64_t i = 0; i < n; i++) {
+      double *s = sums + e.index[at + i], x = b.g[i], y = b.u[i], z = b.w[i];
+      s[0] += x * x, s[e.groups] += y * y, s[2 * e.groups] += y * z, s[3 * e.groups] += z * z, s[4 * e.groups] += 1;
     }
   });
-  flush();
+}
+
+template <class T, class W, bool ADAPTIVE>
+static void reduce_stripe(const Entry& e, const Law<T>& k, const Unit& unit, int64_t first, int64_t last, double* sums) {
+  constexpr int64_t TOGETHER = 4, PRECISE = 32;  // rows of one visit, and rows summed before they go to double
+  Block<T, W> b[TOGETHER];
+  T columns[4 * STRIPE];
+  const int64_t end = last / unit.width;
+  for (int64_t top = first / unit.width; top < end; top += PRECISE) {
+    std::fill(columns, columns + 4 * unit.width, T(0));
+    const int64_t bottom = std::min(end, top + PRECISE);
+    for (int64_t row = top; row < bottom; row += TOGETHER)
+      for (int64_t column = 0; column < unit.width; column += BLOCK) {
+        const int64_t n = std::min(BLOCK, unit.width - column), rows = std::min(TOGETHER, bottom - row);
+        const T *g[TOGETHER], *u[TOGETHER], *w[TOGETHER];
+        for (int64_t r = 0; r < rows; r++) {
+          b[r].open(e, k, unit.base + (row + r) * unit.row_stride + column, n);
+          b[r].direct(e, k);
+          g[r] = b[r].g, u[r] = b[r].u, w[r] = b[r].w;
+        }
+        auto add = rows == 4 ? add_columns<T, ADAPTIVE, 4> : rows == 3 ? add_columns<T, ADAPTIVE, 3>
+                 : rows == 2 ? add_columns<T, ADAPTIVE, 2> : add_columns<T, ADAPTIVE, 1>;
+        add(n, g, u, w, columns + column, unit.width);
+      }
+    for (int64_t i = 0; i < 4 * unit.width; i++) sums[i] += columns[i];
+  }
 }
 
 // Between the phases: sums of `parts` parts, `size` apart -> the two numbers of every group of the unit.
@@ -225,7 +233,10 @@ template <class T, class W> static const Functions* functions() {
         single<T, W>(e, Law<T>(k), begin, end, tally, sample, stride);
       },
       [](const Entry& e, const Law<double>& k, const Unit& unit, int64_t first, int64_t last, double* sums) {
-        (k.direction == SGD ? reduce<T, W, false> : reduce<T, W, true>)(e, Law<T>(k), unit, first, last, sums);
+        const bool adaptive = k.direction != SGD, striped = !e.index && unit.groups > 1;
+        auto f = striped ? (adaptive ? reduce_stripe<T, W, true> : reduce_stripe<T, W, false>)
+                         : (adaptive ? reduce<T, W, true> : reduce<T, W, false>);
+        f(e, Law<T>(k), unit, first, last, sums);
       },
       [](const Entry& e, const Law<double>& k, const Unit& unit, double* sums, int64_t parts, int64_t size, void* keep,
          void* shift, Tally& tally, double* sample, int64_t stride) {

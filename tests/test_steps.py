@@ -168,7 +168,12 @@ def gradients(shape: tuple[int, ...], steps: int, seed: int = 1) -> Tensor:
 
 
 def follow(
-    row: ConstraintRow, opt_row: OptimizerRow, time_scale: str, imbalance: float, steps: int = 6, backend: str = "native"
+    row: ConstraintRow,
+    opt_row: OptimizerRow,
+    time_scale: str,
+    imbalance: float,
+    steps: int = 6,
+    backend: str = "native",
 ) -> None:
     """Run the library and the oracle side by side and compare after every step."""
     module = constrained_parameter(row, strength=STRENGTH)
