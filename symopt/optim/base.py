@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _use_grad_for_differentiable
 
 from symopt import annotation
 from symopt.backends import BACKENDS, choose, why_not
 from symopt.constraints import Constraint
+from symopt.optim import compiled
 from symopt.optim.options import DEFAULTS, OWN_STATE, check_group
 from symopt.optim.slot import Slot, gradient
 from symopt.optim.state import ConstrainedState
@@ -74,6 +74,7 @@ class ConstrainedOptimizer(ConstrainedState):
             for key, value in given.items():
                 group.setdefault(key, value)
         self._bind()
+        self.number = compiled.register(self)
         annotation.register_owner(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -110,6 +111,7 @@ class ConstrainedOptimizer(ConstrainedState):
         self._bound, self._names = bound, names
         self._groups = {p: g for p, g in self._groups.items() if p in bound}
         self._slots = {}
+        self.params = list(bound)
         self._epoch = annotation.epoch()
 
     def _check_supported(self, name: str, group: dict[str, Any], constraint: Constraint) -> None:
@@ -189,29 +191,38 @@ class ConstrainedOptimizer(ConstrainedState):
         plain = [p for p in group["params"] if self._constraint(p) is None]
         return super()._init_group({**group, "params": plain}, *lists, **kwargs)  # type: ignore[misc]
 
-    @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimization step, as ``torch.optim.Optimizer.step``."""
+        """One optimization step, as ``torch.optim.Optimizer.step``; ``torch.compile`` sees it as one operator."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        differentiable = self.defaults["differentiable"]
+        with torch.set_grad_enabled(differentiable):
+            if torch.compiler.is_compiling() and not differentiable:
+                compiled.trace(self)
+            else:
+                self.take_step()
+        return loss
+
+    def take_step(self) -> None:
+        """The step itself, in the caller's grad mode."""
         if (found_inf := getattr(self, "found_inf", None)) is not None and bool(found_inf):
-            return loss  # GradScaler's gradients overflowed: nothing moves, the step count neither
+            return  # GradScaler's gradients overflowed: nothing moves, the step count neither
         for group in self.param_groups:
-            slots, rest = self._plan(group)
-            if group["backend"] != "native":
+            slots, rest, plain = self._plan(group)
+            if plain:
                 self._step_plain(group)
             for p, constraint in rest:
                 self._step_reference(group, p, constraint)
             if slots:
                 self._step_native(group, slots)
-        return loss
 
-    def _plan(self, group: dict[str, Any]) -> tuple[list[Slot], list[tuple[Tensor, Constraint]]]:
-        """What has a gradient and is not torch's to step: for the native kernel, and for the reference."""
+    def _plan(self, group: dict[str, Any]) -> tuple[list[Slot], list[tuple[Tensor, Constraint]], bool]:
+        """What has a gradient: for the native kernel, for the reference, and whether torch has anything to step."""
         slots: list[Slot] = []
         rest: list[tuple[Tensor, Constraint]] = []
+        plain = False
         key = (group["backend"], group["differentiable"], self._moments(group))
         if self._epoch != annotation.epoch():
             self._bind()
@@ -222,6 +233,7 @@ class ConstrainedOptimizer(ConstrainedState):
             if slot is None or not slot.holds(self.state[p], key):
                 constraint = self._constraint(p)
                 if constraint is None and group["backend"] != "native":
+                    plain = True
                     continue
                 if self._backend(group, p, constraint) == "reference":
                     assert constraint is not None
@@ -237,7 +249,7 @@ class ConstrainedOptimizer(ConstrainedState):
                     f"{self._names[p]}: sparse gradients are not supported for constrained parameters; use "
                     "sparse=False, or leave this parameter out of symopt.constrain"
                 )
-        return slots, rest
+        return slots, rest, plain
 
     def _backend(self, group: dict[str, Any], p: Tensor, constraint: Constraint | None) -> str:
         return choose(group["backend"], self._names[p], self._reasons(group, p, constraint))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from symopt import annotation
 from symopt.constraints import Constraint
+from symopt.optim import compiled
 from symopt.optim.options import DEFAULTS, shared_moment
 from symopt.optim.slot import Slot
 from symopt_kernels.groups import Groups
@@ -27,6 +28,8 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
     _groups: dict[Tensor, Groups]
     _slots: dict[Tensor, Slot]
     _epoch: int
+    number: int
+    params: list[Tensor]
     _loading: dict[str, Any] | None
 
     @abstractmethod
@@ -174,5 +177,7 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
                 group.setdefault(key, self.defaults.get(key, value))
         if "_bound" in state:  # unpickled or deep-copied
             self._groups, self._slots, self._epoch = {}, {}, -1
+            self.number = compiled.register(self)
+            self.params = [p for group in self.param_groups for p in group["params"]]
             self._bound, self._names = dict(state["_bound"]), dict(state["_names"])
             annotation.register_owner(self)
