@@ -136,13 +136,15 @@ struct Functions {
   void (*apply)(const Entry&, const Law<double>&, const Unit&, int64_t, int64_t, const void*, const void*, Tally&);
 };
 
+#define SYMOPT_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #if defined(__clang__)
-#define SYMOPT_TARGET(list) _Pragma("clang attribute push(__attribute__((target(" #list "))), apply_to = function)")
-#define SYMOPT_TARGET_END _Pragma("clang attribute pop")
+#define SYMOPT_TARGET(list) SYMOPT_PRAGMA(clang attribute push(__attribute__((target(list))), apply_to = function))
+#define SYMOPT_TARGET_END SYMOPT_PRAGMA(clang attribute pop)
+#define SYMOPT_WIDE ""
 #else
-#define SYMOPT_PRAGMA(text) _Pragma(#text)
-#define SYMOPT_TARGET(list) _Pragma("GCC push_options") SYMOPT_PRAGMA(GCC target(list))
-#define SYMOPT_TARGET_END _Pragma("GCC pop_options")
+#define SYMOPT_TARGET(list) SYMOPT_PRAGMA(GCC push_options) SYMOPT_PRAGMA(GCC target(list))
+#define SYMOPT_TARGET_END SYMOPT_PRAGMA(GCC pop_options)
+#define SYMOPT_WIDE ",prefer-vector-width=512"
 #endif
 
 namespace baseline {
@@ -157,7 +159,7 @@ namespace avx2 {
 #include "native_walk.h"
 }  // namespace avx2
 SYMOPT_TARGET_END
-SYMOPT_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
+SYMOPT_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c" SYMOPT_WIDE)
 namespace avx512 {
 #include "native_step.h"
 #include "native_avx512.h"
@@ -166,7 +168,7 @@ namespace avx512 {
 SYMOPT_TARGET_END
 #endif
 
-const Functions* const* choose(int instructions) {
+const Functions* const* choose([[maybe_unused]] int instructions) {
 #if defined(__x86_64__)
   if (instructions == 2) return avx512::table;
   if (instructions == 1) return avx2::table;
@@ -390,7 +392,7 @@ extern "C" {
 // Bits: 1 avx2, 2 avx512; what this processor has beside the baseline.
 SYMOPT_PUBLIC int symopt_instructions() {
 #if defined(__x86_64__)
-  int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // no processor has avx2 without f16c
   int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   return avx2 + 2 * avx512;

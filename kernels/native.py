@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_int32, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -86,7 +87,7 @@ _parallel = _pool()
 THREADS = "torch's own OpenMP pool" if _parallel else "one thread: torch's OpenMP runtime offers no GOMP_parallel"
 """On what the native step runs."""
 
-INSTRUCTIONS: tuple[str, ...] = ("baseline",)
+INSTRUCTIONS: tuple[str, ...] = ("neon" if platform.machine() in ("aarch64", "arm64") else "baseline",)
 """Instruction sets this processor has, the best last."""
 
 if _library is not None:

@@ -167,8 +167,8 @@ LOOP int32_t sparse_free_loop(int64_t n, T* __restrict w, T* __restrict factor_0
     bool snapped = size(x) <= limit, light = size(u) <= size(v), still = (u == a) & (v == b);
     u = still ? stored_a : u;
     v = still ? stored_b : v;
-    factor_0[i] = snapped & light ? T(0) : u;
-    factor_1[i] = snapped & !light ? T(0) : v;
+    factor_0[i] = (snapped & light) ? T(0) : u;
+    factor_1[i] = (snapped & !light) ? T(0) : v;
     x = still ? old : x;
     x = snapped ? T(0) : x;
     w[i] = x;
