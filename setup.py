@@ -8,11 +8,11 @@ from setuptools import Extension, find_packages, setup
 native = Extension(
     "symopt_kernels._native",
     ["kernels/native.cpp"],
-    depends=["kernels/native_step.h", "kernels/native_avx512.h", "kernels/native_walk.h"],
+    depends=[f"kernels/native_{part}.h" for part in ("types", "step", "avx512", "walk")],
     # -fopenmp-simd only lets the loops be vectorized; no OpenMP runtime is linked, for torch has brought one.
     extra_compile_args=[
         *("-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
-        *("-fvisibility=hidden", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+        *("-fvisibility=hidden", "-g0", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
         *shlex.split(os.environ.get("SYMOPT_CXXFLAGS", "")),
     ],
     language="c++",
@@ -24,6 +24,7 @@ setup(
     packages=[*find_packages(include=["symopt", "symopt.*"]), "symopt_kernels"],
     # Top-level `kernels` is another distribution's import name, hence folder and package differ.
     package_dir={"symopt_kernels": "kernels"},
+    include_package_data=False,
     package_data={"symopt": ["py.typed"], "symopt_kernels": ["py.typed"]},
     ext_modules=[native],
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

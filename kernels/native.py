@@ -102,7 +102,7 @@ def layout(w: Tensor, groups: Groups | None = None) -> tuple[int, int, int, int]
     """
     view = w if groups is None or groups.index is not None else w.view(groups.view)
     inner = () if groups is None or groups.index is not None else groups.dims
-    order = sorted((d for d in range(view.dim()) if view.shape[d] > 1), key=lambda d: -view.stride(d))
+    order = sorted((d for d in range(view.dim()) if view.shape[d] > 1), key=lambda d: -view.stride()[d])
     dense = 1
     for d in reversed(order):
         if view.stride(d) != dense:

@@ -77,6 +77,11 @@ class ConstrainedOptimizer(ConstrainedState):
         self.number = compiled.register(self)
         annotation.register_owner(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_bound" in state:  # unpickled or deep-copied
+            annotation.register_owner(self)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
             check_group(param_group, type(self).__name__)

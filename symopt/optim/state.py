@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symopt import annotation
 from symopt.constraints import Constraint
 from symopt.optim import compiled
 from symopt.optim.options import DEFAULTS, shared_moment
@@ -180,4 +179,3 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
             self.number = compiled.register(self)
             self.params = [p for group in self.param_groups for p in group["params"]]
             self._bound, self._names = dict(state["_bound"]), dict(state["_names"])
-            annotation.register_owner(self)

@@ -1,0 +1,137 @@
+// The plain C interface of native.py, storage formats, and what the parts of native.cpp share.
+
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr double SNAP = 1e-6, FASTEST = 0.98;
+constexpr int64_t BLOCK = 512;            // what a direction hands to a retraction; in L1
+constexpr int64_t CHUNK = 1 << 16;        // elements of a task
+constexpr int64_t SMALL_CHUNK = 1 << 14;  // the same in tensors below SMALL
+constexpr int64_t SMALL = 1 << 20;
+constexpr int64_t TILE = 1 << 15;         // elements of a unit that is summed and moved at once; three arrays in L2
+constexpr int64_t LONG_RUN = 128;         // members in a row from which a group is summed by itself
+constexpr int64_t STRIPE = 4096;          // columns summed side by side, at most
+constexpr int64_t NARROW = 256;           // and at least, where a narrower stripe would fit the cache
+constexpr int64_t PARTS = 64;             // of a unit that is too large for the cache
+constexpr int64_t SAMPLE = 1024;
+constexpr int64_t SERIAL = 1 << 15;       // below this many elements waking threads costs more than it saves
+
+enum Direction { SGD, ADAM, ADAMW };
+enum Retraction { PLAIN, SPARSE, SPARSE_FREE, GROUP };
+
+struct Bfloat { uint16_t bits; };
+struct Half { uint16_t bits; };
+
+template <class To, class From> inline To cast(From from) {
+  To to;
+  static_assert(sizeof to == sizeof from, "same size");
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline float widen(Bfloat h) { return cast<float>(uint32_t(h.bits) << 16); }
+
+inline void narrow(float x, Bfloat& h) {  // to nearest, ties to even
+  uint32_t bits = cast<uint32_t>(x), rounded = bits + 0x7fff + (bits >> 16 & 1);
+  h.bits = uint16_t(x != x ? 0x7fc0 : rounded >> 16);
+}
+
+inline float widen(Half h) {
+  uint32_t sign = uint32_t(h.bits & 0x8000) << 16, rest = h.bits & 0x7fff;
+  float x = rest >= 0x7c00 ? cast<float>((rest << 13) + 0x70000000u) : cast<float>(rest << 13) * 0x1p112f;
+  return cast<float>(cast<uint32_t>(x) | sign);
+}
+
+inline void narrow(float x, Half& h) {
+  uint32_t bits = cast<uint32_t>(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff, out;
+  if (rest > 0x7f800000) out = 0x7e00;
+  else if (rest >= 0x477ff000) out = 0x7c00;  // 65520 and above
+  else if (rest < 0x38800000)                 // below 2^-14: adding 1/2 leaves the rounded subnormal in the last bits
+    out = cast<uint32_t>(cast<float>(rest) + 0.5f) - cast<uint32_t>(0.5f);
+  else out = (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13;
+  h.bits = uint16_t(sign | out);
+}
+
+}  // namespace
+
+// One tensor and its state; native.py mirrors these two structures field by field.
+struct Entry {
+  void* weight;
+  const void* grad;
+  void* master;      // fp32 copy of a half-precision weight, or null
+  void* first;       // momentum_buffer, exp_avg, or null
+  void* second;      // exp_avg_sq, or null; one entry per group in groups
+  void* peak;        // max_exp_avg_sq, or null
+  void* factor_0;
+  void* factor_1;
+  void* imbalance;
+  const void* metric_scale;
+  void* step;              // 0-dim counter, or null
+  const int64_t* index;    // group of every weight, or null where the five sizes below describe the groups
+  int64_t numel;
+  int64_t bands, rows, groups, run;  // element ((band * rows + row) * groups + group) * run + member
+  double inside, outside, threshold;  // strengths above and up to a size of the threshold
+  int64_t zeros;           // out: exact zeros after the step
+  int32_t retraction, dtype, fresh, wide_step;  // fresh: momentum_buffer is new; wide_step: the counter is fp64
+};
+
+struct Settings {
+  double lr, beta1, beta2, eps, momentum, dampening, weight_decay;
+  double imbalance_decay;   // negative: the automatic law
+  const float* grad_scale;  // or null
+  const float* found_inf;   // or null; nonzero skips the step
+  int32_t direction, nesterov, maximize, saturated, threads, instructions;
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel, or null
+};
+
+namespace {
+
+struct Tally {
+  double sum = 0, square = 0;  // of the sizes of all units
+  int64_t zeros = 0;
+  void add(double s, double q, int64_t z) { sum += s, square += q, zeros += z; }
+};
+
+// Everything about an entry that its weights share.  Strengths come multiplied by lr.
+template <class T> struct Law {
+  static constexpr T largest = sizeof(T) == 4 ? T(3.4028234663852886e38) : T(1.7976931348623157e308);
+  static constexpr T smallest = sizeof(T) == 4 ? T(1.1754943508222875e-38) : T(2.2250738585072014e-308);
+  T lr, inside, outside, threshold, imbalance, metric_scale, momentum, undamped, fresh1, beta2, fresh2, unbias1, unbias2,
+      eps, factor, weight_decay, imbalance_decay;
+  int32_t direction, nesterov, saturated;
+
+  Law() = default;
+  template <class S> explicit Law(const Law<S>& k)
+      : lr(T(k.lr)), inside(T(k.inside)), outside(T(k.outside)), threshold(T(k.threshold)), imbalance(T(k.imbalance)),
+        metric_scale(T(k.metric_scale)), momentum(T(k.momentum)), undamped(T(k.undamped)), fresh1(T(k.fresh1)),
+        beta2(T(k.beta2)), fresh2(T(k.fresh2)), unbias1(T(k.unbias1)), unbias2(T(k.unbias2)), eps(T(k.eps)),
+        factor(T(k.factor)), weight_decay(T(k.weight_decay)), imbalance_decay(T(k.imbalance_decay)),
+        direction(k.direction), nesterov(k.nesterov), saturated(k.saturated) {}
+};
+
+// `rows` rows of `width` elements, `row_stride` apart: `groups` neighbouring groups with runs of `run`, `group` the first.
+struct Unit { int64_t base, row_stride, width, rows, group, groups, run; };
+
+struct Functions {
+  void (*single)(const Entry&, const Law<double>&, int64_t, int64_t, Tally&, double*, int64_t);
+  void (*reduce)(const Entry&, const Law<double>&, const Unit&, int64_t, int64_t, double*);
+  void (*settle)(const Entry&, const Law<double>&, const Unit&, double*, int64_t, int64_t, void*, void*, Tally&, double*,
+                 int64_t);
+  void (*apply)(const Entry&, const Law<double>&, const Unit&, int64_t, int64_t, const void*, const void*, Tally&);
+};
+
+}  // namespace
