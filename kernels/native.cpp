@@ -1,10 +1,12 @@
-// The constrained step on CPUs: tasks, threads and the plain C interface of native.py.
+// The constrained step on CPUs: how tensors are cut into tasks, and who runs them.
 //
-// native_step.h and native_walk.h hold the arithmetic and are compiled here once per instruction set; the best one that
-// the processor has is chosen when the step runs.  There is no thread pool: tasks run on the OpenMP runtime torch itself
-// has loaded, whose entry point the caller passes in.  A second pool would spin against it.
+// native_step.h and native_walk.h hold the arithmetic and are compiled here once per instruction set; the best one
+// that the processor has is chosen when the step runs.  There is no thread pool: tasks run on the OpenMP runtime torch
+// itself has loaded, whose entry point the caller passes in.  A second pool would spin against it.
 
 #include "native_types.h"
+
+#include <thread>
 
 namespace {
 
@@ -56,7 +58,8 @@ struct Work {
   Law<double> k;
   const Functions* f = nullptr;
   bool grouped = false;
-  int64_t units = 0, unit_groups = 0, width = 0, numbers = 0, parts = 1, part = 0, per_task = 1, tasks = 0, first_task = 0;
+  int64_t units = 0, unit_groups = 0, width = 0, numbers = 0, parts = 1, part = 0, per_task = 1, tasks = 0;
+  int64_t first_task = 0;
   int64_t sums_size = 0, stride = 1, samples = 0;
   std::unique_ptr<Tally[]> tallies;
   std::unique_ptr<double[]> sums, sample;
@@ -80,7 +83,7 @@ void cut(Work& w) {
   Entry& e = *w.e;
   w.grouped = e.retraction == GROUP;
   if (!w.grouped) {
-    int64_t chunk = e.numel < SMALL ? SMALL_CHUNK : std::max(CHUNK, (e.numel / SAMPLE + BLOCK) / BLOCK * BLOCK);
+    int64_t chunk = e.numel < SMALL ? SMALL_CHUNK : std::max(CHUNK, (e.numel / CHUNKS + BLOCK) / BLOCK * BLOCK);
     w.part = chunk;
     w.tasks = std::max<int64_t>(1, (e.numel + chunk - 1) / chunk);
   } else if (e.index) {
@@ -207,7 +210,9 @@ void run_part(Work& w, int64_t i, const Settings& s) {
   char *keep = w.keep.get() + j * w.numbers * wide, *shift = w.shift.get() + j * w.numbers * wide;
   std::atomic<int64_t>& waiting = w.waiting[static_cast<size_t>(j)];
   if (moving) {
-    while (waiting.load(std::memory_order_acquire) >= 0) breathe();
+    for (int spins = 0; waiting.load(std::memory_order_acquire) >= 0; spins++)
+      if (spins < 1000) breathe();
+      else std::this_thread::yield();  // more threads than cores: whoever is summing may need this one
     w.f->apply(e, w.k, unit, begin, end, keep, shift, w.tallies[static_cast<size_t>(j * w.parts + part)]);
     if (--w.left == 0) finish(w, s);
     return;

@@ -64,8 +64,8 @@ template <class T> LOOP void first_moment(int64_t n, const T* __restrict g, T* _
 }
 
 template <class T, bool AMSGRAD>
-LOOP void adam_loop(int64_t n, const T* __restrict g, T* __restrict exp_avg, T* __restrict exp_avg_sq, T* __restrict peak,
-                 T* __restrict update, T* __restrict gain, const Law<T>& k) {
+LOOP void adam_loop(int64_t n, const T* __restrict g, T* __restrict exp_avg, T* __restrict exp_avg_sq,
+                    T* __restrict peak, T* __restrict update, T* __restrict gain, const Law<T>& k) {
   const T fresh1 = k.fresh1, beta2 = k.beta2, fresh2 = k.fresh2, unbias1 = k.unbias1, unbias2 = k.unbias2, eps = k.eps;
   for (int64_t i = 0; i < n; i++) {
     T m = exp_avg[i] + fresh1 * (g[i] - exp_avg[i]), v = beta2 * exp_avg_sq[i] + fresh2 * (g[i] * g[i]);
@@ -180,9 +180,10 @@ LOOP int32_t sparse_free_loop(int64_t n, T* __restrict w, T* __restrict factor_0
 template <class T, bool COUPLED>
 static int32_t sparse_free_as(int64_t n, T* w, T* factor_0, T* factor_1, const T* update, const T* gain,
                               const Law<T>& k) {
-  auto loop = k.imbalance_decay < 0
-                  ? (k.saturated ? sparse_free_loop<T, COUPLED, true, false> : sparse_free_loop<T, COUPLED, false, false>)
-                  : (k.saturated ? sparse_free_loop<T, COUPLED, true, true> : sparse_free_loop<T, COUPLED, false, true>);
+  const bool rebalance = k.imbalance_decay >= 0;
+  auto loop = k.saturated
+                  ? (rebalance ? sparse_free_loop<T, COUPLED, true, true> : sparse_free_loop<T, COUPLED, true, false>)
+                  : (rebalance ? sparse_free_loop<T, COUPLED, false, true> : sparse_free_loop<T, COUPLED, false, false>);
   return loop(n, w, factor_0, factor_1, update, gain, k);
 }
 
@@ -216,8 +217,8 @@ static void mend(int64_t n, const T* __restrict w, T* __restrict factor_0, T* __
 
 // --------------------------------------------------------------------------------------------------- group members
 
-// Adds sum g^2, sum u^2, sum u w, sum w^2 of a block of one group, u being the update up to a factor per group.  Inside a
-// block the sums run in the weight's own precision, in many lanes; `decide` knows what that leaves uncertain.
+// Adds sum g^2, sum u^2, sum u w, sum w^2 of a block of one group, u being the update up to a factor per group.  Inside
+// a block the sums run in the weight's own precision, in many lanes; `decide` knows what that leaves uncertain.
 template <class T, bool ADAPTIVE> LOOP void add_sums(int64_t n, const T* g, const T* u, const T* w, double* sums) {
   T gg = 0, uu = 0, uw = 0, ww = 0;
 #pragma omp simd reduction(+ : gg, uu, uw, ww)

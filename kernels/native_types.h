@@ -27,7 +27,8 @@ constexpr int64_t LONG_RUN = 128;         // members in a row from which a group
 constexpr int64_t STRIPE = 4096;          // columns summed side by side, at most
 constexpr int64_t NARROW = 256;           // and at least, where a narrower stripe would fit the cache
 constexpr int64_t PARTS = 64;             // of a unit that is too large for the cache
-constexpr int64_t SAMPLE = 1024;
+constexpr int64_t CHUNKS = 1024;           // of one tensor at most
+constexpr int64_t SAMPLE = 1024;           // decays from which the imbalance takes its quantile
 constexpr int64_t SERIAL = 1 << 15;       // below this many elements waking threads costs more than it saves
 
 enum Direction { SGD, ADAM, ADAMW };
@@ -123,8 +124,11 @@ template <class T> struct Law {
         direction(k.direction), nesterov(k.nesterov), saturated(k.saturated) {}
 };
 
-// `rows` rows of `width` elements, `row_stride` apart: `groups` neighbouring groups with runs of `run`, `group` the first.
-struct Unit { int64_t base, row_stride, width, rows, group, groups, run; };
+// `rows` rows of `width` elements, `row_stride` apart: `groups` neighbouring groups with runs of `run`; `group` is the
+// first of them.
+struct Unit {
+  int64_t base, row_stride, width, rows, group, groups, run;
+};
 
 struct Functions {
   void (*single)(const Entry&, const Law<double>&, int64_t, int64_t, Tally&, double*, int64_t);

@@ -1,9 +1,9 @@
 // Which weights a task covers, in which order; compiled once per instruction set, like native_step.h.
 //
-// Single weights are cut into chunks.  Groups are cut into units: one group whose members form long runs, or a stripe of
-// neighbouring groups with short ones, summed column by column.  A unit that fits the cache is summed and moved at once,
-// so that memory is read once; a larger one is summed in parts (phase 1), then moved in parts (phase 2).  The cut depends
-// on the shape alone and partial sums are added in its order, so results do not depend on the number of threads.
+// Single weights are cut into chunks.  Groups are cut into units: one group whose members form long runs, or a stripe
+// of neighbouring groups with short ones, summed column by column.  A unit that fits the cache is summed and moved at
+// once, so that memory is read once; a larger one is summed in parts (phase 1), then moved in parts (phase 2).  The cut
+// depends on the shape alone and partial sums are added in its order, so results do not depend on the number of threads.
 
 template <class T, class W> struct Block {
   T weight_copy[BLOCK], grad_copy[BLOCK], update_copy[BLOCK], gain[BLOCK];
@@ -141,7 +141,8 @@ static void reduce(const Entry& e, const Law<T>& k, const Unit& unit, int64_t fi
 }
 
 template <class T, class W, bool ADAPTIVE>
-static void reduce_stripe(const Entry& e, const Law<T>& k, const Unit& unit, int64_t first, int64_t last, double* sums) {
+static void reduce_stripe(const Entry& e, const Law<T>& k, const Unit& unit, int64_t first, int64_t last,
+                          double* sums) {
   constexpr int64_t TOGETHER = 4, PRECISE = 32;  // rows of one visit, and rows summed before they go to double
   Block<T, W> b[TOGETHER];
   T columns[4 * STRIPE];
@@ -229,7 +230,8 @@ static void apply(const Entry& e, const Law<T>& k, const Unit& unit, int64_t fir
 
 template <class T, class W> static const Functions* functions() {
   static const Functions table = {
-      [](const Entry& e, const Law<double>& k, int64_t begin, int64_t end, Tally& tally, double* sample, int64_t stride) {
+      [](const Entry& e, const Law<double>& k, int64_t begin, int64_t end, Tally& tally, double* sample,
+         int64_t stride) {
         single<T, W>(e, Law<T>(k), begin, end, tally, sample, stride);
       },
       [](const Entry& e, const Law<double>& k, const Unit& unit, int64_t first, int64_t last, double* sums) {
