@@ -2,8 +2,8 @@
 //
 // A hardware root and division keep one unit busy for 16 cycles per sixteen weights (Zen 4) that nothing else can use.
 // Here inverses start from the processor's 14-bit estimate and take one Newton step on the multipliers, which leaves
-// about 1 ulp; sixteen weights of AdamW sparse fall from 18.2 to 9.7 ns in cache (SGD sparse: 6.7 to 6.0, and to 4.1
-// once the imbalance is 0).  The rest is bound by the multipliers; more unrolling or shorter chains changed nothing.
+// about 1 ulp.  What remains is bound by the multipliers: more unrolling, shorter chains and two loops instead of one
+// changed nothing (benchmarks/loops.py).
 
 struct All {
   __m512 load(const float* p) const { return _mm512_loadu_ps(p); }

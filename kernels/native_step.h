@@ -3,8 +3,8 @@
 // native.cpp includes this file once per instruction set, inside a namespace: one source, compiled for each.  The
 // formulas and names are kernels/reference.py's.  m directions and n retractions are m + n functions that meet in a
 // buffer in L1; that is faster than one loop per pair, because a single loop's chain of two roots and two divisions
-// is too long for a core to overlap (AdamW sparse, 16.7M weights, one thread: 12.4 ms against 16.3).
-// Loops are plain and vectorized by the compiler; -fopenmp-simd lets it reorder the marked sums and nothing else.
+// is too long for a core to overlap.  Loops are plain and vectorized by the compiler; -fopenmp-simd lets it reorder the
+// marked sums and nothing else.
 
 // Out of line, because GCC forgets `restrict` and with it the vectors when it inlines one into a bigger function.
 #define LOOP [[gnu::noinline]] static

@@ -1,0 +1,31 @@
+"""Compile loops.cpp with the flags of setup.py and run it: ``python benchmarks/loops.py`` (needs a C++ compiler)."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+def flags() -> list[str]:
+    """The literal strings of ``extra_compile_args``."""
+    for node in ast.walk(ast.parse((FOLDER.parent / "setup.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.keyword) and node.arg == "extra_compile_args":
+            return [n.value for n in ast.walk(node.value) if isinstance(n, ast.Constant) and n.value.startswith("-")]
+    raise RuntimeError("setup.py names no extra_compile_args")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "loops")
+        command = [os.environ.get("CXX", "c++"), *flags(), "-w", str(FOLDER / "loops.cpp"), "-o", str(program)]
+        subprocess.run(command, check=True)
+        print(subprocess.run([program], check=True, capture_output=True, text=True).stdout, end="")
+
+
+if __name__ == "__main__":
+    main()
