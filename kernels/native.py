@@ -108,7 +108,9 @@ def layout(w: Tensor, groups: Groups | None = None) -> tuple[int, int, int, int]
         if view.stride(d) != dense:
             return None
         dense *= view.shape[d]
-    if groups is not None and groups.index is not None:
+    if groups is None:
+        return (1, 1, w.numel(), 1)
+    if groups.index is not None:
         return (1, 1, groups.count, 1)
     kept = [d for d in order if d not in inner]
     if kept != sorted(kept):

@@ -341,7 +341,7 @@ def imbalance_law(
     ``metric_scale``.  At most 2 % per step, however large the steps: the weights need some hundred to settle in any
     case.  (Factors alone have rho**2 and no bound; measured in docs/imbalance.md.)
     """
-    if isinstance(decay, Tensor) and decay.numel() > 1:
+    if isinstance(decay, Tensor):
         flat = decay.flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLE)]
         decay = sample.kthvalue(1 + sample.numel() // 10).values
