@@ -103,8 +103,8 @@ void cut(Work& w) {
     w.sums_size = 4 * w.numbers;
     int64_t size = e.rows * w.width;
     if (size > TILE) {
-      // Partial sums of a stripe take 32 bytes a column: at least 64 rows to a part, or they would weigh too much.
-      int64_t most = w.unit_groups == 1 ? PARTS : std::max<int64_t>(2, std::min(PARTS, e.rows / 64));
+      // Partial sums of a stripe take 32 bytes a column, and one thread adds them up: at least 256 rows to a part.
+      int64_t most = w.unit_groups == 1 ? PARTS : std::max<int64_t>(2, std::min(PARTS, e.rows / 256));
       w.parts = std::min((size + TILE - 1) / TILE, most);
       w.part = (size + w.parts - 1) / w.parts;
       int64_t whole = w.unit_groups == 1 ? BLOCK : w.width;
@@ -116,7 +116,7 @@ void cut(Work& w) {
   }
   w.split = e.index || w.parts > 1;
   if (w.split) {
-    w.sums.reset(new double[w.tasks * w.sums_size]());
+    w.sums.reset(new double[w.tasks * w.sums_size]);
     w.keep.reset(new char[w.units * w.numbers * sizeof(double)]);
     w.shift.reset(new char[w.units * w.numbers * sizeof(double)]);
     w.waiting.reset(new std::atomic<int64_t>[w.units]);
@@ -217,7 +217,9 @@ void run_part(Work& w, int64_t i, const Settings& s) {
     if (--w.left == 0) finish(w, s);
     return;
   }
-  w.f->reduce(e, w.k, unit, begin, end, sums + part * w.sums_size);
+  double* own = sums + part * w.sums_size;
+  std::fill(own, own + w.sums_size, 0.0);
+  w.f->reduce(e, w.k, unit, begin, end, own);
   if (--waiting == 0) {
     Tally& tally = w.tallies[static_cast<size_t>(j * w.parts)];
     w.f->settle(e, w.k, unit, sums, w.parts, w.sums_size, keep, shift, tally, w.sample.get(), w.stride);

@@ -314,7 +314,11 @@ class ConstrainedOptimizer(ConstrainedState):
             w = w.clone()  # the step saves it for backward and then overwrites it
         update, gain = self._direction(group, state, w, -grad if group["maximize"] else grad, groups)
         charge = constraint.charge(w, decoupled=self.decoupled(group))
-        delta, decay = group["lr"] * update, group["lr"] * self.strength(group, constraint) * gain * charge
+        # A tensor lr or strength is often fp32, and two 0-dim tensors would multiply in its precision.
+        lr, strength = (
+            x.to(w.dtype) if isinstance(x, Tensor) else x for x in (group["lr"], self.strength(group, constraint))
+        )
+        delta, decay = lr * update, lr * strength * gain * charge
         c, scale = state["imbalance"], state["metric_scale"]
         if constraint.carries_factors:
             stored = tuple(state[f"factor_{i}"] for i in range(constraint.depth))
