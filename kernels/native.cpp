@@ -163,6 +163,8 @@ void finish(Work& w, const Settings& s) {
   if (keep < 0) {
     double decay = w.k.inside;
     if (w.sample) {
+      for (int64_t i = 0; i < w.samples; i++)
+        if (w.sample[i] != w.sample[i]) w.sample[i] = HUGE_VAL;  // as kthvalue: NaN comes last
       double* low = w.sample.get() + w.samples / 10;
       std::nth_element(w.sample.get(), low, w.sample.get() + w.samples);
       decay = *low;

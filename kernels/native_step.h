@@ -217,16 +217,20 @@ static void mend(int64_t n, const T* __restrict w, T* __restrict factor_0, T* __
 
 // --------------------------------------------------------------------------------------------------- group members
 
-// Adds sum g^2, sum u^2, sum u w, sum w^2 of a block of one group, u being the update up to a factor per group.  Inside
-// a block the sums run in the weight's own precision, in many lanes; `decide` knows what that leaves uncertain.
+// Adds sum g^2, sum u^2, sum u w, sum w^2 of a block of one group, u being the update up to a factor per group.  Up to
+// EXACT members are summed in the weight's own precision, in many lanes; `decide` knows what that leaves uncertain.
 template <class T, bool ADAPTIVE> LOOP void add_sums(int64_t n, const T* g, const T* u, const T* w, double* sums) {
-  T gg = 0, uu = 0, uw = 0, ww = 0;
+  constexpr int64_t EXACT = 256;
+  for (int64_t start = 0; start < n; start += EXACT) {
+    const int64_t end = n - start < EXACT ? n : start + EXACT;
+    T gg = 0, uu = 0, uw = 0, ww = 0;
 #pragma omp simd reduction(+ : gg, uu, uw, ww)
-  for (int64_t i = 0; i < n; i++) {
-    if (ADAPTIVE) gg += g[i] * g[i];
-    uu += u[i] * u[i], uw += u[i] * w[i], ww += w[i] * w[i];
+    for (int64_t i = start; i < end; i++) {
+      if (ADAPTIVE) gg += g[i] * g[i];
+      uu += u[i] * u[i], uw += u[i] * w[i], ww += w[i] * w[i];
+    }
+    sums[0] += gg, sums[1] += uu, sums[2] += uw, sums[3] += ww;
   }
-  sums[0] += gg, sums[1] += uu, sums[2] += uw, sums[3] += ww;
 }
 
 // The same for n columns of ROWS rows at once, added to sums[0..3][column]: several rows to one visit of the sums.

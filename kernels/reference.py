@@ -278,6 +278,13 @@ def rebalance(factors: tuple[Tensor, ...], keep: float) -> tuple[Tensor, ...]:
     if keep == 0:
         size = product(factors).abs() ** (1 / len(factors))
         return tuple(torch.where(u < 0, -size, size) for u in factors)
+    if len(factors) == 2:  # in closed form, which keeps the digits of a light factor
+        a, b = factors
+        size, c = (a * b).abs(), keep * ((a - b) * (a + b))
+        high = ((c.abs() + (c * c + 4 * size * size).sqrt()) / 2).sqrt()
+        low = size / high.clamp(min=torch.finfo(a.dtype).tiny)
+        pair = torch.where(c >= 0, high, low), torch.where(c >= 0, low, high)
+        return tuple(torch.where(u < 0, -x, x) for u, x in zip(factors, pair, strict=True))
     squares = torch.stack([u * u for u in factors])
     mean, target = squares.mean(0), squares.prod(0)
     spread = keep * (squares - mean)
