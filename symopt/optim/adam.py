@@ -32,7 +32,9 @@ class _AdamBase(ConstrainedOptimizer):
     def _init_moments(self, group: dict[str, Any], state: dict[str, Any], p: Tensor, groups: Groups | None) -> None:
         dtype = math_dtype(p)
         if "step" not in state:
-            state["step"] = torch.zeros((), device=p.device if group["capturable"] or group["fused"] else "cpu")
+            wide = torch.get_default_dtype() == torch.float64  # as torch's, which must not be half precision
+            device = p.device if group["capturable"] or group["fused"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
         if "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
         for key in self._moments(group)[1:]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from symopt import annotation
-from symopt.backends import BACKENDS, choose, why_not
+from symopt.backends import BACKENDS, check_backend, choose, why_not
 from symopt.constraints import Constraint
 from symopt.optim import compiled
 from symopt.optim.options import DEFAULTS, OWN_STATE, check_group
@@ -228,6 +228,7 @@ class ConstrainedOptimizer(ConstrainedState):
         slots: list[Slot] = []
         rest: list[tuple[Tensor, Constraint]] = []
         plain = False
+        check_backend(type(self).__name__, group["backend"])
         key = (group["backend"], group["differentiable"], self._moments(group))
         if self._epoch != annotation.epoch():
             self._bind()
@@ -239,6 +240,7 @@ class ConstrainedOptimizer(ConstrainedState):
                 constraint = self._constraint(p)
                 if constraint is None and group["backend"] != "native":
                     plain = True
+                    self._ready_plain(p)
                     continue
                 if self._backend(group, p, constraint) == "reference":
                     assert constraint is not None
@@ -246,7 +248,10 @@ class ConstrainedOptimizer(ConstrainedState):
                     continue
                 state = self._ready(group, p, constraint)
                 groups = None if constraint is None else self.groups(p, constraint)
-                slot = self._slots[p] = Slot(p, constraint, state, groups, key)
+                try:
+                    slot = self._slots[p] = Slot(p, constraint, state, groups, key)
+                except ValueError as error:
+                    raise ValueError(f"{self._names[p]}: {error}; load state that belongs to this weight") from None
             slots.append(slot)
         for p in [*(slot.p for slot in slots), *(p for p, _ in rest)]:
             if p.grad is not None and p.grad.layout is not torch.strided:
@@ -275,7 +280,11 @@ class ConstrainedOptimizer(ConstrainedState):
                     yield self._names[p], choose(group["backend"], self._names[p], reasons), reasons
 
     def zeros(self) -> dict[str, int]:
-        """Exact zeros of every constrained tensor; the native step has counted them as it wrote them."""
+        """Exact zeros of every constrained tensor, as its last step left it.
+
+        The native step counts what it writes, so this costs nothing there; tensors that changed since, or that the
+        reference steps, are counted now.  Values written in place past autograd (``p.data[0] = 0``) are not noticed.
+        """
         slots = {p: slot.zeros() for p, slot in self._slots.items()}
         return {
             name: count if (count := slots.get(p)) is not None else int((p == 0).sum())
@@ -294,7 +303,7 @@ class ConstrainedOptimizer(ConstrainedState):
             maximize=group["maximize"],
             saturated=group["time_scale"] == "saturated",
             imbalance_decay=group["imbalance_decay"],
-            grad_scale=getattr(self, "grad_scale", None),
+            grad_scale=None if (scale := getattr(self, "grad_scale", None)) is None else scale.float(),
             **self._settings(group),
         )
         # Autograd must see that the weights changed under it.

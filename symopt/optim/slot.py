@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,7 +21,10 @@ _OTHER_STATE = ("step", "imbalance", "metric_scale", "master", "group_index", "f
 class Slot:
     """One entry of a native call.  ``state`` is the parameter's, complete and of the kernel's precision."""
 
-    __slots__ = ("_strength", "_tensors", "_version", "_weight", "constraint", "entry", "key", "p", "state")
+    __slots__ = (
+        *("_first", "_place", "_strength", "_tensors", "_version"),
+        *("constraint", "entry", "key", "p", "state"),
+    )
 
     def __init__(
         self,
@@ -31,24 +35,32 @@ class Slot:
         key: tuple[Any, ...],
     ) -> None:
         self.p, self.constraint, self.state, self.key = p, constraint, state, key
-        moments = key[-1]
-        fresh = "momentum_buffer" in moments and state.get("momentum_buffer") is None
-        if fresh:
-            state["momentum_buffer"] = torch.empty_like(p, dtype=math_dtype(p))
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
                 state[name] = torch.empty_strided(p.shape, p.stride(), dtype=value.dtype).copy_(value)
-        used = {name: state[name] for name in (*moments, *_OTHER_STATE) if name in state}
+        moments = key[-1]
+        # torch's first momentum is the first gradient itself: until the step has written it, the state has none.
+        self._first: Tensor | None = None
+        if "momentum_buffer" in moments and state.get("momentum_buffer") is None:
+            self._first = torch.empty_like(p, dtype=math_dtype(p))
+        used = {name: state[name] for name in (*moments, *_OTHER_STATE) if state.get(name) is not None}
+        self._tensors = tuple(used.items())
+        if self._first is not None:
+            used["momentum_buffer"] = self._first
+        _check_shapes(p, used, groups)
         self.entry = native.Entry()
         retraction = "plain" if constraint is None else constraint.name
-        native.fill(self.entry, p, used, retraction, groups, fresh=fresh)
-        self._weight, self._tensors = self.entry.weight, tuple(used.items())
+        native.fill(self.entry, p, used, retraction, groups, fresh=self._first is not None)
+        self._place = (p.data_ptr(), p.shape, p.stride())
         self._strength: float | None = None
         self._version = -1
 
     def holds(self, state: dict[str, Any], key: tuple[Any, ...]) -> bool:
         """Whether everything still lies where it lay."""
-        if key != self.key or state is not self.state or self.p.data_ptr() != self._weight:
+        p = self.p
+        if key != self.key or state is not self.state or self._first is not None:
+            return False
+        if (p.data_ptr(), p.shape, p.stride()) != self._place:
             return False
         for name, tensor in self._tensors:  # noqa: SIM110 (a generator costs three times as much)
             if state.get(name) is not tensor:
@@ -63,18 +75,43 @@ class Slot:
 
     def done(self) -> None:
         """The step has been taken."""
-        self.entry.fresh = 0
+        if self._first is not None:
+            self.state["momentum_buffer"] = self._first
+            self._tensors = (*self._tensors, ("momentum_buffer", self._first))
+            self._first, self.entry.fresh = None, 0
         self._version = self.p._version
 
     def zeros(self) -> int | None:
-        """Exact zeros as the last step left them; None if somebody has changed the weight since."""
-        return int(self.entry.zeros) if self.p._version == self._version else None
+        """Exact zeros as the last step left them; None if the weight has changed since."""
+        same = self.p._version == self._version and self.p.data_ptr() == self._place[0]
+        return int(self.entry.zeros) if same else None
+
+
+def _check_shapes(p: Tensor, used: dict[str, Tensor], groups: Groups | None) -> None:
+    """Raise unless the kernel stays inside every tensor: a checkpoint or a changed weight may bring other sizes."""
+    if groups is not None and math.prod(groups.view) != p.numel():
+        raise ValueError(f"the groups are those of shape {groups.view}, the weight has {tuple(p.shape)}")
+    if groups is not None and groups.index is not None:
+        index = groups.index
+        if index.shape != p.shape or index.dtype != torch.int64:
+            raise ValueError(f"group_index is {index.dtype} of {tuple(index.shape)}, the weight has {tuple(p.shape)}")
+        if not bool(((index >= 0) & (index < groups.count)).all()):
+            raise ValueError(f"group_index must lie in 0 ... {groups.count - 1}")
+    for name, value in used.items():
+        if name in ("step", "imbalance", "metric_scale"):
+            fits = value.numel() == 1
+        elif name in ("exp_avg_sq", "max_exp_avg_sq") and groups is not None:
+            fits = value.shape == (groups.count,)
+        else:
+            fits = value.shape == p.shape
+        if not fits:
+            raise ValueError(f"state {name!r} has shape {tuple(value.shape)}, which does not fit {tuple(p.shape)}")
 
 
 def gradient(p: Tensor) -> Tensor:
     """The gradient of ``p`` in its dtype and memory order; a copy only where it is not so already."""
     grad = p.grad
     assert grad is not None
-    if grad.dtype == p.dtype and (grad.stride() == p.stride() or p.numel() == 1):
+    if grad.dtype == p.dtype and (grad.stride() == p.stride() or p.numel() == 1) and not grad.is_neg():
         return grad
     return torch.empty_like(p).copy_(grad)

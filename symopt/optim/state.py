@@ -63,7 +63,10 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
             state["group_index"] = index
         groups = None if constraint is None else self.groups(p, constraint)
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.is_floating_point() and key != "step" and value.dtype != dtype:
+            if key == "step":
+                if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float64):
+                    state[key] = torch.tensor(float(value), dtype=torch.float32)  # as old checkpoints have it
+            elif isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype:
                 state[key] = value.to(dtype)
         if constraint is None:
             self._init_moments(group, state, p, None)
@@ -92,6 +95,13 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
             self._ready_factors(state, p, constraint)
         self._init_moments(group, state, p, groups)
         return state
+
+    def _ready_plain(self, p: Tensor) -> None:
+        """Undo what the native step makes of the state of an unconstrained tensor in half precision."""
+        if p.dtype != math_dtype(p):
+            for key, value in self.state.get(p, {}).items():
+                if key != "step" and isinstance(value, Tensor) and value.dtype == torch.float32:
+                    self.state[p][key] = value.to(p.dtype)
 
     def _ready_factors(self, state: dict[str, Any], p: Tensor, constraint: Constraint) -> None:
         """Factors that compose to the weight; entries of it that were changed from outside are split anew."""
