@@ -7,7 +7,7 @@ PACKAGING := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test lint format types install clean
+.PHONY: help quickstart test bench lint format types install clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ quickstart: $(VENV)/demo.stamp  ## train, compress and fold LeNet-300-100 on MNI
 test: $(VENV)/test.stamp  ## run all tests and doctests against the installed package; ARGS="-k name" selects
 	@$(MAKE) -s install
 	$(BIN)/pytest -n 2 $(ARGS)
+
+bench: $(VENV)/bench.stamp  ## time the native step against its peers; ARGS="--quick" for a short run
+	@$(MAKE) -s install
+	$(BIN)/python -m benchmarks --json out/bench.json --markdown out/bench.md --plot out/bench.png $(ARGS)
 
 lint: $(VENV)/lint.stamp  ## ruff
 	$(BIN)/ruff check .
