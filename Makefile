@@ -7,7 +7,7 @@ PACKAGING := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test bench lint format types install clean
+.PHONY: help quickstart test sanitize bench lint format types install clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,16 @@ test: $(VENV)/test.stamp  ## run all tests and doctests against the installed pa
 bench: $(VENV)/bench.stamp  ## time the native step against its peers; ARGS="--quick" for a short run
 	@$(MAKE) -s install
 	$(BIN)/python -m benchmarks --json out/bench.json --markdown out/bench.md --plot out/bench.png $(ARGS)
+
+# The same tests on a library that checks every access; libstdc++ is preloaded too, or ASan misses its exceptions.
+sanitize: $(VENV)/test.stamp  ## run the kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
+	@$(MAKE) -s install
+	@mkdir -p build/sanitize
+	g++ -std=c++17 -O1 -g -shared -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast \
+	    -fvisibility=hidden -w -fsanitize=address,undefined -fno-sanitize-recover=all \
+	    kernels/native.cpp -o build/sanitize/_native.abi3.so
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    SYMOPT_NATIVE=$(CURDIR)/build/sanitize $(BIN)/pytest -n 2 tests/test_native.py $(ARGS)
 
 lint: $(VENV)/lint.stamp  ## ruff
 	$(BIN)/ruff check .

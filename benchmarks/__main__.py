@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -43,25 +44,26 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
+
+    def several(flag: str, choices: Collection[str], default: list[str]) -> None:
+        text = f"of {', '.join(choices)} ({'all' if len(default) == len(choices) else ' '.join(default)})"
+        add(flag, nargs="+", choices=choices, default=default, metavar="NAME", help=text)
+
     add("--sizes", nargs="+", type=_size, metavar="NxM", help=f"tensors x weights, like 1x64M ({' '.join(SIZES)})")
-    add("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="of the weights (float32)")
-    add("--constraints", nargs="+", choices=CONSTRAINTS, default=["sparse", "group-out"], help="(sparse group-out)")
-    add("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw", "sgd-momentum"], help="(adamw sgd-momentum)")
-    add("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="what to compare with (all)")
+    several("--dtypes", DTYPES, ["float32"])
+    several("--constraints", CONSTRAINTS, ["sparse", "group-out"])
+    several("--optimizers", OPTIMIZERS, ["adamw", "sgd-momentum"])
+    several("--peers", PEERS, list(PEERS))
     add("--threads", nargs="+", type=_threads, default=["all"], metavar="N", help="numbers, or all (all)")
-    add("--repeats", type=_positive, help="pairs per peer, at most (41; quick 9)")
-    add("--seconds", type=float, help="time per peer after which no more pairs start (8; quick 1)")
+    add("--repeats", type=_positive, metavar="N", help="pairs per peer, at most (41; quick 9)")
+    add("--seconds", type=float, metavar="S", help="time per peer after which no more pairs start (8; quick 1)")
     add("--quick", action="store_true", help=f"sizes {' '.join(QUICK_SIZES)}, few repeats")
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(all three)")
+    several("--parts", PARTS, list(PARTS))
     add("--training", action="store_true", help="the same as --parts training")
     add("--instructions", choices=native.INSTRUCTIONS, help="of symopt's kernel (the best this processor has)")
     add("--json", type=Path, metavar="FILE", help="write every median and quartile")
     add(
-        "--markdown",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="write the tables as Markdown; without FILE print them so",
+        "--markdown", nargs="?", const="-", metavar="FILE", help="write the tables as Markdown; without FILE print them"
     )
     add("--plot", type=Path, metavar="FILE", help="write a figure of times relative to torch.optim's fused step")
     add("--write-readme", action="store_true", help="put the tables into benchmarks/README.md")
@@ -102,9 +104,12 @@ def main(argv: list[str] | None = None) -> int:
         if reason := case.why_not():
             make.error(f"{case}: {reason}")
     peers = list(dict.fromkeys(args.peers))
+    if args.plot is not None and ("torch-fused" not in peers or "kernels" not in parts):
+        make.error("--plot shows kernels relative to torch-fused, so it needs both")
     small = _memory_jobs(chosen, peers) if "memory" in parts else []
     nets = [(net, flags) for net in NETS for flags in FLAGS] if "training" in parts else []
-    results = report.Results(machine.describe(args.instructions))
+    used = {every} if parts == ["training"] else {*counts, *([every] if nets else [])}
+    results = report.Results(machine.describe(sorted(used), args.instructions))
     total = (len(chosen) if "kernels" in parts else 0) + len(small) + len(nets)
     # torch.compile imports torch modules that are deprecated themselves.
     warnings.filterwarnings("ignore", message="`torch.jit.script_method` is deprecated", category=DeprecationWarning)
@@ -147,8 +152,8 @@ def _finish(args: argparse.Namespace, results: report.Results) -> int:
         _write(Path(args.markdown), report.markdown(results))
     if args.json is not None:
         _write(args.json, json.dumps(results.to_dict(), indent=1) + "\n")
-    if args.plot is not None and results.timed():
-        report.plot(results, args.plot)
+    if args.plot is not None and results.timed() and not report.plot(results, args.plot):
+        print("no figure: torch-fused could not be timed in any case", file=sys.stderr)
     if args.write_readme and not wrong and not results.empty():
         report.fill(results, report.README)
     for name, lines in wrong:

@@ -22,7 +22,7 @@ DISTURBED = 0.1
 _CACHES = "/sys/devices/system/cpu/cpu{}/cache"
 
 
-def describe(instructions: str | None = None) -> dict[str, Any]:
+def describe(threads: list[int], instructions: str | None = None) -> dict[str, Any]:
     return {
         "cpu": _cpu(),
         "cores": len(_available()),
@@ -32,7 +32,7 @@ def describe(instructions: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "symopt": symopt.__version__,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "instructions": instructions or native.INSTRUCTIONS[-1],
         "pool": native.THREADS,
         "busy": _busy(),
@@ -45,11 +45,13 @@ def line(machine: dict[str, Any]) -> str:
     caches = ", ".join(
         f"{_mib(machine[key])} {name}" for key, name in (("l2_bytes", "L2"), ("l3_bytes", "L3")) if machine[key]
     )
+    counts = machine["threads"]
+    threads = f"{' and '.join(map(str, counts))} thread{'s' * (counts != [1])}"
     busy = machine.get("busy")
     disturbed = f"; other programs kept {100 * busy:.0f} % of the cores busy" if busy and busy > DISTURBED else ""
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {caches or 'caches unknown'}; torch {machine['torch']}, "
-        f"{machine['threads']} threads, {machine['instructions']} instructions, {machine['os']}, "
+        f"{threads}, {machine['instructions']} instructions, {machine['os']}, "
         f"Python {machine['python']}, symopt {machine['symopt']}, {machine['date']}{disturbed}"
     )
 

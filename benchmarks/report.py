@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,8 +190,8 @@ def fill(results: Results, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def plot(results: Results, path: Path) -> None:
-    """Time of every method over that of fused torch.optim, on a logarithmic axis."""
+def plot(results: Results, path: Path) -> bool:
+    """Time of every method over that of fused torch.optim, on a logarithmic axis; False if that was never timed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -198,9 +199,10 @@ def plot(results: Results, path: Path) -> None:
 
     shown = [(r, r.to_floor()) for r in results.timed() if r.to_floor()]
     if not shown:
-        raise ValueError("--plot shows ratios to torch-fused, which was not timed")
+        return False
     methods = list(dict.fromkeys(name for _, ratios in shown for name in ratios))
     colors = {name: f"C{i}" for i, name in enumerate(methods)}
+    every = [1.0, *(ratio for _, ratios in shown for ratio in ratios.values())]
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
     size = (4.4 * columns, 0.9 + lines * (0.5 + 0.26 * len(methods)))
@@ -212,15 +214,16 @@ def plot(results: Results, path: Path) -> None:
         axis.axvline(1, color="0.2", linewidth=1)
         axis.set_xscale("log")
         axis.set_title(str(result.case), fontsize=9)
-        axis.margins(x=0.25)
+        axis.set_xlim(min(every) / 3, max(every) * 3)
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
     label = "time of one step / time of torch.optim's fused, unconstrained step (log scale; 1 is the floor)"
     figure.supxlabel(label, fontsize=9)
-    figure.suptitle(machine.line(results.machine), fontsize=8)
+    figure.suptitle(textwrap.fill(machine.line(results.machine), 70 * columns), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    return True
 
 
 @contextmanager

@@ -179,7 +179,7 @@ def test_sizes_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_the_readme_is_filled_between_its_marks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     copy = tmp_path / "README.md"
     copy.write_text(report.README.read_text(encoding="utf-8"), encoding="utf-8")
-    results = report.Results({"cpu": "a", "cores": 1, "l2_bytes": None, "l3_bytes": None, "threads": 1, "torch": "2",
+    results = report.Results({"cpu": "a", "cores": 1, "l2_bytes": None, "l3_bytes": None, "threads": [1], "torch": "2",
                               "instructions": "i", "os": "o", "python": "3", "symopt": "0", "date": "d"})  # fmt: skip
     results.memory = [{"case": "c", "size": "1x1", "method": "symopt", "weights_bytes": 4 << 20, "held_bytes": 16 << 20,
                        "extra_bytes": 8 << 20, "resolution_bytes": 0}]  # fmt: skip

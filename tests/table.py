@@ -96,8 +96,8 @@ def tolerance(kind: str) -> float:
         # Mechanically identical computations.
         "exact": 0.0,
         # The native step in fp32 against fp64, in ulps of the terms that are added up (test_native.py says which).
-        # Moments and imbalance take up to six roundings of half an ulp, or a sum of up to 512 positive numbers in as few
-        # lanes as the compiler makes of it (largest seen: 1.9 ulp; 3.3 without optimization).
+        # Moments and imbalance take up to six roundings of half an ulp, or a sum of up to 512 positive numbers in as
+        # few lanes as the compiler makes of it (largest seen: 1.9 ulp; 3.3 without optimization).
         "native state": 4.0,
         # Weights and factors add those of the bias corrections, a root, a division, the time scale and the retraction,
         # about twelve in all (largest seen: 3.1 ulp).
@@ -109,7 +109,8 @@ def tolerance(kind: str) -> float:
         "native weight, fp64": 6.0,
         # Some twenty fp64 steps on two backends, whose gradients feed every rounding back.
         "backends": 1e-11,
-        # The native law of the imbalance takes a weight that snaps for as large as it was before, SNAP of a typical one.
+        # The native law of the imbalance takes a weight that snaps for as large as it was before: up to SNAP of a
+        # typical one.
         "backends, snapped": 1e-7,
         # The same in fp32, where a rounding is 5e8 times as large.
         "backends, fp32": 1e-4,

@@ -327,7 +327,7 @@ def expect(case: Case, problem: Problem) -> dict[str, Expected]:
     ==================  ===============================================================================================
     momentum_buffer     ``momentum |b| + (1 - dampening) |g|``
     exp_avg             ``|m| + (1 - beta1) |g - m|``: it cancels where the gradient turns
-    exp_avg_sq, max     themselves: sums of squares
+    exp_avg_sq, max     themselves: sums of squares (see :func:`unsummed`)
     w, plain            ``|w| + lr |u|``
     w, sparse           ``(rho**2 + delta**2) |w| + rho |delta| sqrt(c**2 + 4 w**2)``
     w, group            ``(rho + <|delta|, |w|> / s**2) (rho |w| + s**2 |delta|)``
@@ -386,6 +386,7 @@ def expect(case: Case, problem: Problem) -> dict[str, Expected]:
         radial = groups.sum(far * w.abs()) / gate_sq.clamp(min=torch.finfo(torch.float64).tiny)
         shared = rho + radial
         new_terms = groups.scale(shared * rho, w.abs()) + groups.scale(shared * gate_sq, far)
+        new_terms = groups.scale(unsummed(case, groups), new_terms)
         # native.cpp does not snap a group whose two terms cancel to below 2e-3 of them: that may be rounding.
         noise = 4e-6 if math_of(case.format) == torch.float32 else 4e-14
         doubtful = groups.sum(news[-1] ** 2) <= noise * groups.sum(new_terms**2)
@@ -439,6 +440,8 @@ def _direct(
         v_terms = beta2 * moments[1] + (1 - beta2) * g_terms * g_terms
     else:
         v_terms = v
+    if groups is not None:
+        v_terms = v_terms * unsummed(case, groups)
     out["exp_avg_sq"] = Expected((v,), v_terms)
     if peak is not None:
         out["max_exp_avg_sq"] = Expected((peak,), torch.maximum(peak, v_terms))
@@ -446,6 +449,15 @@ def _direct(
     preconditioner = 1 / ((high / (1 - beta2 ** (STEP + 1))).sqrt() + EPS)
     mean = m_terms / (1 - beta1 ** (STEP + 1))
     return up, preconditioner * mean if groups is None else groups.scale(preconditioner, mean), gain
+
+
+def unsummed(case: Case, groups: Groups) -> Tensor:
+    """How much longer terms are because the *reference* sums n of them one by one, in fp64: its error is a random walk.
+
+    In fp32 that does not count, and the kernel adds in lanes and blocks.
+    """
+    size = groups.size(torch.empty(case.shape, dtype=torch.float64))
+    return 1 + size.sqrt() / 8 if case.format == "fp64" else torch.ones_like(size)
 
 
 def _free(
