@@ -1,7 +1,8 @@
 """Which kernel steps which tensor: the best one that can, and for every other the reason why not.
 
 ``reference`` is readable torch code and can step everything.  ``native`` is the fused C++ step on CPUs.  On a CPU it is
-the faster of the two at every size, a single weight included (benchmarks/README.md), so what can run natively does.
+the faster of the two at every size, a single weight included (a tenth of its time there), so what can run natively
+does.
 """
 
 from __future__ import annotations
