@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     several("--parts", PARTS, list(PARTS))
     add("--training", action="store_true", help="the same as --parts training")
     add("--instructions", choices=native.INSTRUCTIONS, help="of symopt's kernel (the best this processor has)")
-    add("--json", type=Path, metavar="FILE", help="write every median and quartile")
+    add("--json", type=Path, metavar="FILE", help="write every median and quartile, after every case")
     add(
         "--markdown", nargs="?", const="-", metavar="FILE", help="write the tables as Markdown; without FILE print them"
     )
@@ -114,9 +114,16 @@ def main(argv: list[str] | None = None) -> int:
     # torch.compile imports torch modules that are deprecated themselves.
     warnings.filterwarnings("ignore", message="`torch.jit.script_method` is deprecated", category=DeprecationWarning)
     with timing.instructions(args.instructions), report.progress(total) as say:
+
+        def keep() -> None:
+            """A run takes long: whoever stops it has what was measured until then."""
+            if args.json is not None:
+                _write(args.json, json.dumps(results.to_dict(), indent=1) + "\n")
+
         for case in chosen if "kernels" in parts else []:
             say(str(case))
             results.kernels.append(run_case(case, peers, repeats, seconds))
+            keep()
         known = {r.case: r for r in results.kernels}
         for case, method in small:
             say(f"memory of {case}: {method}")
@@ -126,9 +133,11 @@ def main(argv: list[str] | None = None) -> int:
                 results.kernels += [known[case]] if known[case].wrong else []
             if not known[case].wrong and method not in known[case].absent:
                 results.memory.append(memory.measure(case, method))
+                keep()
         for net, flags in nets:
             say(f"{net}, {flags}")
             results.training.append(run_training(net, flags, repeats, seconds))
+            keep()
     return _finish(args, results)
 
 
@@ -150,8 +159,6 @@ def _finish(args: argparse.Namespace, results: report.Results) -> int:
             report.show(results)
     if args.markdown not in (None, "-") and not results.empty():
         _write(Path(args.markdown), report.markdown(results))
-    if args.json is not None:
-        _write(args.json, json.dumps(results.to_dict(), indent=1) + "\n")
     if args.plot is not None and results.timed() and not report.plot(results, args.plot):
         print("no figure: torch-fused could not be timed in any case", file=sys.stderr)
     if args.write_readme and not wrong and not results.empty():

@@ -228,17 +228,17 @@ def plot(results: Results, path: Path) -> bool:
 
 @contextmanager
 def progress(total: int) -> Iterator[Any]:
-    """Yields ``say(text)``, which announces the next of ``total`` jobs; silent unless stderr is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda text: None
-        return
+    """Yields ``say(text)``, which announces the next of ``total`` jobs: a bar in a terminal, else a line on stderr."""
     done = 0
 
     def plain(text: str) -> None:
         nonlocal done
         done += 1
-        print(f"[{done}/{total}] {text}", file=sys.stderr)
+        print(f"[{done}/{total}] {text}", file=sys.stderr, flush=True)
 
+    if not sys.stderr.isatty():
+        yield plain
+        return
     try:
         from rich.console import Console
         from rich.progress import Progress

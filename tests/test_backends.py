@@ -121,7 +121,7 @@ def moved(run: Run, row: ConstraintRow) -> bool:
 # -- the same steps --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("imbalance", "time_scale"), [(1.0, "saturated"), (0.0, "saturated"), (0.5, "none")])
+@pytest.mark.parametrize(("imbalance", "time_scale"), [(1.0, "saturated"), (0.0, "none")])
 @every_optimizer
 @every_row
 def test_twenty_steps_in_fp64(row: ConstraintRow, opt_row: OptimizerRow, imbalance: float, time_scale: str) -> None:
@@ -133,8 +133,10 @@ def test_twenty_steps_in_fp64(row: ConstraintRow, opt_row: OptimizerRow, imbalan
     assert moved(ours, row)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@every_optimizer
+LOW = [(row, torch.float32) for row in OPTIMIZERS] + [(row, dtype) for row in FEW for dtype in HALF]
+
+
+@pytest.mark.parametrize(("opt_row", "dtype"), LOW, ids=lambda x: ids(x) if isinstance(x, OptimizerRow) else str(x))
 @every_row
 def test_twenty_steps_in_lower_precision(row: ConstraintRow, opt_row: OptimizerRow, dtype: torch.dtype) -> None:
     ours, theirs = both(row, opt_row, dtype)
@@ -183,7 +185,7 @@ def test_a_step_of_length_zero_changes_no_bit(
             assert torch.equal(value, before[key]), key
 
 
-@every_optimizer
+@few_optimizers
 @every_row
 def test_numbers_that_schedules_change(row: ConstraintRow, opt_row: OptimizerRow) -> None:
     ours, theirs = both(row, opt_row)
@@ -195,6 +197,21 @@ def test_numbers_that_schedules_change(row: ConstraintRow, opt_row: OptimizerRow
             group["time_scale"] = ["saturated", "none"][t % 4 == 3]
             step(run, t)
         close(ours, theirs, kind_of(row))
+
+
+@every_row
+def test_tensor_settings(row: ConstraintRow) -> None:
+    def number(x: float) -> Tensor:
+        return torch.tensor(x, dtype=torch.float64)
+
+    options = {"lr": number(0.01), "betas": (number(0.8), number(0.95)), "foreach": False, "strength": number(0.3)}
+    ours, theirs = both(row, FEW[2], **options)
+    plain = start(row, FEW[2], backend="native", lr=0.01, betas=(0.8, 0.95), strength=0.3)
+    for t in range(5):
+        for run in (ours, theirs, plain):
+            step(run, t)
+    close(ours, theirs, kind_of(row))
+    assert equal(ours, plain)
 
 
 # -- torch.optim -----------------------------------------------------------------------------------------------------
@@ -292,7 +309,7 @@ def continued(run: Run, row: ConstraintRow, opt_row: OptimizerRow, backend: str)
     return module, opt
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @every_optimizer
 @every_row
 def test_a_checkpoint_continues_on_the_other_backend(
@@ -690,9 +707,9 @@ EVENTS = [
 @every_row
 def test_whatever_happens_between_steps_is_noticed(row: ConstraintRow, opt_row: OptimizerRow, event: Any) -> None:
     ours, theirs = start(row, opt_row), start(row, opt_row, backend="reference")
-    for t in range(9):
+    for t in range(7):
         for run in (ours, theirs):
-            if t in (3, 5):
+            if t in (2, 4):
                 event(run)
             step(run, t)
         close_moments(ours, theirs, kind_of(row))
@@ -760,6 +777,33 @@ def test_a_weight_of_another_shape_is_refused(kind: str, backend: str) -> None:
         opt.step()
     for key, value in tensors((module, opt)).items():
         assert torch.equal(value, before[key]) or key.endswith("step"), key
+
+
+@every_backend
+def test_a_weight_of_another_shape_with_fresh_state_has_other_groups(backend: str) -> None:
+    """As many numbers, but groups are cut from the new shape."""
+    module = made((4, 6), KINDS["out"]())
+    opt = symopt.AdamW(module, lr=0.01, backend=backend)
+    step((module, opt), 0)
+    opt.state.clear()
+    module.weight.grad = None
+    module.weight.data = module.weight.data.clone().reshape(6, 4)
+    step((module, opt), 1)
+    assert opt.state[module.weight]["exp_avg_sq"].shape == (6,)
+
+
+def test_sparse_gradients_are_refused_in_words_that_fit() -> None:
+    for constrained in (True, False):
+        net = nn.Embedding(5, 3, sparse=True)
+        if constrained:
+            symopt.constrain(net, {"weight": symopt.Sparse()})
+        before = net.weight.detach().clone()
+        opt = symopt.SGD(net, lr=0.1, backend="native")
+        net(torch.tensor([1, 2])).sum().backward()
+        with pytest.raises(RuntimeError, match=r"^weight: sparse gradients are not supported") as error:
+            opt.step()
+        assert torch.equal(net.weight, before)
+        assert ("constrain" in str(error.value)) == constrained
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "factor_0", "imbalance", "group_index"])

@@ -692,6 +692,30 @@ def test_every_value_of_every_axis_occurs_at_large_sizes_too(retraction: str) ->
         assert seen == wanted, axis
 
 
+@pytest.mark.parametrize("instructions", native.INSTRUCTIONS)
+def test_a_group_whose_terms_nearly_cancel_is_not_taken_for_zero(instructions: str) -> None:
+    """Its norm comes from four fp32 sums and drowns in their rounding; the members know that they are not yet zero."""
+    n, lr, decay = 1 << 16, 1.0, 0.1
+    generator = torch.Generator().manual_seed(0)
+    pull = 0.05 * (1 + torch.rand(n, generator=generator, dtype=torch.float64))
+    off = 1 + (1e-5 + 4e-5 * torch.rand(n, generator=generator, dtype=torch.float64))
+    w = pull
+    for _ in range(50):  # to where the group retraction at c = 1 ends in zero: rho w = s**2 t pull
+        metric = (1 + 4 * w * w).sqrt()
+        w = (1 + metric) / 2 * pull / (metric - decay)
+    w, g = (w * off).float(), pull.float()
+    groups = symopt.GroupSparse("out").partition(w)
+    state = {"imbalance": torch.tensor(1.0), "metric_scale": torch.tensor(0.01)}
+    c, scale = (state[key].double() for key in ("imbalance", "metric_scale"))
+    want = reference.group(w.double(), lr * g.double(), decay, c, scale, groups)
+    assert bool((want.abs() < 1e-4 * w).all()) and bool((want != 0).all())
+    entry = native.Entry()
+    native.fill(entry, w, state, "group", groups)
+    entry.grad, entry.inside, entry.outside = g.data_ptr(), decay, decay
+    native.step([entry], "sgd", lr=lr, instructions=instructions)
+    assert entry.zeros == int((w == 0).sum()) == 0
+
+
 MEANT = {"lr": Case().lr, "strength": STRENGTH, "beta1": BETA1, "beta2": BETA2, "momentum": 0.8, "dampening": 0.3}
 MEANT |= {"imbalance_decay": 0.9, "weight_decay": 0.1, "grad_scale": 3.0}
 
@@ -789,7 +813,8 @@ def test_nan_and_infinity_stay_where_they_are(
     retraction: str, shape: tuple[int, ...], groups: str | int | None, instructions: str
 ) -> None:
     """They appear where the reference has them, move no other unit by a bit, and leave the imbalance finite."""
-    for i, (direction, saturated) in enumerate(itertools.product(DIRECTIONS, [True, False])):
+    for i, direction in enumerate(DIRECTIONS):
+        saturated = i % 2 == 0
         format = ["fp32", "fp64", "bf16", "bf16+master", "fp16", "fp16+master"][i % 6]
         format = format.removesuffix("+master") if retraction == "sparse_free" else format
         clean = Case(
@@ -914,7 +939,7 @@ def test_a_tensor_large_enough_for_large_chunks(threads: None) -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_step_of_length_zero_changes_no_bit_of_a_weight(direction: str, retraction: str) -> None:
     """Nor of factors and masters.  Only a negative zero may lose its sign."""
-    for case in product_of_axes(direction, retraction):
+    for case in itertools.islice(product_of_axes(direction, retraction), 0, None, 5):
         for decay in (None, 0.0) if retraction == "sparse_free" else (None,):
             problem = make(case)
             for key in ("w", "master"):
@@ -1022,8 +1047,9 @@ def test_the_step_count_may_be_fp32_or_fp64_and_large() -> None:
 @pytest.mark.parametrize("keep", [1.0, 0.9, 1e-3, 0.0])
 @pytest.mark.parametrize("retraction", RETRACTIONS[1:])
 def test_a_given_decay_of_the_imbalance(retraction: str, keep: float) -> None:
-    """Alike in every direction, instruction set and format; in the free gauge it rebalances each weight's factors."""
-    for direction, format, instructions in itertools.product(DIRECTIONS, FORMATS, native.INSTRUCTIONS):
+    """Alike in every direction and instruction set; in the free gauge it rebalances each weight's factors."""
+    for i, (direction, instructions) in enumerate(itertools.product(DIRECTIONS, native.INSTRUCTIONS)):
+        format = list(FORMATS)[i % len(FORMATS)]
         shape, groups = GROUPS["in-rows-33"] if retraction == "group" else ((700,), None)
         case = Case(direction, retraction, shape, groups, format, instructions, imbalance_decay=keep, seed=1)
         if not applies(case):

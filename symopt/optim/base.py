@@ -255,10 +255,9 @@ class ConstrainedOptimizer(ConstrainedState):
             slots.append(slot)
         for p in [*(slot.p for slot in slots), *(p for p, _ in rest)]:
             if p.grad is not None and p.grad.layout is not torch.strided:
-                raise RuntimeError(
-                    f"{self._names[p]}: sparse gradients are not supported for constrained parameters; use "
-                    "sparse=False, or leave this parameter out of symopt.constrain"
-                )
+                way = "leave backend at None" if self._constraint(p) is None else "leave it out of symopt.constrain"
+                reason = f"sparse gradients are not supported here; use sparse=False or {way}"
+                raise RuntimeError(f"{self._names[p]}: {reason}")
         return slots, rest, plain
 
     def _backend(self, group: dict[str, Any], p: Tensor, constraint: Constraint | None) -> str:

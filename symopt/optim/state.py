@@ -24,7 +24,7 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
     param_groups: list[dict[str, Any]]
     _names: dict[Tensor, str]
     _bound: dict[Tensor, Constraint | None]
-    _groups: dict[Tensor, Groups]
+    _groups: dict[Tensor, tuple[torch.Size, Groups]]
     _slots: dict[Tensor, Slot]
     _epoch: int
     number: int
@@ -41,12 +41,12 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
 
     def groups(self, p: Tensor, constraint: Constraint) -> Groups | None:
         """The partition of ``p`` into units, cached; an index map is the state tensor ``group_index``."""
-        cached = self._groups.get(p)
+        shape, cached = self._groups.get(p, (None, None))
         index = self.state[p].get("group_index") if p in self.state else None
-        if cached is None or cached.index is not index:
+        if cached is None or shape != p.shape or cached.index is not index:
             cached = constraint.partition(p.detach(), index)
             if cached is not None and (cached.index is index):
-                self._groups[p] = cached
+                self._groups[p] = (p.shape, cached)
         return cached
 
     def _per_weight(self, p: Tensor, constraint: Constraint) -> dict[str, Tensor]:
