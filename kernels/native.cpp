@@ -84,8 +84,8 @@ void cut(Work& w) {
   w.grouped = e.retraction == GROUP;
   if (!w.grouped) {
     int64_t chunk = e.numel < SMALL ? SMALL_CHUNK : std::max(CHUNK, (e.numel / CHUNKS + BLOCK) / BLOCK * BLOCK);
-    w.part = chunk;
-    w.tasks = std::max<int64_t>(1, (e.numel + chunk - 1) / chunk);
+    w.part = e.of ? chunk / e.of * e.of : chunk;
+    w.tasks = std::max<int64_t>(1, (e.numel + w.part - 1) / w.part);
   } else if (e.index) {
     w.units = 1;
     w.parts = std::max<int64_t>(1, std::min<int64_t>(16, e.numel / std::max(CHUNK, 64 * e.groups)));
@@ -137,7 +137,8 @@ Law<double> law(const Entry& e, const Settings& s) {
     if (e.wide_step) *static_cast<double*>(e.step) = step;
     else *static_cast<float*>(e.step) = float(step);
   }
-  k.direction = s.direction, k.nesterov = s.nesterov, k.saturated = s.saturated;
+  k.direction = s.direction == ADAM && e.decoupled ? ADAMW : s.direction;
+  k.nesterov = s.nesterov, k.saturated = s.saturated;
   k.lr = s.lr, k.momentum = s.momentum, k.undamped = 1 - s.dampening;
   k.fresh1 = 1 - s.beta1, k.beta2 = s.beta2, k.fresh2 = 1 - s.beta2, k.eps = s.eps;
   k.unbias1 = e.step ? 1 / (1 - std::pow(s.beta1, step)) : 1;
@@ -145,9 +146,13 @@ Law<double> law(const Entry& e, const Settings& s) {
   k.factor = (s.maximize ? -1.0 : 1.0) / (s.grad_scale ? double(*s.grad_scale) : 1.0);
   k.weight_decay = constrained || s.direction == ADAMW ? 0 : s.weight_decay;
   double amplify = s.direction == SGD && e.first ? (1 - s.dampening) / (1 - s.momentum) : 1;
-  k.inside = constrained ? s.lr * e.inside * amplify : s.direction == ADAMW ? s.lr * s.weight_decay : 0;
-  k.outside = s.lr * e.outside * amplify;
-  k.threshold = e.threshold, k.imbalance_decay = s.imbalance_decay;
+  const double given[4] = {e.inside, e.outside, e.threshold, s.imbalance_decay}, *trim = e.trim ? e.trim : given;
+  const bool pattern = e.of && trim[2] >= 0;
+  k.keep = pattern ? e.keep : 0, k.of = pattern ? e.of : 0;
+  k.inside = constrained ? s.lr * trim[0] * amplify : s.direction == ADAMW ? s.lr * s.weight_decay : 0;
+  k.outside = s.lr * trim[1] * amplify;
+  k.threshold = trim[2], k.snaps = trim[2] < 0 ? HUGE_VAL : trim[2];
+  k.imbalance_decay = trim[3];
   bool wide = e.dtype == 1;
   k.imbalance = !e.imbalance ? 0 : wide ? read<double>(e.imbalance) : read<float>(e.imbalance);
   k.metric_scale = !e.metric_scale ? 1 : wide ? read<double>(e.metric_scale) : read<float>(e.metric_scale);
@@ -161,7 +166,7 @@ void finish(Work& w, const Settings& s) {
   for (int64_t i = 0; i < w.tasks; i++) all.add(w.tallies[i].sum, w.tallies[i].square, w.tallies[i].zeros);
   e.zeros = all.zeros;
   if (!e.imbalance || e.retraction == SPARSE_FREE || e.retraction == PLAIN) return;
-  double c = w.k.imbalance, keep = s.imbalance_decay;
+  double c = w.k.imbalance, keep = w.k.imbalance_decay;
   if (keep < 0) {
     double decay = w.k.inside;
     if (w.sample) {
@@ -301,7 +306,7 @@ SYMOPT_PUBLIC int symopt_step(Entry* const* entries, int64_t count, const Settin
     tasks += w.split ? 2 * w.tasks : w.tasks;
     elements += w.e->numel;
     bool trimmed = w.e->threshold >= 0 && w.e->inside != w.e->outside;
-    if (w.e->imbalance && w.e->retraction != PLAIN && s.imbalance_decay < 0 &&
+    if (w.e->imbalance && w.e->retraction != PLAIN && s.imbalance_decay < 0 && !w.e->trim &&
         (s.direction == ADAM || trimmed || (w.grouped && s.direction == ADAMW))) {
       int64_t n = w.grouped ? (w.e->index ? w.e->groups : w.e->bands * w.e->groups) : w.e->numel;
       w.stride = std::max<int64_t>(1, n / SAMPLE);
@@ -314,6 +319,26 @@ SYMOPT_PUBLIC int symopt_step(Entry* const* entries, int64_t count, const Settin
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;
+}
+
+// The k-th smallest size (k from 1) among all elements of some fp32 tensors, exactly; NaN counts as largest.  Sizes of
+// floats are ordered as their bits are: 12, then 10, then 9 of them are counted, one pass each.
+SYMOPT_PUBLIC float symopt_rank(const float* const* tensors, const int64_t* numels, int64_t count, int64_t k) {
+  uint32_t prefix = 0, known = 0;
+  for (int shift : {19, 9, 0}) {
+    const int bits = shift == 19 ? 12 : shift == 9 ? 10 : 9;
+    int64_t counts[1 << 12] = {};
+    for (int64_t t = 0; t < count; t++)
+      for (int64_t i = 0; i < numels[t]; i++) {
+        const uint32_t key = cast<uint32_t>(tensors[t][i]) & 0x7fffffff;
+        if ((key & known) == prefix) counts[key >> shift & ((1u << bits) - 1)]++;
+      }
+    uint32_t bucket = 0;
+    for (; bucket + 1 < (1u << bits) && counts[bucket] < k; bucket++) k -= counts[bucket];
+    prefix |= bucket << shift;
+    known |= ((1u << bits) - 1) << shift;
+  }
+  return cast<float>(prefix);
 }
 
 }  // extern "C"

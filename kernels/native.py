@@ -11,7 +11,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from ctypes import POINTER, Structure, byref, c_double, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_double, c_float, c_int32, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from symopt_kernels.groups import Groups
 
-__all__ = ["DTYPES", "INSTRUCTIONS", "THREADS", "UNAVAILABLE", "Entry", "Settings", "fill", "layout", "step"]
+__all__ = ["DTYPES", "INSTRUCTIONS", "THREADS", "UNAVAILABLE", "Entry", "Settings", "fill", "layout", "rank", "step"]
 
 DIRECTIONS = ("sgd", "adam", "adamw")
 RETRACTIONS = ("plain", "sparse", "sparse_free", "group")
@@ -33,11 +33,14 @@ class Entry(Structure):
 
     _fields_: ClassVar = [
         *[(name, c_void_p) for name in ("weight", "grad", "master", "first", "second", "peak", "factor_0", "factor_1")],
-        *[(name, c_void_p) for name in ("imbalance", "metric_scale", "step", "index")],
+        *[(name, c_void_p) for name in ("imbalance", "metric_scale", "step", "trim", "index")],
         *[(name, c_int64) for name in ("numel", "bands", "rows", "groups", "run")],
         *[(name, c_double) for name in ("inside", "outside", "threshold")],
         ("zeros", c_int64),
-        *[(name, c_int32) for name in ("retraction", "dtype", "fresh", "wide_step")],
+        *[
+            (name, c_int32)
+            for name in ("retraction", "dtype", "fresh", "wide_step", "keep", "of", "decoupled", "unused")
+        ],
     ]
 
 
@@ -67,6 +70,8 @@ def _find() -> tuple[Any, str | None]:
         return None, f"the C++ extension does not load: {error}"
     if sizes != ctypes.sizeof(Entry) * 1000 + ctypes.sizeof(Settings):
         return None, "the C++ extension was built from another version of symopt; install symopt again"
+    library.symopt_rank.argtypes = [POINTER(c_void_p), POINTER(c_int64), c_int64, c_int64]
+    library.symopt_rank.restype = c_float
     library.symopt_step.argtypes = [POINTER(c_void_p), c_int64, POINTER(Settings)]
     return library, None
 
@@ -145,7 +150,7 @@ def fill(
     assert shape is not None
     keys = {"first": "exp_avg" if "exp_avg" in state else "momentum_buffer", "second": "exp_avg_sq"}
     keys |= {"peak": "max_exp_avg_sq", "index": "group_index"}
-    keys |= {key: key for key in ("master", "factor_0", "factor_1", "imbalance", "metric_scale", "step")}
+    keys |= {key: key for key in ("master", "factor_0", "factor_1", "imbalance", "metric_scale", "step", "trim")}
     entry.weight = weight.data_ptr()
     for name, key in keys.items():
         setattr(entry, name, state[key].data_ptr() if key in state else None)
@@ -204,3 +209,12 @@ def step(
     table = (c_void_p * len(entries))(*map(ctypes.addressof, entries))
     if _library.symopt_step(table, len(entries), byref(settings)):
         raise MemoryError("the native step found no memory for its bookkeeping; nothing was changed")
+
+
+def rank(tensors: Sequence[Tensor], k: int) -> float:
+    """The ``k``-th smallest size, counted from 1, among all elements of dense fp32 tensors; NaN counts as largest."""
+    places = (c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+    found: float = _library.symopt_rank(
+        places, (c_int64 * len(tensors))(*(t.numel() for t in tensors)), len(tensors), k
+    )
+    return found

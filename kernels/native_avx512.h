@@ -45,7 +45,7 @@ static inline __m512 inverse(__m512 a) {
 }
 
 // BALANCED: the imbalance is 0, as it is for most of training.  Then the metric is 2 |w| and nobody asks for sizes.
-template <bool COUPLED, bool BALANCED>
+template <Source SOURCE, bool BALANCED>
 static int32_t sparse_saturated(int64_t n, float* __restrict w, const float* __restrict update,
                                 const float* __restrict gain, const Law<float>& k, Tally& tally) {
   const auto all = [](float x) { return _mm512_set1_ps(x); };
@@ -58,9 +58,15 @@ static int32_t sparse_saturated(int64_t n, float* __restrict w, const float* __r
   each(n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     __m512 x = lanes.load(w + i), delta = _mm512_mul_ps(lr, lanes.load(update + i));
     __m512 decay = inside;
-    if (trimmed)
-      decay = _mm512_mask_mov_ps(inside, _mm512_cmp_ps_mask(size(x), threshold, _CMP_LE_OQ), outside);
-    if (COUPLED) decay = _mm512_mul_ps(decay, lanes.load(gain + i));
+    __mmask16 may_snap = 0xffff;
+    if (SOURCE == PATTERN) {
+      decay = lanes.load(gain + i);
+      may_snap = _mm512_cmp_ps_mask(decay, outside, _CMP_EQ_OQ);
+    } else if (trimmed) {
+      may_snap = _mm512_cmp_ps_mask(size(x), threshold, _CMP_LE_OQ);
+      decay = _mm512_mask_mov_ps(inside, may_snap, outside);
+    }
+    if (SOURCE == COUPLED) decay = _mm512_mul_ps(decay, lanes.load(gain + i));
     const __m512 pull = size(delta), drive = _mm512_add_ps(decay, pull), twice = _mm512_add_ps(x, x);
     __m512 metric, t;
     if (BALANCED) {
@@ -76,7 +82,7 @@ static int32_t sparse_saturated(int64_t n, float* __restrict w, const float* __r
     const __m512 rho = _mm512_fnmadd_ps(t, decay, one);
     const __m512 keep = _mm512_fmadd_ps(delta, delta, _mm512_mul_ps(rho, rho));
     x = _mm512_fmsub_ps(keep, x, _mm512_mul_ps(_mm512_mul_ps(rho, delta), metric));
-    const __m512 far = size(x), limit = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(pull, decay, _CMP_LT_OQ), snap);
+    const __m512 far = size(x), limit = _mm512_maskz_mov_ps(may_snap & _mm512_cmp_ps_mask(pull, decay, _CMP_LT_OQ), snap);
     const __mmask16 zero = lanes.of(_mm512_cmp_ps_mask(far, limit, _CMP_LE_OQ));
     if (!BALANCED) {
       sum = _mm512_add_ps(sum, far);
@@ -92,9 +98,11 @@ static int32_t sparse_saturated(int64_t n, float* __restrict w, const float* __r
 static int32_t sparse(int64_t n, float* w, const float* update, const float* gain, const Law<float>& k, Tally& tally) {
   if (!k.saturated) return sparse<float>(n, w, update, gain, k, tally);
   const Tally before = tally;
-  const bool coupled = k.direction == ADAM, balanced = k.imbalance == 0;
-  auto loop = coupled ? (balanced ? sparse_saturated<true, true> : sparse_saturated<true, false>)
-                      : (balanced ? sparse_saturated<false, true> : sparse_saturated<false, false>);
+  const bool balanced = k.imbalance == 0;
+  const Source from = source(k);
+  auto loop = from == COUPLED   ? (balanced ? sparse_saturated<COUPLED, true> : sparse_saturated<COUPLED, false>)
+              : from == PATTERN ? (balanced ? sparse_saturated<PATTERN, true> : sparse_saturated<PATTERN, false>)
+                                : (balanced ? sparse_saturated<UNIFORM, true> : sparse_saturated<UNIFORM, false>);
   const int32_t zeros = loop(n, w, update, gain, k, tally);
   if (!(tally.square - before.square <= Law<float>::largest)) tally = before, add_finite(n, w, tally);
   return zeros;

@@ -107,18 +107,40 @@ template <class T> static void add_finite(int64_t n, const T* w, Tally& tally) {
     if (size(w[i]) <= Law<T>::largest) tally.add(size(w[i]), w[i] * w[i], 0);
 }
 
-template <class T, bool COUPLED, bool SATURATED>
+// N:M: the decays of n weights, `outside` for all but the `keep` largest of every `of`; of equal sizes the first counts.
+template <class T> LOOP void rank(int64_t n, const T* __restrict w, T* __restrict decays, int keep, int of, T inside, T outside) {
+  for (int64_t i = 0; i < n; i += of)
+    for (int j = 0; j < of; j++) {
+      int larger_ones = 0;
+      for (int l = 0; l < of; l++) {
+        T mine = size(w[i + j]), other = size(w[i + l]);
+        larger_ones += (other > mine) | ((other == mine) & (l < j));
+      }
+      decays[i + j] = larger_ones < keep ? inside : outside;
+    }
+}
+
+// Where a weight's decay comes from: the threshold alone, times the preconditioner in `gain`, or `rank`, via `gain`.
+enum Source { UNIFORM, COUPLED, PATTERN };
+
+template <class T> static Source source(const Law<T>& k) {
+  return k.of ? PATTERN : k.direction == ADAM ? COUPLED : UNIFORM;
+}
+
+template <class T, Source SOURCE, bool SATURATED>
 LOOP int32_t sparse_loop(int64_t n, T* __restrict w, const T* __restrict update, const T* __restrict gain,
                            const Law<T>& k, Tally& tally) {
   const T lr = k.lr, inside = k.inside, outside = k.outside, threshold = k.threshold, scale = k.metric_scale;
-  const T square_c = k.imbalance * k.imbalance, snap = T(SNAP) * scale;
+  const T square_c = k.imbalance * k.imbalance, snap = T(SNAP) * scale, most = k.snaps;
   T sum = 0, square = 0;
   int32_t zeros = 0;
 #pragma omp simd reduction(+ : sum, square, zeros)
   for (int64_t i = 0; i < n; i++) {
     T x = w[i], delta = lr * update[i], decay = size(x) <= threshold ? outside : inside;
-    if (COUPLED) decay = decay * gain[i];
-    T pull = size(delta), metric = root(square_c + (x + x) * (x + x)), limit = pull < decay ? snap : T(0);
+    if (SOURCE == COUPLED) decay = decay * gain[i];
+    if (SOURCE == PATTERN) decay = gain[i];
+    bool may_snap = SOURCE == PATTERN ? decay == outside : size(x) <= most;
+    T pull = size(delta), metric = root(square_c + (x + x) * (x + x)), limit = (pull < decay) & may_snap ? snap : T(0);
     T t = SATURATED ? 1 / larger(metric, larger(scale, decay + pull)) : 1 / larger(decay, T(1));
     delta = t * delta;
     T rho = 1 - t * decay;
@@ -136,17 +158,19 @@ LOOP int32_t sparse_loop(int64_t n, T* __restrict w, const T* __restrict update,
 
 template <class T>
 static int32_t sparse(int64_t n, T* w, const T* update, const T* gain, const Law<T>& k, Tally& tally) {
-  auto loop = k.direction == ADAM ? (k.saturated ? sparse_loop<T, true, true> : sparse_loop<T, true, false>)
-                                  : (k.saturated ? sparse_loop<T, false, true> : sparse_loop<T, false, false>);
+  const Source from = source(k);
+  auto loop = from == COUPLED   ? (k.saturated ? sparse_loop<T, COUPLED, true> : sparse_loop<T, COUPLED, false>)
+              : from == PATTERN ? (k.saturated ? sparse_loop<T, PATTERN, true> : sparse_loop<T, PATTERN, false>)
+                                : (k.saturated ? sparse_loop<T, UNIFORM, true> : sparse_loop<T, UNIFORM, false>);
   return loop(n, w, update, gain, k, tally);
 }
 
 // With REBALANCE every a^2 - b^2 is first multiplied by `keep` at the same product, in closed form.
-template <class T, bool COUPLED, bool SATURATED, bool REBALANCE>
+template <class T, Source SOURCE, bool SATURATED, bool REBALANCE>
 LOOP int32_t sparse_free_loop(int64_t n, T* __restrict w, T* __restrict factor_0, T* __restrict factor_1,
                                 const T* __restrict update, const T* __restrict gain, const Law<T>& k) {
   const T lr = k.lr, inside = k.inside, outside = k.outside, threshold = k.threshold, scale = k.metric_scale;
-  const T snap = T(SNAP) * scale, keep_imbalance = k.imbalance_decay;
+  const T snap = T(SNAP) * scale, keep_imbalance = k.imbalance_decay, most = k.snaps;
   int32_t zeros = 0;
 #pragma omp simd reduction(+ : zeros)
   for (int64_t i = 0; i < n; i++) {
@@ -159,8 +183,10 @@ LOOP int32_t sparse_free_loop(int64_t n, T* __restrict w, T* __restrict factor_0
       b = b < 0 ? -new_b : new_b;
     }
     T delta = lr * update[i], decay = size(old) <= threshold ? outside : inside;
-    if (COUPLED) decay = decay * gain[i];
-    T pull = size(delta), limit = (SATURATED && pull < decay) ? snap : T(-1);
+    if (SOURCE == COUPLED) decay = decay * gain[i];
+    if (SOURCE == PATTERN) decay = gain[i];
+    bool may_snap = SATURATED & (SOURCE == PATTERN ? decay == outside : size(old) <= most);
+    T pull = size(delta), limit = (pull < decay) & may_snap ? snap : T(-1);
     T t = SATURATED ? 1 / larger(b * b + a * a, larger(scale, decay + pull)) : 1 / larger(decay, T(1));
     delta = t * delta;
     T rho = 1 - t * decay, u = rho * a - delta * b, v = rho * b - delta * a, x = u * v;
@@ -177,20 +203,22 @@ LOOP int32_t sparse_free_loop(int64_t n, T* __restrict w, T* __restrict factor_0
   return zeros;
 }
 
-template <class T, bool COUPLED>
+template <class T, Source SOURCE>
 static int32_t sparse_free_as(int64_t n, T* w, T* factor_0, T* factor_1, const T* update, const T* gain,
                               const Law<T>& k) {
   const bool rebalance = k.imbalance_decay >= 0;
   auto loop = k.saturated
-                  ? (rebalance ? sparse_free_loop<T, COUPLED, true, true> : sparse_free_loop<T, COUPLED, true, false>)
-                  : (rebalance ? sparse_free_loop<T, COUPLED, false, true> : sparse_free_loop<T, COUPLED, false, false>);
+                  ? (rebalance ? sparse_free_loop<T, SOURCE, true, true> : sparse_free_loop<T, SOURCE, true, false>)
+                  : (rebalance ? sparse_free_loop<T, SOURCE, false, true> : sparse_free_loop<T, SOURCE, false, false>);
   return loop(n, w, factor_0, factor_1, update, gain, k);
 }
 
 template <class T>
 static int32_t sparse_free(int64_t n, T* w, T* factor_0, T* factor_1, const T* update, const T* gain, const Law<T>& k) {
-  return (k.direction == ADAM ? sparse_free_as<T, true> : sparse_free_as<T, false>)(n, w, factor_0, factor_1, update,
-                                                                                  gain, k);
+  const Source from = source(k);
+  auto as = from == COUPLED ? sparse_free_as<T, COUPLED> : from == PATTERN ? sparse_free_as<T, PATTERN>
+                                                                           : sparse_free_as<T, UNIFORM>;
+  return as(n, w, factor_0, factor_1, update, gain, k);
 }
 
 // Factors that compose to the weight in its storage format W; where somebody changed the weight they are split anew.
@@ -272,7 +300,7 @@ LOOP void decide(int64_t n, T* __restrict second, T* __restrict peak, const doub
   constexpr double NOISE = sizeof(T) == 4 ? 4e-6 : 4e-14, TINY = Law<T>::smallest;
   const double inside = k.inside, outside = k.outside, threshold = k.threshold, c = k.imbalance, scale = k.metric_scale;
   const double fresh2 = k.fresh2, beta2 = k.beta2, unbias1 = k.unbias1, unbias2 = k.unbias2, eps = k.eps;
-  const bool saturated = k.saturated, amsgrad = peak != nullptr;
+  const bool saturated = k.saturated, amsgrad = peak != nullptr, all = threshold < 0;
   double sum = 0, square = 0;
 #pragma omp simd reduction(+ : sum, square)
   for (int64_t j = 0; j < n; j++) {
@@ -289,7 +317,8 @@ LOOP void decide(int64_t n, T* __restrict second, T* __restrict peak, const doub
       lr *= p * unbias1;
       gain = DIRECTION == ADAM ? p : root(count);
     }
-    double decay = (root(ww[j]) <= threshold ? outside : inside) * gain;
+    bool outer = root(ww[j]) <= threshold;
+    double decay = (outer ? outside : inside) * gain;
     double metric = root(c * c + 4 * ww[j]), pull = lr * root(uu[j]);
     double most = saturated ? larger(metric, larger(scale, decay + pull)) : larger(decay, 1.0);
     double t = 1 / most, gate_sq = (c + metric) / 2, rho = 1 - t * decay;
@@ -298,7 +327,7 @@ LOOP void decide(int64_t n, T* __restrict second, T* __restrict peak, const doub
     // A group must not snap because two large terms cancel to within their rounding.
     double terms = a * a * ww[j] + b * b * uu[j], rest = terms - 2 * a * b * uw[j];
     double far = root(rest < NOISE * terms ? NOISE * terms : rest);
-    bool snapped = (far <= SNAP * scale) & (pull < decay), lost = !(far <= Law<double>::largest);
+    bool snapped = (far <= SNAP * scale) & (pull < decay) & (outer | all), lost = !(far <= Law<double>::largest);
     double counted = (snapped | lost) ? 0.0 : far;
     sum += counted;
     square += counted * counted;

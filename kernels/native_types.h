@@ -82,12 +82,15 @@ struct Entry {
   void* imbalance;
   const void* metric_scale;
   void* step;              // 0-dim counter, or null
+  const double* trim;      // or null: the next three strengths and, in the fourth place, the imbalance's factor
   const int64_t* index;    // group of every weight, or null where the five sizes below describe the groups
   int64_t numel;
   int64_t bands, rows, groups, run;  // element ((band * rows + row) * groups + group) * run + member
-  double inside, outside, threshold;  // strengths above and up to a size of the threshold
+  double inside, outside, threshold;  // strengths above and up to a size of the threshold; negative: one for all
   int64_t zeros;           // out: exact zeros after the step
   int32_t retraction, dtype, fresh, wide_step;  // fresh: momentum_buffer is new; wide_step: the counter is fp64
+  int32_t keep, of;        // the `keep` largest of every `of` neighbours are inside, whatever the threshold; or 0 and 0
+  int32_t decoupled, unused;  // strengths bypass Adam's preconditioner, as AdamW's do
 };
 
 struct Settings {
@@ -113,7 +116,8 @@ template <class T> struct Law {
   static constexpr T smallest = sizeof(T) == 4 ? T(1.1754943508222875e-38) : T(2.2250738585072014e-308);
   T lr, inside, outside, threshold, imbalance, metric_scale, momentum, undamped, fresh1, beta2, fresh2, unbias1, unbias2,
       eps, factor, weight_decay, imbalance_decay;
-  int32_t direction, nesterov, saturated;
+  T snaps;  // up to this size a weight may become zero: the threshold, or infinity without one
+  int32_t direction, nesterov, saturated, keep, of;
 
   Law() = default;
   template <class S> explicit Law(const Law<S>& k)
@@ -121,7 +125,7 @@ template <class T> struct Law {
         metric_scale(T(k.metric_scale)), momentum(T(k.momentum)), undamped(T(k.undamped)), fresh1(T(k.fresh1)),
         beta2(T(k.beta2)), fresh2(T(k.fresh2)), unbias1(T(k.unbias1)), unbias2(T(k.unbias2)), eps(T(k.eps)),
         factor(T(k.factor)), weight_decay(T(k.weight_decay)), imbalance_decay(T(k.imbalance_decay)),
-        direction(k.direction), nesterov(k.nesterov), saturated(k.saturated) {}
+        snaps(T(k.snaps)), direction(k.direction), nesterov(k.nesterov), saturated(k.saturated), keep(k.keep), of(k.of) {}
 };
 
 // `rows` rows of `width` elements, `row_stride` apart: `groups` neighbouring groups with runs of `run`; `group` is the

@@ -92,8 +92,9 @@ static void single(const Entry& e, const Law<T>& k, int64_t begin, int64_t end, 
     mend<T, W>(b.n, b.w, factor_0, factor_1, k.imbalance);
     return sparse_free(b.n, b.w, factor_0, factor_1, b.u, b.gain, k);
   };
-  for (int64_t i = begin; i < end; i += BLOCK) {
-    b.open(e, k, i, end - i < BLOCK ? end - i : BLOCK);
+  const int64_t whole = e.of ? BLOCK / e.of * e.of : BLOCK;
+  for (int64_t i = begin; i < end; i += whole) {
+    b.open(e, k, i, std::min(end - i, whole));
     if (k.direction == SGD) {
       b.direct(e, k);
     } else {
@@ -101,10 +102,11 @@ static void single(const Entry& e, const Law<T>& k, int64_t begin, int64_t end, 
       adam(b.n, b.g, static_cast<T*>(e.first) + i, static_cast<T*>(e.second) + i, peak, b.update_copy, b.gain, k);
       b.u = b.update_copy;
     }
+    if (k.of) rank(b.n, b.w, b.gain, k.keep, k.of, k.inside, k.outside);
     if (sample)
       for (int64_t j = (i + stride - 1) / stride * stride; j < i + b.n; j += stride)
-        sample[j / stride] = (size(b.w[j - i]) <= k.threshold ? k.outside : k.inside) *
-                             (k.direction == ADAM ? b.gain[j - i] : T(1));
+        sample[j / stride] = (k.of ? T(1) : size(b.w[j - i]) <= k.threshold ? k.outside : k.inside) *
+                             (source(k) != UNIFORM ? b.gain[j - i] : T(1));
     tally.zeros += b.close(e, retract());
   }
 }

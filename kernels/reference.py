@@ -28,6 +28,7 @@ __all__ = [
     "group",
     "group_deep",
     "imbalance_law",
+    "losers",
     "math_dtype",
     "partial_products",
     "plain",
@@ -153,16 +154,18 @@ def sparse(
     metric_scale: Tensor,
     *,
     saturated: bool = True,
+    snaps: Tensor | bool = True,
 ) -> Tensor:
     """``w = u * v`` in the fixed gauge ``u**2 - v**2 = imbalance``: one gradient step on both factors at once,
 
         w' = (rho**2 + delta**2) w - rho delta sqrt(c**2 + 4 w**2),
 
-    then exact zeros: ``|w'| <= SNAP * metric_scale`` while ``|delta| < decay`` (attracted).
+    then exact zeros: ``|w'| <= SNAP * metric_scale`` while ``|delta| < decay`` (attracted), where ``snaps``.  A budget
+    gives each weight one of two values of ``decay``, and ``snaps`` only where it is the one outside the budget.
     """
     metric = (imbalance * imbalance + 4 * w * w).sqrt()
     t = _time(metric, delta, decay, metric_scale if saturated else None)
-    attracted = delta.abs() < decay
+    attracted = (delta.abs() < decay) & snaps
     delta, rho = t * delta, 1 - t * decay
     new = (rho * rho + delta * delta) * w - rho * delta * metric
     return torch.where((new.abs() <= SNAP * metric_scale) & attracted, 0.0, new)
@@ -177,6 +180,7 @@ def group(
     groups: Groups,
     *,
     saturated: bool = True,
+    snaps: Tensor | bool = True,
 ) -> Tensor:
     """``w_g = s_g d_g`` (scalar gate ``s_g``) in the fixed gauge ``s_g**2 - ||d_g||**2 = imbalance``:
 
@@ -192,12 +196,26 @@ def group(
     radial = groups.sum(delta * w) / gate_sq.clamp(min=torch.finfo(w.dtype).tiny)
     shared = rho - radial
     new = groups.scale(shared * rho, w) - groups.scale(shared * gate_sq, delta)
-    snapped = (groups.sum(new * new).sqrt() <= SNAP * metric_scale) & (pull < decay)
+    snapped = (groups.sum(new * new).sqrt() <= SNAP * metric_scale) & (pull < decay) & snaps
     return torch.where(groups.expand(snapped).reshape(w.shape), 0.0, new)
 
 
+def losers(w: Tensor, keep: int, of: int) -> Tensor:
+    """N:M: True at all but the ``keep`` largest of every ``of`` neighbouring inputs; of equals the first stay."""
+    size = w.detach().abs().unflatten(1, (-1, of))
+    order = size.argsort(stable=True, dim=2, descending=True)
+    return (order.argsort(2) >= keep).flatten(1, 2)
+
+
 def sparse_deep(
-    w: Tensor, delta: Tensor, decay: Tensor | float, metric_scale: Tensor, depth: int, *, saturated: bool = True
+    w: Tensor,
+    delta: Tensor,
+    decay: Tensor | float,
+    metric_scale: Tensor,
+    depth: int,
+    *,
+    saturated: bool = True,
+    snaps: Tensor | bool = True,
 ) -> Tensor:
     """``w = u_1 * ... * u_D`` with all ``|u_i| = a = |w|**(1/D)`` (balanced fixed gauge):
 
@@ -211,7 +229,7 @@ def sparse_deep(
     delta, decay = t * delta, t * decay
     new = w * (1 - decay - w.sign() * delta * lever).clamp(min=0) ** depth
     new = new + 0 * delta  # the clamp would turn an infinite gradient into a quiet zero
-    snapped = (new.abs() <= SNAP * weight_scale(metric_scale, depth)) & (delta.abs() * lever < decay)
+    snapped = (new.abs() <= SNAP * weight_scale(metric_scale, depth)) & (delta.abs() * lever < decay) & snaps
     return torch.where(snapped, 0.0, new)
 
 
@@ -224,6 +242,7 @@ def group_deep(
     depth: int,
     *,
     saturated: bool = True,
+    snaps: Tensor | bool = True,
 ) -> Tensor:
     """``w_g = s_1 ... s_{D-1} d_g`` with all ``|s_i| = ||d_g|| = ||w_g||**(1/D)`` (balanced fixed gauge):
 
@@ -239,7 +258,7 @@ def group_deep(
     gate = (rho - groups.sum(delta * w) / s_sq.clamp(min=torch.finfo(w.dtype).tiny)).clamp(min=0) ** (depth - 1)
     new = groups.scale(gate * rho, w) - groups.scale(gate * bulk, delta)
     small = groups.sum(new * new).sqrt() <= SNAP * weight_scale(metric_scale, depth)
-    snapped = small & (groups.sum(delta * delta).sqrt() * lever < decay)
+    snapped = small & (groups.sum(delta * delta).sqrt() * lever < decay) & snaps
     return torch.where(groups.expand(snapped).reshape(w.shape), 0.0, new)
 
 
@@ -250,6 +269,7 @@ def sparse_free(
     metric_scale: Tensor,
     *,
     saturated: bool = True,
+    snaps: Tensor | bool = True,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``w = u_1 * ... * u_D`` with the factors as state (free gauge): ``u_i' = rho u_i - delta prod_{j != i} u_j``.
 
@@ -263,7 +283,7 @@ def sparse_free(
     w = product(new)
     if not saturated:
         return w, new
-    snapped = (w.abs() <= SNAP * weight_scale(metric_scale, len(new))) & (_drive(new, delta) < decay)
+    snapped = (w.abs() <= SNAP * weight_scale(metric_scale, len(new))) & (_drive(new, delta) < decay) & snaps
     light = torch.stack([u.abs() for u in new]).argmin(0)
     new = tuple(torch.where(snapped & (light == i), 0.0, u) for i, u in enumerate(new))
     return torch.where(snapped, 0.0, w), new

@@ -45,6 +45,8 @@ def why_not(
         return "differentiable=True needs a step that autograd can follow"
     if constraint is not None and (reason := constraint.no_kernel()):
         return reason
+    if (pattern := constraint and constraint.budget and constraint.budget.pattern) and p.stride(1) != 1:
+        return f"the {pattern[0]}:{pattern[1]} neighbours do not lie side by side (channels_last would place them so)"
     if p.data_ptr() % p.element_size():
         return "the tensor's memory is not aligned to its element size"
     if native.layout(p) is None:

@@ -314,6 +314,10 @@ def _factorise(init: str | float, module: nn.Module, bound: Bound) -> None:
                 f"constrain: {other} and {full} are one tensor under several names, which mode='explicit' cannot keep; "
                 "use mode='optimizer'"
             )
+        if constraint.budget is not None:
+            raise ValueError(
+                f"constrain: {full} has a budget, which only symopt's optimizers impose; use mode='optimizer'"
+            )
         if isinstance(constraint, Composed):
             raise ValueError(
                 f"constrain: {full} has a list of constraints, whose strength differs from weight to weight, so weight "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from symopt.budgets import Member, pools
 from symopt.constrain import constraints, release
 from symopt.folding.analysis import Opaque, Traced, analyse, same_graph, shapes_of, trace
 from symopt.folding.surgery import carry_out, cut_to, sizes_of
@@ -34,7 +35,8 @@ def fold(model: M, example_inputs: Tensor | tuple[Any, ...] | None = None) -> M:
     The original is not touched.  Training mode, ``requires_grad``, dtypes and devices carry over; parameters are new
     objects, so the result needs a new optimizer.  No symopt class remains in it: it can be pickled, exported and
     trained where symopt is not installed.  Its attribute ``fold_config``, a dict fit for JSON, lists under ``"layers"``
-    the type and sizes of each layer before and after, under ``"parameters"`` their number, and under ``"kept"`` which
+    the type and sizes of each layer before and after, under ``"parameters"`` their number, under ``"cut"`` how many
+    nonzero weights of each budget had to go (0 once :class:`symopt.Anneal` has committed), and under ``"kept"`` which
     layers kept their shape and why; with it :func:`resize` and a ``state_dict`` rebuild the result.
 
     Args:
@@ -79,7 +81,7 @@ def fold(model: M, example_inputs: Tensor | tuple[Any, ...] | None = None) -> M:
             f"fold: example_inputs must be a tensor or a tuple of the arguments of forward, got "
             f"{type(example_inputs).__name__}"
         )
-    plain = _plain(model)
+    plain, cut = _plain(model)
     expected = None if example_inputs is None else _expected(plain, example_inputs)
     try:
         small, kept = _smaller(plain, example_inputs)
@@ -89,7 +91,7 @@ def fold(model: M, example_inputs: Tensor | tuple[Any, ...] | None = None) -> M:
         _compare(expected, _outputs(small, example_inputs))
     elif example_inputs is not None:
         kept.append("model: outputs are random even in eval mode, so they were not compared")
-    vars(small)["fold_config"] = _config(model, plain, small, kept)
+    vars(small)["fold_config"] = _config(model, plain, small, kept) | {"cut": cut}
     return small
 
 
@@ -137,15 +139,23 @@ def resize(module: M, config: Mapping[str, Any]) -> M:
 # -- making the smaller module -----------------------------------------------------------------------------------------
 
 
-def _plain(model: M) -> M:
+def _plain(model: M) -> tuple[M, dict[str, int]]:
+    """The model without constraints but with their structure exact, and how many weights each budget had to cut."""
     plain = copy.deepcopy(model)
     bound = constraints(plain)
     release(plain)
+    cut: dict[str, int] = {}
     with torch.no_grad():
         for name, constraint in bound.items():
             weight = plain.get_parameter(name)
             weight.copy_(constraint.fold(weight.detach()))
-    return plain
+        weights = {name: plain.get_parameter(name).detach() for name in bound}
+        for pool in pools(Member(n, w, bound[n], bound[n].partition(w)) for n, w in weights.items()):
+            for m, outside in zip(pool.members, pool.outside(), strict=True):
+                gone = m.constraint.units(outside, m.w, m.groups)
+                cut[m.name] = int((gone & (m.w != 0)).sum())
+                m.w.masked_fill_(gone, 0.0)
+    return plain, cut
 
 
 def _smaller(plain: M, inputs: tuple[Any, ...] | None) -> tuple[M, list[str]]:

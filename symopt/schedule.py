@@ -4,14 +4,38 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from symopt.budgets import Member, pools
 from symopt.constraints import Composed
 from symopt.optim import ConstrainedOptimizer
+from symopt_kernels.reference import math_dtype
 
-__all__ = ["Anneal"]
+__all__ = ["Anneal", "Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a budget is imposed over training."""
+
+    ramp: float = 0.6
+    """Share of training at which the budget has its full size; before, units live by the cubic ramp
+    ``share + (1 - share) (1 - progress / ramp)**3`` (Zhu & Gupta, 2017)."""
+    commit: float = 0.75
+    """Share of training at which what is outside becomes exactly zero and the support final."""
+    inside: float = 0.02
+    """Strength of units inside the budget until the commit: this times ``ln(1 / share)``."""
+    outside: float = 10.0
+    """Strength of units outside."""
+    plasticity: float = 2.0
+    """The imbalance has decayed by ``exp(-plasticity)`` at the commit, which then ends it."""
+    every: int = 20
+    """Steps between two selections."""
+
 
 _RATE = 25.0  # exp(-25 k / N) passes SNAP after 55 % of training: the rest settles what is left with zeros permanent
 
@@ -27,9 +51,17 @@ class Anneal:
     With ``commit``, structure found by then is final: from that share of training on the strength is 0, so what is zero
     stays zero and what lives trains without shrinkage (no bias, but no longer the optimum of loss + penalty).
 
+    Weights with a budget (``Sparse(density=)``, ``Sparse(pattern=)``, ``GroupSparse(keep=)``) need an Anneal.  Of their
+    units those outside the budget, the smallest, decay quickly, those inside hardly.  The budget tightens by a cubic
+    ramp until 60 % of training; at the ``commit``, for them 75 % if None, what is outside becomes exactly zero, and the
+    rest trains on at the fixed support without any decay.  Until then a zero may come back.  Units are selected anew
+    every 20 steps, exactly.  Under :class:`symopt.SGD`, which has no second moments, strengths are in units of the
+    gradient's root mean square.
+
     Before the first step it warns if ``lr * steps * strength`` is too small to bring even the median weight of some
     tensor to zero, and says what would do.  It knows the steps with strength (up to ``commit``) and the largest lr the
     group names (``lr``, and ``initial_lr`` and ``max_lr``, which torch's schedulers leave there), not the schedule.
+    For a budget it warns if what leaves it last has too few steps to decay before it is cut.
 
     Args:
         optimizer: a symopt optimizer.
@@ -54,7 +86,14 @@ class Anneal:
         tensor(0.)
     """
 
-    def __init__(self, optimizer: ConstrainedOptimizer, total_steps: int, commit: float | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: ConstrainedOptimizer,
+        total_steps: int,
+        commit: float | None = None,
+        *,
+        _plan: Plan | None = None,
+    ) -> None:
         if not isinstance(optimizer, ConstrainedOptimizer):
             raise TypeError(
                 f"Anneal: optimizer must be a symopt optimizer (SGD, Adam, AdamW), got {type(optimizer).__name__}"
@@ -71,8 +110,10 @@ class Anneal:
         self.total_steps = total_steps
         self.commit = commit
         self.last_step = 0
+        self.plan = _plan or Plan()
         self._warned: set[int] = set()
         self._set()
+        self._impose()
         self._check()
 
     def _set(self) -> None:
@@ -82,12 +123,81 @@ class Anneal:
             group["imbalance_decay"] = 0.0 if committed else math.exp(-rate / self.total_steps)
             group["committed"] = committed
 
+    # -- budgets -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _last(self) -> int:
+        """The step after which what is outside a budget is cut."""
+        return max(1, round((self.plan.commit if self.commit is None else self.commit) * self.total_steps))
+
+    @torch.no_grad()
+    def _impose(self) -> None:
+        """Give every weight with a budget its strengths and threshold; from the commit on, cut what is outside."""
+        if self.last_step % self.plan.every and self.last_step not in (1, self._last):
+            return
+        held: dict[Member, tuple[dict[str, Any], Tensor]] = {}
+        for group, p, name, constraint in self.optimizer.constrained():
+            if constraint.budget is not None and not self._is_cut(p):
+                w = self.optimizer.state.get(p, {}).get("master", p.detach())
+                held[Member(name, w, constraint, self.optimizer.groups(p, constraint))] = group, p
+        for pool in pools(held):
+            if self.last_step >= self._last:
+                for m, outside in zip(pool.members, pool.outside(), strict=True):
+                    self._cut(held[m][1], m.constraint.units(outside, m.w, m.groups))
+                continue
+            full = self._last * self.plan.ramp / self.plan.commit
+            left = max(0.0, 1 - self.last_step / full) ** 3
+            for m, limit in zip(pool.members, pool.thresholds(pool.at(left)), strict=True):
+                self._trim(*held[m], m, pool.share, limit, left)
+
+    def _trim(self, group: dict[str, Any], p: Tensor, m: Member, share: float, limit: float, left: float) -> None:
+        unit = self._unit(group, p, m)
+        own = group["strength"] if group["strength"] is not None else m.constraint.strength
+        inside = self.plan.inside * math.log(1 / share) if own is None else float(own)
+        # A pattern has no threshold that could let its losers go one after the other: their strength grows instead.
+        outside = self.plan.outside * (1 - left if limit == math.inf else 1)
+        keep = math.exp(-self.plan.plasticity / self._last)
+        trim = torch.tensor([inside * unit, outside * unit, limit, keep], dtype=torch.float64)
+        self._write(p, trim)
+
+    def _write(self, p: Tensor, trim: Tensor) -> None:
+        """In place, so that its address stays."""
+        state = self.optimizer.state[p]
+        if "trim" in state:
+            state["trim"].copy_(trim)
+        else:
+            state["trim"] = trim.to(p.device)
+
+    def _unit(self, group: dict[str, Any], p: Tensor, m: Member) -> float:
+        """What a strength of 1 means: 1 with Adam's preconditioner, without it the rms of the gradient."""
+        if "betas" in group:
+            return 1.0
+        grad = p.grad if p.grad is not None else self.optimizer.state[p].get("momentum_buffer")
+        if grad is None:
+            return 0.0
+        rms = grad.detach().to(math_dtype(p)).square().mean().sqrt()
+        return float(rms) * math.sqrt(m.w.numel() / m.units)
+
+    def _is_cut(self, p: Tensor) -> bool:
+        trim = self.optimizer.state.get(p, {}).get("trim")
+        return trim is not None and float(trim[3]) == 0
+
+    def _cut(self, p: Tensor, gone: Tensor) -> None:
+        state = self.optimizer.state[p]
+        for w in (p, state.get("master")):
+            if w is not None:
+                w.masked_fill_(gone, 0.0)
+        self._write(p, torch.tensor([0.0, 0.0, -1.0, 0.0], dtype=torch.float64))
+        if "imbalance" in state:
+            state["imbalance"].zero_()
+
     def step(self) -> None:
         """Call once after every ``optimizer.step()``."""
         self.last_step += 1
         if self.last_step == 1:
             self._check()  # Adam's preconditioner is known only now
         self._set()
+        self._impose()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers; save it beside the optimizer's."""
@@ -102,13 +212,29 @@ class Anneal:
     def _check(self) -> None:
         for group, p, name, constraint in self.optimizer.constrained():
             lr = max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
-            needed = collapse_steps(self.optimizer, {**group, "lr": lr}, p, constraint)
+            rule = {**group, "lr": lr}
             active = self.total_steps if self.commit is None else self.commit * self.total_steps
+            budget = constraint.budget is not None
+            if budget:  # what leaves the budget last has from the end of the ramp to the commit
+                active = max(1, round(self._last * (1 - self.plan.ramp / self.plan.commit)))
+                unit = self._unit(group, p, Member(name, p.detach(), constraint, self.optimizer.groups(p, constraint)))
+                if unit == 0:
+                    continue  # SGD before its first gradient
+                rule |= {"decoupled_weight_decay": True, "strength": self.plan.outside * unit}
+            needed = collapse_steps(self.optimizer, rule, p, constraint)
             if needed is None or id(p) in self._warned or needed <= active:
                 continue
             self._warned.add(id(p))
             factor, strength = needed / active, float(self.optimizer.strength(group, constraint))
             listed = isinstance(constraint, Composed)  # its strength multiplies those in the list
+            if budget and not math.isinf(factor):
+                fix = f"use lr >= {lr * factor:.2g} or {math.ceil(self.total_steps * factor)} steps"
+                warnings.warn(
+                    f"{name}: {self.total_steps} steps at lr {lr:.2g} are too few to ramp its budget in, so what is cut "
+                    f"will not have decayed; {fix}",
+                    stacklevel=3,
+                )
+                continue
             if math.isinf(factor):
                 fix = "give an lr > 0" if lr == 0 else "give a strength > 0"
             else:

@@ -199,6 +199,7 @@ def test_config_says_what_happened():
             },
         },
         "parameters": {"before": 60 + 12 + 200 + 24, "after": 40 + 8 + 102 + 21},
+        "cut": {},
         "kept": ["8: is the model's output, shape kept"],
     }
 
@@ -270,9 +271,15 @@ def test_constraints_are_enforced_and_removed():
 
 def test_the_fold_of_a_constraint_is_applied_to_the_copy(monkeypatch):
     class Rounds:
+        budget = None
+
         @staticmethod
         def fold(w):
             return torch.where(w.abs() < 0.2, 0, w)
+
+        @staticmethod
+        def partition(w):
+            return None
 
     monkeypatch.setattr(sys.modules["symopt.fold"], "constraints", lambda model: {"0.weight": Rounds})
     net = chain(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))

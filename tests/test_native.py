@@ -363,11 +363,12 @@ def expect(case: Case, problem: Problem) -> dict[str, Expected]:
 
     size = w.abs() if groups is None else groups.sum(w * w).sqrt()
     decay: Any = case.lr * STRENGTH * gain
+    flags: dict[str, Any] = {"saturated": case.saturated, "snaps": size <= THRESHOLD if case.trimmed else True}
     if case.trimmed:
         decay = case.lr * torch.where(size <= THRESHOLD, size.new_tensor(OUTSIDE), size.new_tensor(STRENGTH)) * gain
     delta, c, scale = case.lr * up, old["imbalance"], old["metric_scale"]
     if case.retraction == "sparse_free":
-        return out | _free(case, problem, old, w, delta, (case.lr * terms).clamp(min=least), decay)
+        return out | _free(case, problem, old, w, delta, (case.lr * terms).clamp(min=least), decay, flags)
     if case.retraction == "sparse":
         metric, pull = (c * c + 4 * w * w).sqrt(), delta.abs()
     else:
@@ -376,11 +377,11 @@ def expect(case: Case, problem: Problem) -> dict[str, Expected]:
     t = reference._time(metric, pull, decay, scale if case.saturated else None)
     metric, terms = metric + underflow(math_of(case.format)), (case.lr * terms).clamp(min=least)
     if case.retraction == "sparse":
-        news = snapped(lambda: reference.sparse(w, delta, decay, c, scale, saturated=case.saturated))
+        news = snapped(lambda: reference.sparse(w, delta, decay, c, scale, **flags))
         rho, far = 1 + t * decay, t * terms
         out |= _weights(case, news, (rho * rho + far * far) * w.abs() + rho * far * metric)
     else:
-        news = snapped(lambda: reference.group(w, delta, decay, c, scale, groups, saturated=case.saturated))
+        news = snapped(lambda: reference.group(w, delta, decay, c, scale, groups, **flags))
         gate_sq, rho = (c + metric) / 2, 1 + t * decay
         far = groups.scale(t, terms)
         radial = groups.sum(far * w.abs()) / gate_sq.clamp(min=torch.finfo(torch.float64).tiny)
@@ -461,7 +462,7 @@ def unsummed(case: Case, groups: Groups) -> Tensor:
 
 
 def _free(
-    case: Case, problem: Problem, old: dict[str, Tensor], w: Tensor, delta: Tensor, far: Tensor, decay: Any
+    case: Case, problem: Problem, old: dict[str, Tensor], w: Tensor, delta: Tensor, far: Tensor, decay: Any, flags: Any
 ) -> dict[str, Expected]:
     dtype, _ = FORMATS[case.format]
     start = problem.start
@@ -475,7 +476,7 @@ def _free(
     scale = old["metric_scale"]
     steps = snapped(
         lambda: torch.stack(
-            [x for part in reference.sparse_free(factors, delta, decay, scale, saturated=case.saturated) for x in
+            [x for part in reference.sparse_free(factors, delta, decay, scale, **flags) for x in
              (part if isinstance(part, tuple) else (part,))]
         )
     )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from symopt.constraints.budget import Budget
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import SNAP, weight_scale
 
@@ -85,6 +86,7 @@ class Constraint(ABC):
         groups: Groups | None,
         *,
         saturated: bool = True,
+        snaps: Tensor | bool = True,
     ) -> Tensor: ...
 
     @abstractmethod
@@ -119,6 +121,21 @@ class Constraint(ABC):
     def charge(self, w: Tensor, *, decoupled: bool) -> Tensor | float:
         """Relative strength of every unit; not 1 only where several constraints share a weight."""
         return 1.0
+
+    # -- budgets -----------------------------------------------------------------------------------------------------
+
+    @property
+    def budget(self) -> Budget | None:
+        """How many units may live, or None where the strength decides."""
+        return None
+
+    def outside(self, w: Tensor, threshold: Tensor | float, groups: Groups | None) -> Tensor:
+        """Which units have no place in the budget: those up to the threshold; one truth value per unit, flat."""
+        return self.size(w, groups) <= threshold
+
+    def units(self, truth: Tensor, w: Tensor, groups: Groups | None) -> Tensor:
+        """A value per unit, given to each of its weights."""
+        return truth.reshape(w.shape) if groups is None else groups.expand(truth).reshape(w.shape)
 
     def fold(self, w: Tensor) -> Tensor:
         return w

@@ -49,6 +49,8 @@ class Composed(Constraint):
                 raise TypeError(f"a list may hold Sparse and GroupSparse constraints, got {part!r}")
             if part.depth != 2 or part.carries_factors:
                 raise ValueError(f"a list may hold constraints of depth 2 in the fixed gauge, got {part!r}")
+            if part.budget is not None:
+                raise ValueError(f"a list may not hold budgets, got {part!r}; give strengths")
             if isinstance(part, GroupSparse) and not isinstance(part.groups, str):
                 raise ValueError("in a list, GroupSparse takes named groups ('out', 'in', 'head:<n>', 'block:<r>x<c>')")
 
@@ -95,8 +97,9 @@ class Composed(Constraint):
         groups: Groups | None,
         *,
         saturated: bool = True,
+        snaps: Tensor | bool = True,
     ) -> Tensor:
-        return reference.sparse(w, delta, decay, imbalance, metric_scale, saturated=saturated)
+        return reference.sparse(w, delta, decay, imbalance, metric_scale, saturated=saturated, snaps=snaps)
 
     def penalty(self, w: Tensor) -> Tensor:
         """Sum of the parts' penalties, each times its strength (its coupled default if None)."""

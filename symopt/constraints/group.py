@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors, Outs, check_depth, heavy_factor
+from symopt.constraints.budget import Budget, check_keep
 from symopt_kernels import reference
 from symopt_kernels.groups import Groups
 
@@ -42,7 +43,9 @@ class GroupSparse(Constraint):
         strength: kappa, as in :class:`symopt.Sparse`.  With ``AdamW`` it counts per coordinate, whatever the group's
             size: a group dies while ``||E m / rms|| < strength * sqrt(size)``.  Defaults: 0.06 with AdamW, 1e-4 with
             SGD and Adam.
-        depth: number D >= 2 of factors; above 2 balanced, which makes every zero permanent.
+        keep: a budget instead of a strength: how many groups of each tensor live in the end, exactly; an integer is a
+            count, a float in (0, 1] a share.  :class:`symopt.Anneal` ramps it in, as for :class:`symopt.Sparse`.
+        depth: number D >= 2 of factors (a budget needs 2); above 2 balanced, which makes every zero permanent.
 
     Raises:
         TypeError, ValueError: for an unknown ``groups``, one that does not fit the weight, or a bad ``strength``.
@@ -64,11 +67,15 @@ class GroupSparse(Constraint):
 
     groups: str | Tensor | Callable[[Tensor], Tensor]
     strength: float | None = None
+    keep: float | int | None = None
     depth: int = field(default=2, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_depth("GroupSparse", self.depth)
+        check_keep("GroupSparse", self.keep)
+        if self.keep is not None and self.depth != 2:
+            raise ValueError(f"GroupSparse: a budget (keep) needs depth=2, got depth={self.depth}")
         groups = self.groups
         if isinstance(groups, str):
             if groups not in ("out", "in") and not _HEAD.fullmatch(groups) and not _BLOCK.fullmatch(groups):
@@ -85,21 +92,30 @@ class GroupSparse(Constraint):
             )
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, GroupSparse) or (self.strength, self.depth) != (other.strength, other.depth):
+        if not isinstance(other, GroupSparse) or self._numbers() != other._numbers():
             return False
         if isinstance(self.groups, Tensor) and isinstance(other.groups, Tensor):
             return torch.equal(self.groups, other.groups)
         return type(self.groups) is type(other.groups) and self.groups == other.groups
 
     def __hash__(self) -> int:
-        return hash((self.strength, self.depth, self.groups if isinstance(self.groups, str) else None))
+        return hash((self._numbers(), self.groups if isinstance(self.groups, str) else None))
+
+    def _numbers(self) -> tuple[object, ...]:
+        return (self.strength, type(self.keep), self.keep, self.depth)
+
+    @property
+    def budget(self) -> Budget | None:
+        return None if self.keep is None else Budget(self.keep)
 
     def bind(self, name: str, w: Tensor) -> Constraint:
         index = self.index(w, name)
-        if index is not None:
-            return replace(self, groups=index.cpu())
-        self._view(name, w)
-        return self
+        if index is None:
+            self._view(name, w)
+        units = self.partition(w, index).count
+        if isinstance(self.keep, int) and self.keep > units:
+            raise ValueError(f"GroupSparse on {name}: keep={self.keep} of {units} groups; give at most {units}")
+        return self if index is None else replace(self, groups=index.cpu())
 
     def index(self, w: Tensor, name: str = "weight") -> Tensor | None:
         if isinstance(self.groups, str):
@@ -187,11 +203,13 @@ class GroupSparse(Constraint):
         groups: Groups | None,
         *,
         saturated: bool = True,
+        snaps: Tensor | bool = True,
     ) -> Tensor:
         groups = groups or self.partition(w)
+        flags: Any = {"saturated": saturated, "snaps": snaps}
         if self.depth > 2:
-            return reference.group_deep(w, delta, decay, metric_scale, groups, self.depth, saturated=saturated)
-        return reference.group(w, delta, decay, imbalance, metric_scale, groups, saturated=saturated)
+            return reference.group_deep(w, delta, decay, metric_scale, groups, self.depth, **flags)
+        return reference.group(w, delta, decay, imbalance, metric_scale, groups, **flags)
 
     def penalty(self, w: Tensor) -> Tensor:
         return self.depth / 2 * (self.size(w) ** (2 / self.depth)).sum()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors, Outs, check_depth, heavy_factor, light_factor
+from symopt.constraints.budget import Budget, check_share, parse_pattern
 from symopt_kernels import reference
 from symopt_kernels.groups import Groups
 
@@ -30,18 +31,26 @@ class Sparse(Constraint):
             dimensionless signal-to-noise threshold: weights whose mean gradient stays below ``strength`` times its
             root mean square die, those above live (default 0.1); it does *not* minimise loss + l1.
             A param group's ``strength`` overrides it.
-        depth: number D >= 2 of factors.
+        density: a budget instead of a strength: exactly ``round(density * numel)`` weights live in the end, in (0, 1].
+            :class:`symopt.Anneal` ramps it in and commits it, and chooses the strengths; ``strength`` is then that of
+            the weights inside the budget until the commit.
+        scope: whose budget it is: of each ``"tensor"``, or ``"global"``, one for all weights with an equal constraint,
+            chosen by size; every tensor keeps at least a tenth of its even part, so none dies.
+        pattern: ``"N:M"``: of every M neighbouring inputs (dimension 1) the N largest live, like ``"2:4"``; a budget,
+            too.
+        depth: number D >= 2 of factors; a budget needs 2.
         gauge: ``"fixed"``: the weight is the only state; at depth 2 with one imbalance per tensor, above it balanced,
             which locks signs and makes every zero permanent.  ``"free"``: the literal method, factors are optimizer
             state (``factor_0``, ... of the weight's shape) and every weight has its own imbalance; D times the memory.
 
     Raises:
-        TypeError, ValueError: if ``strength`` is not a finite number >= 0, ``depth`` not an integer >= 2, or ``gauge``
-            unknown.
+        TypeError, ValueError: if ``strength`` is not a finite number >= 0, ``depth`` not an integer >= 2, ``gauge`` or
+            ``scope`` unknown, or a budget is impossible.
 
     Source: Ziyin & Wang, *spred*, ICML 2023 (arXiv 2210.01212), Theorem 1; Hoff 2017; depth:
     Kolb et al., *Deep Weight Factorization*, ICLR 2025 (arXiv 2502.02496), Section 3; the symmetry: Ziyin, ICML 2024
-    (arXiv 2309.16932), Section 4.
+    (arXiv 2309.16932), Section 4; the budget is the trimmed l1 penalty (Yun et al., ICML 2019; Amir et al., 2021) in
+    the gauge's decay.
 
     Example:
         >>> import torch
@@ -55,7 +64,10 @@ class Sparse(Constraint):
     """
 
     strength: float | None = None
+    density: float | None = None
+    scope: str = field(default="tensor", kw_only=True)
     depth: int = field(default=2, kw_only=True)
+    pattern: str | None = field(default=None, kw_only=True)
     gauge: str = field(default="fixed", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -63,6 +75,20 @@ class Sparse(Constraint):
         check_depth("Sparse", self.depth)
         if self.gauge not in ("fixed", "free"):
             raise ValueError(f"Sparse: gauge must be 'fixed' or 'free', got {self.gauge!r}")
+        check_share("Sparse", "density", self.density)
+        if self.scope not in ("tensor", "global"):
+            raise ValueError(f"Sparse: scope must be 'tensor' or 'global', got {self.scope!r}")
+        if (self.density is not None or self.pattern is not None) and (self.depth != 2 or self.gauge != "fixed"):
+            raise ValueError(
+                "Sparse: a budget needs depth=2 and gauge='fixed', where no weight inside it becomes zero by itself; "
+                f"got depth={self.depth}, gauge={self.gauge!r}"
+            )
+        if self.scope == "global" and self.density is None:
+            raise ValueError("Sparse: scope='global' shares a budget among tensors; give a density")
+        if self.pattern is not None:
+            parse_pattern("Sparse", self.pattern)
+            if self.density is not None:
+                raise ValueError("Sparse: density and pattern are two budgets for one weight; give one of them")
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -73,6 +99,29 @@ class Sparse(Constraint):
     def carries_factors(self) -> bool:  # type: ignore[override]
         """Whether the factors are optimizer state."""
         return self.gauge == "free"
+
+    @property
+    def budget(self) -> Budget | None:
+        if self.pattern is not None:
+            n, m = parse_pattern("Sparse", self.pattern)
+            return Budget(n / m, pattern=(n, m))
+        return None if self.density is None else Budget(float(self.density), self.scope)
+
+    def bind(self, name: str, w: Tensor) -> Constraint:
+        if self.pattern is not None:
+            n, m = parse_pattern("Sparse", self.pattern)
+            if w.dim() < 2 or w.shape[1] % m:
+                raise ValueError(
+                    f"Sparse(pattern={self.pattern!r}) on {name}: dimension 1 of shape {tuple(w.shape)} (the inputs) "
+                    f"does not split into runs of {m}; leave this weight out or give it a density of {n / m:.3g}"
+                )
+        return self
+
+    def outside(self, w: Tensor, threshold: Tensor | float, groups: Groups | None) -> Tensor:
+        budget = self.budget
+        if budget is not None and budget.pattern is not None:
+            return reference.losers(w, *budget.pattern).flatten()
+        return super().outside(w, threshold, groups)
 
     def compose(self, factors: Factors, out: Tensor | None = None) -> Tensor:
         return reference.product(factors, out)
@@ -105,10 +154,12 @@ class Sparse(Constraint):
         groups: Groups | None,
         *,
         saturated: bool = True,
+        snaps: Tensor | bool = True,
     ) -> Tensor:
+        flags: Any = {"saturated": saturated, "snaps": snaps}
         if self.depth > 2:
-            return reference.sparse_deep(w, delta, decay, metric_scale, self.depth, saturated=saturated)
-        return reference.sparse(w, delta, decay, imbalance, metric_scale, saturated=saturated)
+            return reference.sparse_deep(w, delta, decay, metric_scale, self.depth, **flags)
+        return reference.sparse(w, delta, decay, imbalance, metric_scale, **flags)
 
     def advance(
         self, factors: Factors, delta: Tensor, decay: Tensor | float, metric_scale: Tensor, *, saturated: bool = True

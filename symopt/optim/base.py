@@ -162,6 +162,8 @@ class ConstrainedOptimizer(ConstrainedState):
             return group["strength"]  # type: ignore[no-any-return]
         if constraint.strength is not None:
             return constraint.strength
+        if constraint.budget is not None:
+            return 0.0  # symopt.Anneal chooses
         return constraint.default_strength(decoupled=self.decoupled(group))
 
     # -- the step --------------------------------------------------------------------------------------------------
@@ -320,20 +322,31 @@ class ConstrainedOptimizer(ConstrainedState):
             grad = grad / grad_scale
         if group["differentiable"]:
             w = w.clone()  # the step saves it for backward and then overwrites it
-        update, gain = self._direction(group, state, w, -grad if group["maximize"] else grad, groups)
+        budget = constraint.budget
+        # The strengths of a budget come from the package, which knows one unit for them: AdamW's.
+        rule = group if budget is None else {**group, "decoupled_weight_decay": True}
+        update, gain = self._direction(rule, state, w, -grad if group["maximize"] else grad, groups)
         charge = constraint.charge(w, decoupled=self.decoupled(group))
         # A tensor lr or strength is often fp32, and two 0-dim tensors would multiply in its precision.
         lr, strength = (
             x.to(w.dtype) if isinstance(x, Tensor) else x for x in (group["lr"], self.strength(group, constraint))
         )
+        keep: float | Tensor | None = group["imbalance_decay"]
+        snaps: Tensor | bool = True
+        if budget is not None:
+            inside, outside, threshold, keep = state["trim"].to(w.dtype).unbind()
+            strength = inside
+            if bool(threshold >= 0):
+                snaps = outer = constraint.outside(w, threshold, groups).reshape(w.shape if groups is None else (-1,))
+                strength = torch.where(outer, outside, inside)
         delta, decay = lr * update, lr * strength * gain * charge
         c, scale = state["imbalance"], state["metric_scale"]
         if constraint.carries_factors:
             stored = tuple(state[f"factor_{i}"] for i in range(constraint.depth))
             factors = stored
-            if group["imbalance_decay"] is not None:
+            if keep is not None:
                 # Before the step: at a commit the strength is 0 from here on, and a zero must not start with a partner.
-                factors = reference.rebalance(stored, group["imbalance_decay"])
+                factors = reference.rebalance(stored, float(keep))
             new, moved = constraint.advance(factors, delta, decay, scale, saturated=saturated)
             # A product rounds, so where no factor moved the weight is left alone: a step with lr 0 changes no bit.
             still = torch.stack([f == m for f, m in zip(factors, moved, strict=True)]).all(0)
@@ -341,14 +354,14 @@ class ConstrainedOptimizer(ConstrainedState):
             for i, (before, value) in enumerate(zip(stored, moved, strict=True)):
                 self._update(group, state, f"factor_{i}", torch.where(still, before, value))
             return
-        new = constraint.retract(w, delta, decay, c, scale, groups, saturated=saturated)
+        new = constraint.retract(w, delta, decay, c, scale, groups, saturated=saturated, snaps=snaps)
         p.copy_(new)
         if "master" in state:
             self._update(group, state, "master", new)
-        if group["imbalance_decay"] is None:
+        if keep is None:
             c = reference.imbalance_law(c, decay, scale, constraint.size(new, groups), saturated=saturated)
         else:
-            c = c * group["imbalance_decay"]
+            c = c * keep
             c = torch.where(c <= reference.SNAP * scale, 0.0, c)
         self._update(group, state, "imbalance", c)
 

@@ -10,7 +10,7 @@ from symopt.backends import check_backend
 from symopt.constraints.base import check_number
 from symopt_kernels.groups import Groups
 
-__all__ = ["DEFAULTS", "OWN_STATE", "check_group", "shared_moment"]
+__all__ = ["DEFAULTS", "OWN_STATE", "TRIM", "check_group", "shared_moment"]
 
 DEFAULTS: dict[str, Any] = {
     "strength": None,
@@ -23,7 +23,12 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-OWN_STATE = ("imbalance", "metric_scale", "master", "group_index")
+OWN_STATE = ("imbalance", "metric_scale", "master", "group_index", "trim")
+
+TRIM = ("inside", "outside", "threshold", "imbalance_decay")
+"""What the state tensor ``trim`` of a weight with a budget holds, in float64: the strengths of the units that have a
+place in the budget and of those that have none, the size up to which they have none (negative: all have one), and the
+factor of the imbalance per step."""
 
 
 def shared_moment(per_weight: Tensor, groups: Groups) -> Tensor:

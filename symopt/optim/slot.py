@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from symopt.constraints import Constraint
+from symopt.optim.options import TRIM
 from symopt_kernels import native
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import math_dtype
 
 __all__ = ["Slot", "gradient"]
 
-_OTHER_STATE = ("step", "imbalance", "metric_scale", "master", "group_index", "factor_0", "factor_1")
+_OTHER_STATE = ("step", "imbalance", "metric_scale", "master", "group_index", "factor_0", "factor_1", "trim")
 
 
 class Slot:
@@ -51,6 +52,9 @@ class Slot:
         self.entry = native.Entry()
         retraction = "plain" if constraint is None else constraint.name
         native.fill(self.entry, p, used, retraction, groups, fresh=self._first is not None)
+        if constraint is not None and (budget := constraint.budget) is not None:
+            self.entry.decoupled = 1
+            self.entry.keep, self.entry.of = budget.pattern or (0, 0)
         self._place = (p.data_ptr(), p.shape, p.stride())
         self._strength: float | None = None
         self._version = -1
@@ -98,7 +102,9 @@ def _check_shapes(p: Tensor, used: dict[str, Tensor], groups: Groups | None) -> 
         if not bool(((index >= 0) & (index < groups.count)).all()):
             raise ValueError(f"group_index must lie in 0 ... {groups.count - 1}")
     for name, value in used.items():
-        if name in ("step", "imbalance", "metric_scale"):
+        if name == "trim":
+            fits = value.shape == (len(TRIM),) and value.dtype == torch.float64
+        elif name in ("step", "imbalance", "metric_scale"):
             fits = value.numel() == 1
         elif name in ("exp_avg_sq", "max_exp_avg_sq") and groups is not None:
             fits = value.shape == (groups.count,)

@@ -66,6 +66,8 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
             if key == "step":
                 if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float64):
                     state[key] = torch.tensor(float(value), dtype=torch.float32)  # as old checkpoints have it
+            elif key == "trim":
+                state[key] = value.to(device=p.device, dtype=torch.float64)
             elif isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype:
                 state[key] = value.to(dtype)
         if constraint is None:
@@ -91,6 +93,15 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
                     "gauge='free' has an imbalance)"
                 )
             state["imbalance"], state["metric_scale"] = c, scale
+        if constraint.budget is None:
+            state.pop("trim", None)
+        elif "trim" not in state:
+            if group["imbalance_decay"] is None:
+                raise RuntimeError(
+                    f"{self._names[p]}: {constraint} is a budget, which has to be ramped in; create "
+                    "symopt.Anneal(optimizer, total_steps) before the first step and call its step() after each"
+                )
+            state["trim"] = torch.tensor([0.0, 0.0, -1.0, group["imbalance_decay"]], dtype=torch.float64)
         if constraint.carries_factors:
             self._ready_factors(state, p, constraint)
         self._init_moments(group, state, p, groups)

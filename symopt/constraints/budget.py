@@ -1,0 +1,54 @@
+"""Budget: how many units of a weight may live, as a hard constraint."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+__all__ = ["Budget", "check_keep", "check_share", "parse_pattern"]
+
+_PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
+_LONGEST = 64  # neighbours that compete in an N:M pattern; kernels compare each with all others
+
+
+@dataclass(frozen=True)
+class Budget:
+    """``amount`` of the units live: a count if it is an integer, else a share; or ``pattern``, N of every M."""
+
+    amount: float | int
+    scope: str = "tensor"
+    pattern: tuple[int, int] | None = None
+
+    def count(self, units: int) -> int:
+        """Units of ``units`` that may live: at least one."""
+        return self.amount if isinstance(self.amount, int) else max(1, round(self.amount * units))
+
+
+def check_share(owner: str, field: str, value: object) -> None:
+    """Raise unless ``value`` is None or a share in (0, 1]."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {field} must be a number or None, got {type(value).__name__}")
+    if not 0 < value <= 1:
+        raise ValueError(f"{owner}: {field} is a share and must lie in (0, 1], got {value}")
+
+
+def check_keep(owner: str, value: object) -> None:
+    """Raise unless ``value`` is None, an integer >= 1 (a count) or a float in (0, 1] (a share)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise ValueError(f"{owner}: keep as a count must be >= 1, got {value}")
+        return
+    check_share(owner, "keep", value)
+
+
+def parse_pattern(owner: str, value: object) -> tuple[int, int]:
+    """N and M of a pattern like ``"2:4"``."""
+    if not isinstance(value, str):
+        raise TypeError(f"{owner}: pattern must be a string like '2:4' or None, got {type(value).__name__}")
+    found = _PATTERN.fullmatch(value)
+    n, m = (int(x) for x in found.groups()) if found else (0, 0)
+    if not 1 <= n < m <= _LONGEST:
+        raise ValueError(f"{owner}: pattern must be 'N:M' with 1 <= N < M <= {_LONGEST}, like '2:4', got {value!r}")
+    return n, m

@@ -1,0 +1,325 @@
+"""A budget is met to the unit, always, and what it leaves is the best fit on its support."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import symopt
+from symopt.budgets import FLOOR, Member, Pool, pools
+from symopt_kernels import native, reference
+from table import tolerance
+
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+    "adamw": lambda net: symopt.AdamW(net, lr=1e-2),
+    "adam": lambda net: symopt.Adam(net, lr=1e-2),
+    "sgd": lambda net: symopt.SGD(net, lr=0.1, momentum=0.9),
+    "adamw-reference": lambda net: symopt.AdamW(net, lr=1e-2, backend="reference"),
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* steps at lr .* are too few to ramp its budget in")
+
+Make = Callable[[], symopt.Constraint]
+BUDGETS: dict[str, tuple[Make, Callable[[list[Tensor]], bool]]] = {
+    "density": (
+        lambda: symopt.Sparse(density=0.1),
+        lambda ws: all(int(w.count_nonzero()) == round(0.1 * w.numel()) for w in ws),
+    ),
+    "density-full": (
+        lambda: symopt.Sparse(density=1.0),
+        lambda ws: all(int(w.count_nonzero()) == w.numel() for w in ws),
+    ),
+    "one": (lambda: symopt.Sparse(density=1e-9), lambda ws: all(int(w.count_nonzero()) == 1 for w in ws)),
+    "global": (
+        lambda: symopt.Sparse(density=0.05, scope="global"),
+        lambda ws: sum(int(w.count_nonzero()) for w in ws) == round(0.05 * sum(w.numel() for w in ws)),
+    ),
+    "2:4": (
+        lambda: symopt.Sparse(pattern="2:4"),
+        lambda ws: all(bool((w.unflatten(1, (-1, 4)).count_nonzero(2) == 2).all()) for w in ws),
+    ),
+    "1:8": (
+        lambda: symopt.Sparse(pattern="1:8"),
+        lambda ws: all(bool((w.unflatten(1, (-1, 8)).count_nonzero(2) == 1).all()) for w in ws),
+    ),
+    "rows": (lambda: symopt.GroupSparse("out", keep=3), lambda ws: all(int(w.any(1).sum()) == 3 for w in ws)),
+    "share of columns": (
+        lambda: symopt.GroupSparse("in", keep=0.25),
+        lambda ws: all(int(w.any(0).sum()) == w.shape[1] // 4 for w in ws),
+    ),
+}
+
+every_budget = pytest.mark.parametrize("kind", BUDGETS)
+every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+
+
+def problem(seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
+    """A small classification; some inputs are constant 0, so their weights never see a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(128, 32, generator=generator)
+    x[:, :6] = 0
+    y = (x[:, 8] * x[:, 9] + x[:, 10] > 0).long()
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2)), x, y
+
+
+NAMES = ("0.weight", "2.weight")
+
+
+def train(net: nn.Module, opt: Any, anneal: Any, x: Tensor, y: Tensor, steps: int, start: int = 0) -> None:
+    for k in range(start, steps):
+        rows = slice(32 * (k % 4), 32 * (k % 4 + 1))
+        opt.zero_grad()
+        nn.functional.cross_entropy(net(x[rows].to(net[0].weight.dtype)).float(), y[rows]).backward()
+        opt.step()
+        anneal.step()
+
+
+def budgeted(
+    kind: str, optimizer: str, steps: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Any, ...]:
+    net, x, y = problem(seed)
+    net = net.to(dtype)
+    if dtype == torch.float16:  # torch.optim's own moments underflow there
+        for name, p in net.named_parameters():
+            p.requires_grad_(name in NAMES)
+    symopt.constrain(net, {NAMES: BUDGETS[kind][0]()})
+    opt = OPTIMIZERS[optimizer](net)
+    anneal = symopt.Anneal(opt, steps)
+    return net, opt, anneal, x, y
+
+
+def met(net: nn.Module, kind: str) -> bool:
+    return BUDGETS[kind][1]([net.get_parameter(name).detach() for name in NAMES])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 300])
+@every_optimizer
+@every_budget
+def test_a_budget_is_met_to_the_unit(kind: str, optimizer: str, steps: int) -> None:
+    net, opt, anneal, x, y = budgeted(kind, optimizer, steps)
+    train(net, opt, anneal, x, y, steps)
+    assert met(net, kind)
+    small = symopt.fold(net)
+    assert small.fold_config["cut"] == dict.fromkeys(NAMES, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@every_budget
+def test_in_every_precision(kind: str, dtype: torch.dtype) -> None:
+    net, opt, anneal, x, y = budgeted(kind, "adamw", 200, dtype=dtype)
+    train(net, opt, anneal, x, y, 200)
+    assert met(net, kind)
+
+
+@every_optimizer
+@every_budget
+def test_it_stays_met_after_the_last_step(kind: str, optimizer: str) -> None:
+    net, opt, anneal, x, y = budgeted(kind, optimizer, 100)
+    train(net, opt, anneal, x, y, 100)
+    zero = [net.get_parameter(name) == 0 for name in NAMES]
+    train(net, opt, anneal, x, y, 200)
+    assert met(net, kind)
+    assert all(torch.equal(z, net.get_parameter(name) == 0) for z, name in zip(zero, NAMES, strict=True))
+
+
+@every_budget
+def test_fold_meets_it_whenever_training_stops(kind: str) -> None:
+    net, opt, anneal, x, y = budgeted(kind, "adamw", 400)
+    train(net, opt, anneal, x, y, 120)
+    assert not met(net, kind) or kind == "density-full"
+    plain = copy.deepcopy(net)
+    symopt.release(plain)
+    small = symopt.fold(net)
+    if small[0].weight.shape == net[0].weight.shape and small[2].weight.shape == net[2].weight.shape:
+        assert met(small, kind)
+    assert all(n > 0 for n in small.fold_config["cut"].values()) or kind in ("density-full", "global")
+
+
+@every_budget
+def test_interrupted_training_continues_to_the_bit(kind: str) -> None:
+    net, opt, anneal, x, y = budgeted(kind, "adamw", 150)
+    for stop in (33, 113):
+        net, opt, anneal, x, y = budgeted(kind, "adamw", 150)
+        train(net, opt, anneal, x, y, stop)
+        file = io.BytesIO()
+        torch.save([net.state_dict(), opt.state_dict(), anneal.state_dict()], file)
+        file.seek(0)
+        other, other_opt, other_anneal, _, _ = budgeted(kind, "adamw", 150, seed=1)
+        saved = torch.load(file)
+        other.load_state_dict(saved[0])
+        other_opt.load_state_dict(saved[1])
+        other_anneal.load_state_dict(saved[2])
+        train(net, opt, anneal, x, y, 150, stop)
+        train(other, other_opt, other_anneal, x, y, 150, stop)
+        for a, b in zip(net.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["density", "rows", "2:4"])
+def test_the_backends_agree(kind: str) -> None:
+    results = []
+    for optimizer in ("adamw", "adamw-reference"):
+        net, opt, anneal, x, y = budgeted(kind, optimizer, 60, dtype=torch.float64)
+        train(net, opt, anneal, x, y, 40)  # before rounding could decide between two units
+        results.append(net)
+    for name in NAMES:
+        a, b = (net.get_parameter(name) for net in results)
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance("backends") * 1e3)
+
+
+def test_survivors_are_the_least_squares_fit_on_their_support() -> None:
+    """No shrinkage is left: the normal equations hold for the weights inside the budget."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(200, 20, generator=generator, dtype=torch.float64)
+    truth = torch.zeros(20, dtype=torch.float64)
+    truth[[2, 5, 11, 17]] = torch.tensor([1.5, -2.0, 0.7, 1.0], dtype=torch.float64)
+    y = x @ truth + 0.1 * torch.randn(200, generator=generator, dtype=torch.float64)
+    net = nn.Linear(20, 1, bias=False, dtype=torch.float64)
+    symopt.constrain(net, {"weight": symopt.Sparse(density=0.2)})
+    opt = symopt.SGD(net, lr=0.05)
+    anneal = symopt.Anneal(opt, 4000)
+    for _ in range(4000):
+        opt.zero_grad()
+        (net(x).flatten() - y).square().mean().div(2).backward()
+        opt.step()
+        anneal.step()
+    support = net.weight.detach().flatten().nonzero().flatten()
+    assert support.tolist() == [2, 5, 11, 17]
+    fit = torch.linalg.lstsq(x[:, support], y[:, None]).solution.flatten()
+    torch.testing.assert_close(net.weight.detach().flatten()[support], fit, rtol=0, atol=tolerance("stationary"))
+
+
+# ------------------------------------------------------------------------------------------------------- selections
+
+
+@given(st.lists(st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=40), min_size=1, max_size=4), st.data())
+def test_rank_is_the_sorted_tensors_element(values: list[list[float]], data: st.DataObject) -> None:
+    tensors = [torch.tensor(v, dtype=torch.float32) for v in values]
+    flat = torch.cat(tensors).abs().sort().values
+    k = data.draw(st.integers(1, len(flat)))
+    assert native.rank(tensors, k) == float(flat[k - 1])
+
+
+def test_rank_with_special_values() -> None:
+    x = torch.tensor([math.nan, -math.inf, 0.0, -0.0, 1e-45, -1e-38, 3.0, -2.0])
+    finite = x[2:].abs().sort().values
+    assert [native.rank([x], k) for k in range(1, 7)] == finite.tolist()
+    assert native.rank([x], 7) == math.inf and math.isnan(native.rank([x], 8))
+
+
+def member(w: Tensor, constraint: symopt.Constraint, name: str = "w") -> Member:
+    return Member(name, w, constraint, constraint.partition(w))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("distinct", [3, 10**6])
+def test_a_pool_selects_exactly_and_by_size(dtype: torch.dtype, distinct: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for density in (0.001, 0.05, 0.5, 0.999, 1.0):
+        w = (torch.randint(0, distinct, (41, 30), generator=generator).to(dtype) - distinct // 2) / distinct
+        (pool,) = pools([member(w, symopt.Sparse(density=density))])
+        (outside,) = pool.outside()
+        inside = ~outside
+        assert int(inside.sum()) == pool.count == max(1, round(density * w.numel()))
+        if outside.any():
+            assert float(w.abs().flatten()[outside].max()) <= float(w.abs().flatten()[inside].min())
+
+
+def test_a_global_budget_is_exact_and_leaves_every_tensor_its_floor() -> None:
+    constraint = symopt.Sparse(density=0.02, scope="global")
+    ws = [torch.randn(50, 40) * scale for scale in (1.0, 1e-3, 1e-6)] + [torch.randn(3, 2) * 1e-9]
+    (pool,) = pools([member(w, constraint, str(i)) for i, w in enumerate(ws)])
+    inside = [int((~o).sum()) for o in pool.outside()]
+    assert sum(inside) == pool.count == round(0.02 * sum(w.numel() for w in ws))
+    for n, w in zip(inside, ws, strict=True):
+        assert n >= min(w.numel(), max(1, math.ceil(FLOOR * pool.count * w.numel() / pool.units)))
+    big = ws[0].abs().flatten()
+    assert set(big.topk(inside[0]).indices.tolist()) == set((~pool.outside()[0]).nonzero().flatten().tolist())
+
+
+def test_equal_global_constraints_share_and_others_do_not() -> None:
+    w = torch.randn(4, 4)
+    one, two, own = (
+        symopt.Sparse(density=0.5, scope="global"),
+        symopt.Sparse(density=0.2, scope="global"),
+        symopt.Sparse(density=0.5),
+    )
+    found = pools(
+        [member(w, c) for c in (one, two, own, symopt.Sparse(density=0.5, scope="global"), own, symopt.Sparse())]
+    )
+    assert sorted(len(pool.members) for pool in found) == [1, 1, 1, 2]
+
+
+def test_losers_are_all_but_the_largest_of_every_run() -> None:
+    w = torch.tensor([[1.0, -3.0, 2.0, 0.5, 0.0, 0.0, 0.0, 0.0], [5.0, 5.0, 5.0, 5.0, -1.0, 2.0, -3.0, 4.0]])
+    lost = reference.losers(w, 2, 4)
+    assert lost.int().tolist() == [[1, 0, 0, 1, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1, 0, 0]]
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: symopt.Sparse(density=0.0), ValueError, ("Sparse", "density", "(0, 1]", "0.0")),
+        (lambda: symopt.Sparse(density=1.5), ValueError, ("Sparse", "density", "(0, 1]", "1.5")),
+        (lambda: symopt.Sparse(density="5%"), TypeError, ("Sparse", "density", "number", "str")),
+        (lambda: symopt.Sparse(density=math.nan), ValueError, ("Sparse", "density", "nan")),
+        (lambda: symopt.Sparse(scope="layer"), ValueError, ("Sparse", "scope", "'tensor' or 'global'", "'layer'")),
+        (lambda: symopt.Sparse(scope="global"), ValueError, ("Sparse", "scope='global'", "give a density")),
+        (lambda: symopt.Sparse(pattern="4:2"), ValueError, ("Sparse", "pattern", "'N:M'", "'4:2'")),
+        (lambda: symopt.Sparse(pattern=24), TypeError, ("Sparse", "pattern", "string", "int")),
+        (
+            lambda: symopt.Sparse(density=0.5, pattern="2:4"),
+            ValueError,
+            ("Sparse", "density and pattern", "one of them"),
+        ),
+        (lambda: symopt.GroupSparse("out", keep=0), ValueError, ("GroupSparse", "keep", ">= 1", "0")),
+        (lambda: symopt.GroupSparse("out", keep=1.2), ValueError, ("GroupSparse", "keep", "(0, 1]", "1.2")),
+        (lambda: symopt.GroupSparse("out", keep=True), TypeError, ("GroupSparse", "keep", "number", "bool")),
+    ],
+)
+def test_a_bad_budget_is_refused(make: Callable[[], Any], error: type[Exception], words: tuple[str, ...]) -> None:
+    with pytest.raises(error) as caught:
+        make()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_budget_that_does_not_fit_its_weight_is_refused() -> None:
+    net = nn.Linear(6, 4)
+    with pytest.raises(ValueError, match=r"on weight: dimension 1 of shape \(4, 6\) .* runs of 4; leave .* density"):
+        symopt.constrain(net, {"weight": symopt.Sparse(pattern="2:4")})
+    with pytest.raises(ValueError, match=r"on weight: keep=5 of 4 groups; give at most 4"):
+        symopt.constrain(net, {"weight": symopt.GroupSparse("out", keep=5)})
+    with pytest.raises(ValueError, match=r"weight has a budget.*mode='optimizer'"):
+        symopt.constrain(net, {"weight": symopt.Sparse(density=0.5)}, mode="explicit")
+    with pytest.raises(ValueError, match="a list may not hold budgets"):
+        symopt.constrain(net, {"weight": [symopt.Sparse(density=0.5), symopt.GroupSparse("out")]})
+
+
+@every_optimizer
+def test_without_anneal_the_first_step_says_what_is_missing(optimizer: str) -> None:
+    net, x, y = problem()
+    symopt.constrain(net, {"0.weight": symopt.Sparse(density=0.1)})
+    opt = OPTIMIZERS[optimizer](net)
+    before = net[0].weight.detach().clone()
+    nn.functional.cross_entropy(net(x), y).backward()
+    with pytest.raises(RuntimeError, match=r"0\.weight: .*density=0\.1.* symopt\.Anneal\(optimizer, total_steps\)"):
+        opt.step()
+    assert torch.equal(net[0].weight, before)
+
+
+def test_the_pool_of_a_pattern_has_no_threshold() -> None:
+    (pool,) = pools([member(torch.randn(4, 8), symopt.Sparse(pattern="2:4"))])
+    assert isinstance(pool, Pool) and pool.thresholds(3) == [math.inf]
