@@ -230,7 +230,7 @@ class Anneal:
             if budget and not math.isinf(factor):
                 fix = f"use lr >= {lr * factor:.2g} or {math.ceil(self.total_steps * factor)} steps"
                 warnings.warn(
-                    f"{name}: {self.total_steps} steps at lr {lr:.2g} are too few to ramp its budget in, so what is cut "
+                    f"{name}: {self.total_steps} steps at lr {lr:.2g} are too few to ramp its budget in; what is cut "
                     f"will not have decayed; {fix}",
                     stacklevel=3,
                 )
