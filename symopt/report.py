@@ -189,12 +189,16 @@ def report(
 
 def _row(name: str, p: torch.Tensor, constraint: Constraint, optimizer: ConstrainedOptimizer | None, entry: Any) -> Row:
     strength = imbalance = steps = None
+    committed = bool(entry and entry[0]["committed"])
     if optimizer is not None and entry is not None:
         group = entry[0]
         strength = float(optimizer.strength(group, constraint))
         steps = collapse_steps(optimizer, group, p, constraint)
         state = optimizer.state.get(p, {})
         imbalance = float(state["imbalance"]) if "imbalance" in state else None
+        if "trim" in state:  # a budget: the strength of what is inside, and no collapse to wait for
+            strength, steps = float(state["trim"][0]), None
+            committed = float(state["trim"][3]) == 0
     size = constraint.size(p)
     return Row(
         name=name,
@@ -206,7 +210,7 @@ def _row(name: str, p: torch.Tensor, constraint: Constraint, optimizer: Constrai
         penalty=float(constraint.penalty(p)),
         violation=float(constraint.violation(p)),
         strength=strength,
-        committed=bool(entry and entry[0]["committed"]),
+        committed=committed,
         imbalance=imbalance,
         collapse_steps=steps,
     )

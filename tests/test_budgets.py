@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -323,3 +324,51 @@ def test_without_anneal_the_first_step_says_what_is_missing(optimizer: str) -> N
 def test_the_pool_of_a_pattern_has_no_threshold() -> None:
     (pool,) = pools([member(torch.randn(4, 8), symopt.Sparse(pattern="2:4"))])
     assert isinstance(pool, Pool) and pool.thresholds(3) == [math.inf]
+
+
+def test_report_follows_a_budget() -> None:
+    net, opt, anneal, x, y = budgeted("density", "adamw", 40)
+    train(net, opt, anneal, x, y, 21)
+    row = symopt.report(net, opt).rows[0]
+    assert not row.committed and row.strength == float(opt.state[net[0].weight]["trim"][0]) > 0
+    assert row.collapse_steps is None
+    train(net, opt, anneal, x, y, 40, 21)
+    assert symopt.report(net, opt).rows[0].committed
+
+
+def test_anneal_warns_when_a_budget_cannot_be_ramped_in() -> None:
+    net, *_ = problem()
+    symopt.constrain(net, {NAMES: symopt.Sparse(density=0.1)})
+    opt = symopt.AdamW(net, lr=1e-3)
+    with pytest.warns(UserWarning, match=r"0\.weight: 100 steps at lr 0\.001 .* use lr >= [\d.e-]+ or \d+ steps"):
+        symopt.Anneal(opt, 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        symopt.Anneal(symopt.AdamW(net, lr=1e-2), 2000)
+
+
+@pytest.mark.parametrize("instructions", native.INSTRUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("keep", "of", "columns"), [(2, 4, 36), (1, 2, 8), (2, 5, 20000), (3, 64, 1984)])
+@pytest.mark.parametrize("saturated", [True, False])
+def test_the_native_pattern_is_the_references(
+    keep: int, of: int, columns: int, dtype: torch.dtype, instructions: str, saturated: bool
+) -> None:
+    """Every run of neighbours stays together, whatever the blocks and chunks the kernel works in."""
+    generator = torch.Generator().manual_seed(of)
+    w, g = (0.05 * torch.randn(7, columns, generator=generator, dtype=torch.float64) for _ in range(2))
+    w[:, ::3] = 0.04  # ties
+    w, g = w.to(dtype), g.to(dtype)
+    state = {"imbalance": torch.tensor(0.02, dtype=dtype), "metric_scale": torch.tensor(0.1, dtype=dtype)}
+    state["trim"] = torch.tensor([0.01, 5.0, math.inf, 1.0], dtype=torch.float64)
+    lost = reference.losers(w, keep, of)
+    decay = 0.01 * torch.where(lost, 5.0, 0.01).double()
+    c, scale = (state[key].double() for key in ("imbalance", "metric_scale"))
+    flags: Any = {"saturated": saturated, "snaps": lost}
+    want = reference.sparse(w.double(), 0.01 * g.double(), decay, c, scale, **flags)
+    entry = native.Entry()
+    native.fill(entry, w, state, "sparse")
+    entry.grad, entry.keep, entry.of = g.data_ptr(), keep, of
+    native.step([entry], "sgd", lr=0.01, saturated=saturated, instructions=instructions)
+    close = torch.finfo(dtype).eps * tolerance("native weight, fp64")
+    torch.testing.assert_close(w.double(), want, rtol=close, atol=close * float(want.abs().max()))
