@@ -362,7 +362,7 @@ def test_the_native_pattern_is_the_references(
     state = {"imbalance": torch.tensor(0.02, dtype=dtype), "metric_scale": torch.tensor(0.1, dtype=dtype)}
     state["trim"] = torch.tensor([0.01, 5.0, math.inf, 1.0], dtype=torch.float64)
     lost = reference.losers(w, keep, of)
-    decay = 0.01 * torch.where(lost, 5.0, 0.01).double()
+    decay = 0.01 * (0.01 + 4.99 * lost.double())
     c, scale = (state[key].double() for key in ("imbalance", "metric_scale"))
     flags: Any = {"saturated": saturated, "snaps": lost}
     want = reference.sparse(w.double(), 0.01 * g.double(), decay, c, scale, **flags)
