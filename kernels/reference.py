@@ -204,7 +204,8 @@ def losers(w: Tensor, keep: int, of: int) -> Tensor:
     """N:M: True at all but the ``keep`` largest of every ``of`` neighbouring inputs; of equals the first stay."""
     size = w.detach().abs().unflatten(1, (-1, of))
     order = size.argsort(stable=True, dim=2, descending=True)
-    return (order.argsort(2) >= keep).flatten(1, 2)
+    lost: Tensor = order.argsort(2) >= keep
+    return lost.flatten(1, 2)
 
 
 def sparse_deep(
