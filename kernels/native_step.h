@@ -108,7 +108,8 @@ template <class T> static void add_finite(int64_t n, const T* w, Tally& tally) {
 }
 
 // N:M: the decays of n weights, `outside` for all but the `keep` largest of every `of`; of equal sizes the first counts.
-template <class T> LOOP void rank(int64_t n, const T* __restrict w, T* __restrict decays, int keep, int of, T inside, T outside) {
+template <class T>
+LOOP void rank(int64_t n, const T* __restrict w, T* __restrict decays, int keep, int of, T inside, T outside) {
   for (int64_t i = 0; i < n; i += of)
     for (int j = 0; j < of; j++) {
       int larger_ones = 0;
