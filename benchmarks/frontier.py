@@ -116,6 +116,34 @@ def summary(table: Table, tasks: list[str], methods: list[str], budgets: list[st
     return lines
 
 
+def differences(table: Table, tasks: list[str], methods: list[str], budgets: list[str] | None, seeds: int) -> list[str]:
+    """The first method minus each other one, seed by seed, with the 95 % interval of the mean."""
+    lines = []
+    for task in tasks:
+        columns = budgets or BUDGETS[task]
+        lines += [
+            f"### {task}: {methods[0]} minus",
+            "",
+            "| | " + " | ".join(columns) + " |",
+            "|---|" + "---|" * len(columns),
+        ]
+        for method in methods[1:]:
+            cells = []
+            for budget in columns:
+                mine, other = (_chosen(table, task, m, budget) for m in (methods[0], method))
+                gaps = [
+                    float(table.rows[task, methods[0], budget, s, mine]["test"])
+                    - float(table.rows[task, method, budget, s, other]["test"])
+                    for s in range(seeds)
+                ]
+                spread = statistics.stdev(gaps) / seeds**0.5 * _T[seeds] if seeds > 1 else 0.0
+                digits = TASKS[task].decimals
+                cells.append(f"{statistics.mean(gaps):+.{digits}f} ± {spread:.{digits}f}")
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines
+
+
 _T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Student's t at 97.5 % for n - 1 degrees of freedom."""
 
@@ -148,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     table.complete(final, args.processes)
     missed = [r for r in table.rows.values() if r["method"] != "dense" and int(r["alive"]) != int(r["allowed"])]
     print("\n".join(summary(table, args.tasks, args.methods, args.budgets, args.seeds)))
+    print("\n".join(differences(table, args.tasks, args.methods, args.budgets, args.seeds)))
     print(f"budgets met to the unit in {len(table.rows) - len(missed)} of {len(table.rows)} runs")
     for row in missed:
         print(f"not met: {row}")
