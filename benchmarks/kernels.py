@@ -105,11 +105,11 @@ def run_case(case: Case, peers: list[str], repeats: int, seconds: float) -> Kern
             if name in absent:
                 continue
             mine, other = [], []
-            for _ in range(PLACES):
+            places = min(PLACES, repeats)
+            for i in range(places):
                 ours, peer = Ours(case), PEERS[name].build(case)
-                a, b = timing.interleave(
-                    _timed(ours, peer), _timed(peer, peer), -(-repeats // PLACES), seconds / PLACES
-                )
+                share = repeats // places + (i < repeats % places)
+                a, b = timing.interleave(_timed(ours, peer), _timed(peer, peer), share, seconds / places)
                 mine, other, composed = mine + a, other + b, peer.composed
                 del ours, peer
             ratio = summarize([b / a for a, b in zip(mine, other, strict=True)])

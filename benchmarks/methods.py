@@ -158,8 +158,11 @@ def l1(task: Task, seed: int, budget: Budget, *, lr: float, strength: float, cut
     return net
 
 
-def proximal(task: Task, seed: int, budget: Budget, *, lr: float, strength: float, cut: float) -> nn.Module:
-    """Adam, and after each step the proximal map of ``lr * strength * ||w||_1``."""
+Shrink = Callable[[Tensor, float], Any]
+
+
+def _shrunk(task: Task, seed: int, budget: Budget, lr: float, cut: float, shrink: Shrink) -> nn.Module:
+    """AdamW without weight decay; until the cut each step is followed by ``shrink(weight, lr)``, in place."""
     net, weights = _start(task, seed, budget)
     opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0, fused=True)
     end = _Cut(task, budget, weights, cut, cut)
@@ -168,31 +171,51 @@ def proximal(task: Task, seed: int, budget: Budget, *, lr: float, strength: floa
     def after(k: int) -> None:
         if k < cut * task.steps:
             for w in weights:
-                limit = opt.param_groups[0]["lr"] * strength
-                w.copy_(w.sign() * (w.abs() - limit).clamp(min=0))
+                shrink(w, opt.param_groups[0]["lr"])
         end(k)
 
     _train(task, seed, net, opt, after)
     return net
 
 
+def proximal(task: Task, seed: int, budget: Budget, *, lr: float, strength: float, cut: float) -> nn.Module:
+    """Adam, and after each step the proximal map of ``lr * strength * ||w||_1``."""
+
+    def shrink(w: Tensor, now: float) -> None:
+        w.copy_(w.sign() * (w.abs() - now * strength).clamp(min=0))
+
+    return _shrunk(task, seed, budget, lr, cut, shrink)
+
+
 def padam(
     task: Task, seed: int, budget: Budget, *, lr: float, strength: float, cut: float, p: float = 0.8
 ) -> nn.Module:
     """AdamW with the decoupled decay of ``||w||_p^p`` in its implicit, stable form (Outmezguine & Levi, 2024)."""
-    net, weights = _start(task, seed, budget)
-    opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    end = _Cut(task, budget, weights, cut, cut)
 
-    @torch.no_grad()
-    def after(k: int) -> None:
-        if k < cut * task.steps:
-            for w in weights:
-                rate = opt.param_groups[0]["lr"] * strength
-                w.div_(1 + rate * p * w.abs().clamp(min=1e-12) ** (p - 2))
-        end(k)
+    def shrink(w: Tensor, now: float) -> None:
+        w.div_(1 + now * strength * p * w.abs().clamp(min=1e-12) ** (p - 2))
 
-    _train(task, seed, net, opt, after)
+    return _shrunk(task, seed, budget, lr, cut, shrink)
+
+
+Then = Callable[[float], tuple[Any, Hook]]
+
+
+def _relay(task: Task, seed: int, net: nn.Module, opt: Any, lr: float, cut: float, then: Then) -> nn.Module:
+    """Like :func:`_train` with another optimizer from the cut on: ``then(lr)`` gives it and what follows its steps."""
+    batches = task.data(seed).batches()
+    after: Hook = lambda k: None  # noqa: E731
+    for k in range(task.steps):
+        now = lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * k / task.steps)))
+        if k == round(cut * task.steps):
+            opt, after = then(now)
+        for group in opt.param_groups:
+            group["lr"] = now
+        x, y = next(batches)
+        opt.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        opt.step()
+        after(k)
     return net
 
 
@@ -204,23 +227,11 @@ def pat(task: Task, seed: int, budget: Budget, *, lr: float, strength: float, cu
     prox = ("ProxGroupLasso", "Dim0Grouper") if budget.neurons else ("ProxLasso", "ElemGrouper")
     mine = {"params": weights, "prox_type": prox[0], "group_type": prox[1]}
     base = torch.optim.AdamW([mine, {"params": _others(net, weights)}], lr=lr, weight_decay=0.0)
-    opt: Any = PruneOptimizer(base, reg_lambda=strength)
-    end = _Cut(task, budget, weights, cut, cut)
-    done = round(cut * task.steps)
-    batches = task.data(seed).batches()
-    for k in range(task.steps):
-        now = lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * k / task.steps)))
-        if k == done:
-            opt = torch.optim.AdamW(net.parameters(), lr=now, fused=True)
-        for group in opt.param_groups:
-            group["lr"] = now
-        x, y = next(batches)
-        opt.zero_grad()
-        nn.functional.cross_entropy(net(x), y).backward()
-        opt.step()
-        if k >= done:
-            end(k)
-    return net
+
+    def then(now: float) -> tuple[Any, Hook]:
+        return torch.optim.AdamW(net.parameters(), lr=now, fused=True), _Cut(task, budget, weights, cut, cut)
+
+    return _relay(task, seed, net, PruneOptimizer(base, reg_lambda=strength), lr, cut, then)
 
 
 def factors(task: Task, seed: int, budget: Budget, *, lr: float, strength: float, cut: float, depth: int) -> nn.Module:
@@ -231,27 +242,14 @@ def factors(task: Task, seed: int, budget: Budget, *, lr: float, strength: float
     plain = recipes.spred(strength) if depth == 2 else recipes.deep_weight_factorization(strength, depth)
     recipe = gated if budget.neurons else plain
     recipe.constrain(net, *names)
-    opt: Any = recipe.optimizer(net, lr=lr)
-    done = round(cut * task.steps)
-    batches = task.data(seed).batches()
-    mask: _Cut | None = None
-    for k in range(task.steps):
-        now = lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * k / task.steps)))
-        if k == done:
-            net = symopt.release(net)
-            weights = list(budget.weights(net, task).values())
-            mask = _Cut(task, budget, weights, 0.0, 0.0)
-            mask(1)
-            opt = torch.optim.SGD(net.parameters(), lr=now, momentum=0.9)
-        for group in opt.param_groups:
-            group["lr"] = now
-        x, y = next(batches)
-        opt.zero_grad()
-        nn.functional.cross_entropy(net(x), y).backward()
-        opt.step()
-        if mask is not None:
-            mask(k)
-    return net
+
+    def then(now: float) -> tuple[Any, Hook]:
+        symopt.release(net)
+        end = _Cut(task, budget, list(budget.weights(net, task).values()), 0.0, 0.0)
+        end(1)
+        return torch.optim.SGD(net.parameters(), lr=now, momentum=0.9), end
+
+    return _relay(task, seed, net, recipe.optimizer(net, lr=lr), lr, cut, then)
 
 
 def rigl(task: Task, seed: int, budget: Budget, *, lr: float, renew: float, cut: float) -> nn.Module:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training import Layer
+from benchmarks.training import Transformer
 
 __all__ = ["TASKS", "Data", "Task", "text_hash"]
 
@@ -154,18 +154,8 @@ def _characters(seed: int) -> Data:
     return Data(batches, held(codes[a:b]), held(codes[b:]))
 
 
-class _Characters(nn.Module):
-    def __init__(self, width: int = 128, heads: int = 4) -> None:
-        super().__init__()
-        vocabulary = _text()[1]
-        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(LENGTH, width)
-        self.layers = nn.Sequential(Layer(width, heads), Layer(width, heads))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.tokens(x) + self.places(torch.arange(x.shape[1]))
-        logits: Tensor = self.head(self.norm(self.layers(h)))
-        return logits.flatten(0, 1)
+def _transformer() -> nn.Module:
+    return Transformer(vocabulary=_text()[1], length=LENGTH)
 
 
 @torch.no_grad()
@@ -206,6 +196,6 @@ TASKS = {
             (),
             _accuracy,
         ),
-        Task("characters", 1500, _Characters, _characters, _BLOCKS, (), _minus_bits, 3),
+        Task("characters", 1500, _transformer, _characters, _BLOCKS, (), _minus_bits, 3),
     )
 }

@@ -37,10 +37,7 @@ class Entry(Structure):
         *[(name, c_int64) for name in ("numel", "bands", "rows", "groups", "run")],
         *[(name, c_double) for name in ("inside", "outside", "threshold")],
         ("zeros", c_int64),
-        *[
-            (name, c_int32)
-            for name in ("retraction", "dtype", "fresh", "wide_step", "keep", "of", "decoupled", "unused")
-        ],
+        *[(name, c_int32) for name in ("retraction", "dtype", "fresh", "wide_step", "keep", "of", "decoupled")],
     ]
 
 

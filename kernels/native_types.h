@@ -90,7 +90,7 @@ struct Entry {
   int64_t zeros;           // out: exact zeros after the step
   int32_t retraction, dtype, fresh, wide_step;  // fresh: momentum_buffer is new; wide_step: the counter is fp64
   int32_t keep, of;        // the `keep` largest of every `of` neighbours are inside, whatever the threshold; or 0 and 0
-  int32_t decoupled, unused;  // strengths bypass Adam's preconditioner, as AdamW's do
+  int32_t decoupled;       // strengths bypass Adam's preconditioner, as AdamW's do
 };
 
 struct Settings {

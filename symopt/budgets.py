@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from symopt.constraints import Constraint
+from symopt.constraints.budget import Budget
 from symopt_kernels import native
 from symopt_kernels.groups import Groups
 
@@ -44,10 +45,14 @@ class Pool:
     members: tuple[Member, ...]
 
     @property
+    def budget(self) -> Budget:
+        shared = self.members[0].constraint.budget
+        assert shared is not None
+        return shared
+
+    @property
     def pattern(self) -> tuple[int, int] | None:
-        budget = self.members[0].constraint.budget
-        assert budget is not None
-        return budget.pattern
+        return self.budget.pattern
 
     @property
     def units(self) -> int:
@@ -56,9 +61,7 @@ class Pool:
     @property
     def count(self) -> int:
         """Units that may live in the end."""
-        budget = self.members[0].constraint.budget
-        assert budget is not None
-        return budget.count(self.units)
+        return self.budget.count(self.units)
 
     @property
     def share(self) -> float:
@@ -76,8 +79,9 @@ class Pool:
         """
         limits = self._limits(keep)
         for i, (m, t) in enumerate(zip(self.members, limits, strict=True)):
-            if m.groups is not None and t >= 0 and bool((above := m.sizes()[m.sizes() > t]).any()):
-                limits[i] = (t + float(above.min())) / 2
+            if m.groups is not None and t >= 0:
+                above = (sizes := m.sizes())[sizes > t]
+                limits[i] = (t + float(above.min())) / 2 if above.numel() else t
         return limits
 
     def _limits(self, keep: int) -> list[float]:
@@ -116,8 +120,6 @@ class Pool:
         inside = [s > t for s, t in zip(sizes, limits, strict=True)]
         spare = keep - sum(int(x.sum()) for x in inside)
         for mine, s, t in zip(inside, sizes, limits, strict=True):
-            if spare <= 0:
-                break
             ties = (s == t).nonzero().flatten()[:spare]
             mine[ties] = True
             spare -= ties.numel()
@@ -130,11 +132,9 @@ def pools(members: Iterable[Member]) -> list[Pool]:
     alone: list[Pool] = []
     for m in members:
         budget = m.constraint.budget
-        if budget is None:
-            continue
-        if budget.scope == "global":
+        if budget is not None and budget.scope == "global":
             shared.setdefault(m.constraint, []).append(m)
-        else:
+        elif budget is not None:
             alone.append(Pool((m,)))
     return alone + [Pool(tuple(found)) for found in shared.values()]
 

@@ -16,6 +16,7 @@ from symopt.constraints import Constraint
 from symopt.explicit import plain_state_dict
 from symopt.fold import fold
 from symopt.optim import ConstrainedOptimizer
+from symopt.optim.options import is_cut
 from symopt.schedule import collapse_steps
 
 __all__ = ["Report", "Row", "report"]
@@ -198,7 +199,7 @@ def _row(name: str, p: torch.Tensor, constraint: Constraint, optimizer: Constrai
         imbalance = float(state["imbalance"]) if "imbalance" in state else None
         if "trim" in state:  # a budget: the strength of what is inside, and no collapse to wait for
             strength, steps = float(state["trim"][0]), None
-            committed = float(state["trim"][3]) == 0
+            committed = is_cut(state)
     size = constraint.size(p)
     return Row(
         name=name,

@@ -13,6 +13,7 @@ from torch import Tensor
 from symopt.budgets import Member, pools
 from symopt.constraints import Composed
 from symopt.optim import ConstrainedOptimizer
+from symopt.optim.options import is_cut
 from symopt_kernels.reference import math_dtype
 
 __all__ = ["Anneal", "Plan"]
@@ -137,8 +138,9 @@ class Anneal:
             return
         held: dict[Member, tuple[dict[str, Any], Tensor]] = {}
         for group, p, name, constraint in self.optimizer.constrained():
-            if constraint.budget is not None and not self._is_cut(p):
-                w = self.optimizer.state.get(p, {}).get("master", p.detach())
+            state = self.optimizer.state.get(p, {})
+            if constraint.budget is not None and not is_cut(state):
+                w = state.get("master", p.detach())
                 held[Member(name, w, constraint, self.optimizer.groups(p, constraint))] = group, p
         for pool in pools(held):
             if self.last_step >= self._last:
@@ -177,10 +179,6 @@ class Anneal:
             return 0.0
         rms = grad.detach().to(math_dtype(p)).square().mean().sqrt()
         return float(rms) * math.sqrt(m.w.numel() / m.units)
-
-    def _is_cut(self, p: Tensor) -> bool:
-        trim = self.optimizer.state.get(p, {}).get("trim")
-        return trim is not None and float(trim[3]) == 0
 
     def _cut(self, p: Tensor, gone: Tensor) -> None:
         state = self.optimizer.state[p]

@@ -296,7 +296,10 @@ class ConstrainedOptimizer(ConstrainedState):
         grads = [gradient(slot.p) for slot in slots]  # alive until the call is over
         for slot, grad in zip(slots, grads, strict=True):
             constraint = slot.constraint
-            slot.aim(grad, 0.0 if constraint is None else float(self.strength(group, constraint)))
+            if constraint is None or slot.entry.trim:  # a budget's strengths are in its state
+                slot.aim(grad, 0.0)
+            else:
+                slot.aim(grad, float(self.strength(group, constraint)))
         native.step(
             [slot.entry for slot in slots],
             lr=float(group["lr"]),

@@ -10,7 +10,7 @@ from symopt.backends import check_backend
 from symopt.constraints.base import check_number
 from symopt_kernels.groups import Groups
 
-__all__ = ["DEFAULTS", "OWN_STATE", "TRIM", "check_group", "shared_moment"]
+__all__ = ["DEFAULTS", "OWN_STATE", "TRIM", "check_group", "is_cut", "shared_moment"]
 
 DEFAULTS: dict[str, Any] = {
     "strength": None,
@@ -29,6 +29,11 @@ TRIM = ("inside", "outside", "threshold", "imbalance_decay")
 """What the state tensor ``trim`` of a weight with a budget holds, in float64: the strengths of the units that have a
 place in the budget and of those that have none, the size up to which they have none (negative: all have one), and the
 factor of the imbalance per step."""
+
+
+def is_cut(state: dict[str, Any]) -> bool:
+    """Whether what is outside a weight's budget has been cut, so that its support is final."""
+    return "trim" in state and float(state["trim"][TRIM.index("imbalance_decay")]) == 0
 
 
 def shared_moment(per_weight: Tensor, groups: Groups) -> Tensor:
