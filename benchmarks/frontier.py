@@ -101,11 +101,15 @@ def _scores(table: Table, task: str, method: str, budget: str, seeds: int) -> li
     return [float(table.rows[task, method, budget, seed, setting]["test"]) for seed in range(seeds)]
 
 
-def _cell(values: list[float], digits: int, sign: str = "") -> str:
-    """Mean and its 95 % interval."""
+def _interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half of its 95 % interval."""
     n = len(values)
-    spread = statistics.stdev(values) / n**0.5 * _T[n] if n > 1 else 0.0
-    return f"{statistics.mean(values):{sign}.{digits}f} ± {spread:.{digits}f}"
+    return statistics.mean(values), statistics.stdev(values) / n**0.5 * _T[n] if n > 1 else 0.0
+
+
+def _cell(values: list[float], digits: int, sign: str = "") -> str:
+    mean, spread = _interval(values)
+    return f"{mean:{sign}.{digits}f} ± {spread:.{digits}f}"
 
 
 def tables(table: Table, task: str, methods: list[str], budgets: list[str], seeds: int) -> list[str]:
@@ -123,6 +127,29 @@ def tables(table: Table, task: str, methods: list[str], budgets: list[str], seed
     return lines
 
 
+def plot(table: Table, cases: dict[str, tuple[list[str], list[str]]], seeds: int, path: Path) -> None:
+    """One panel per task: the test score of every method against the share of weights, with 95 % intervals."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(cases), figsize=(5.5 * len(cases), 4.5), squeeze=False, layout="constrained")
+    for axis, (task, (methods, budgets)) in zip(axes[0], cases.items(), strict=True):
+        shares = [b for b in budgets if b.endswith("%") and not b.startswith("neurons")]
+        if not shares:
+            continue
+        at = [float(b.removesuffix("%")) for b in shares]
+        for method in methods:
+            scores = [_scores(table, task, method, b, seeds) for b in shares]
+            means, spreads = zip(*map(_interval, scores), strict=True)
+            first = method == methods[0]
+            style: dict[str, Any] = {"linewidth": 2.5, "color": "black", "zorder": 3} if first else {"linewidth": 1}
+            axis.errorbar(at, means, spreads, label=method, capsize=2, marker=".", **style)
+        axis.set(xscale="log", xlabel="weights that live, %", ylabel=f"{TASKS[task].unit}, test", title=task)
+        axis.invert_xaxis()
+        axis.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
 _T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Student's t at 97.5 % for n - 1 degrees of freedom."""
 
@@ -137,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     made.add_argument("--seeds", type=int, default=5)
     made.add_argument("--processes", type=int, default=2)
     made.add_argument("--csv", type=Path, default=Path("benchmarks/frontier.csv"))
+    made.add_argument("--plot", type=Path, default=Path("out/frontier.png"))
     made.add_argument("--quick", action="store_true")
     args = made.parse_args(argv)
     if args.quick:
@@ -155,6 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     table.complete(final, args.processes)
     for task in args.tasks:
         print("\n".join(tables(table, task, args.methods, args.budgets or BUDGETS[task], args.seeds)))
+    plot(table, {t: (args.methods, args.budgets or BUDGETS[t]) for t in args.tasks}, args.seeds, args.plot)
     budgeted = [row for row in table.rows.values() if row["method"] != "dense"]
     missed = [row for row in budgeted if int(row["alive"]) != int(row["allowed"])]
     print(f"budgets met to the unit in {len(budgeted) - len(missed)} of {len(budgeted)} runs that have one")

@@ -336,6 +336,7 @@ def _grid(**axes: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
 
 METHODS: dict[str, Method] = {
     "symopt AdamW": Method(ours, ({"lr": 5e-3},)),
+    "symopt AdamW, lr tuned": Method(ours, _grid(lr=(2.5e-3, 5e-3, 1e-2))),
     "symopt SGD": Method(ours_sgd, ({"lr": 0.1},)),
     "dense": Method(dense, _grid(lr=(1e-3, 3e-3))),
     "gradual pruning": Method(

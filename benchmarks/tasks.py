@@ -41,6 +41,7 @@ class Task:
     neurons: tuple[str, ...]
     score: Callable[[nn.Module, list[Batch]], float]
     decimals: int = 2
+    unit: str = "accuracy in %"
 
 
 # ---------------------------------------------------------------------------------------------------------- MNIST-5k
@@ -105,16 +106,16 @@ class _Block(nn.Module):
 
 def _resnet() -> nn.Module:
     return nn.Sequential(
-        *(nn.Conv2d(1, 16, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(16), nn.ReLU(), _Block(16)),
-        *(nn.Conv2d(16, 32, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(32), nn.ReLU(), _Block(32)),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),
+        *(nn.Conv2d(1, 32, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+        *(_Block(32), nn.Conv2d(32, 64, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
+        *(_Block(64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)),
     )
 
 
 # -------------------------------------------------------------------------------------------------------------- text
 
 LENGTH = 64
-_ROWS = 32
+_ROWS = 16
 
 
 @functools.cache
@@ -192,10 +193,10 @@ TASKS = {
             12 * 55,
             _resnet,
             functools.partial(_mnist, image=True),
-            tuple(f"{n}.weight" for n in ("0", "3.conv1", "3.conv2", "4", "7.conv1", "7.conv2", "10")),
+            tuple(f"{n}.weight" for n in ("0", "4.conv1", "4.conv2", "5", "8.conv1", "8.conv2", "11")),
             (),
             _accuracy,
         ),
-        Task("characters", 1500, _transformer, _characters, _BLOCKS, (), _minus_bits, 3),
+        Task("characters", 1500, _transformer, _characters, _BLOCKS, (), _minus_bits, 3, "minus bits per character"),
     )
 }

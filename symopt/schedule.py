@@ -23,10 +23,10 @@ __all__ = ["Anneal", "Plan"]
 class Plan:
     """How a budget is imposed over training."""
 
-    ramp: float = 0.6
+    ramp: float = 0.45
     """Share of training at which the budget has its full size; before, units live by the cubic ramp
     ``share + (1 - share) (1 - progress / ramp)**3`` (Zhu & Gupta, 2017)."""
-    commit: float = 0.75
+    commit: float = 0.6
     """Share of training at which what is outside becomes exactly zero and the support final."""
     inside: float = 0.02
     """Strength of units inside the budget until the commit: this times ``ln(1 / share)``."""
@@ -54,7 +54,7 @@ class Anneal:
 
     Weights with a budget (``Sparse(density=)``, ``Sparse(pattern=)``, ``GroupSparse(keep=)``) need an Anneal.  Of their
     units those outside the budget, the smallest, decay quickly, those inside hardly.  The budget tightens by a cubic
-    ramp until 60 % of training; at the ``commit``, for them 75 % if None, what is outside becomes exactly zero, and the
+    ramp until 45 % of training; at the ``commit``, for them 60 % if None, what is outside becomes exactly zero, and the
     rest trains on at the fixed support without any decay.  Until then a zero may come back.  Units are selected anew
     every 20 steps, exactly.  Under :class:`symopt.SGD`, which has no second moments, strengths are in units of the
     gradient's root mean square.
@@ -62,7 +62,8 @@ class Anneal:
     Before the first step it warns if ``lr * steps * strength`` is too small to bring even the median weight of some
     tensor to zero, and says what would do.  It knows the steps with strength (up to ``commit``) and the largest lr the
     group names (``lr``, and ``initial_lr`` and ``max_lr``, which torch's schedulers leave there), not the schedule.
-    For a budget it warns if what leaves it last has too few steps to decay before it is cut.
+    For a budget it warns if what leaves it last has too few steps to decay before it is cut.  During training it warns
+    of every tensor that has died as a whole.
 
     Args:
         optimizer: a symopt optimizer.
@@ -113,6 +114,7 @@ class Anneal:
         self.last_step = 0
         self.plan = _plan or Plan()
         self._warned: set[int] = set()
+        self._dead: set[int] = set()
         self._set()
         self._impose()
         self._check()
@@ -196,6 +198,21 @@ class Anneal:
             self._check()  # Adam's preconditioner is known only now
         self._set()
         self._impose()
+        if self.last_step % max(1, self.total_steps // 20) == 0:
+            self._mourn()
+
+    def _mourn(self) -> None:
+        """Warn once of every weight that has become zero for good, all of it."""
+        for _, p, name, _ in self.optimizer.constrained():
+            imbalance = self.optimizer.state.get(p, {}).get("imbalance")
+            final = imbalance is not None and not bool(imbalance.any())
+            if final and id(p) not in self._dead and not bool(p.any()):
+                self._dead.add(id(p))
+                warnings.warn(
+                    f"{name}: all of its weights have become zero and stay zero; give it a smaller strength, or a "
+                    "budget, which every tensor survives",
+                    stacklevel=3,
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers; save it beside the optimizer's."""

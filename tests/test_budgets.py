@@ -57,6 +57,14 @@ BUDGETS: dict[str, tuple[Make, Callable[[list[Tensor]], bool]]] = {
         lambda: symopt.GroupSparse("in", keep=0.25),
         lambda ws: all(int(w.any(0).sum()) == w.shape[1] // 4 for w in ws),
     ),
+    "rows of all": (
+        lambda: symopt.GroupSparse("out", keep=6, scope="global"),
+        lambda ws: sum(int(w.any(1).sum()) for w in ws) == 6,
+    ),
+    "flops": (
+        lambda: symopt.GroupSparse("out", keep=0.3, scope="flops"),
+        lambda ws: 0 <= 0.3 * sum(w.numel() for w in ws) - sum(int(w.any(1).sum()) * w.shape[1] for w in ws) < 32,
+    ),
 }
 
 every_budget = pytest.mark.parametrize("kind", BUDGETS)
@@ -242,10 +250,57 @@ def test_a_global_budget_is_exact_and_leaves_every_tensor_its_floor() -> None:
     (pool,) = pools([member(w, constraint, str(i)) for i, w in enumerate(ws)])
     inside = [int((~o).sum()) for o in pool.outside()]
     assert sum(inside) == pool.count == round(0.02 * sum(w.numel() for w in ws))
+    spare = FLOOR * (pool.count - len(ws)) / sum(sum(w.shape) for w in ws)
     for n, w in zip(inside, ws, strict=True):
-        assert n >= min(w.numel(), max(1, math.ceil(FLOOR * pool.count * w.numel() / pool.units)))
+        assert n >= min(w.numel(), 1 + int(spare * sum(w.shape)))
     big = ws[0].abs().flatten()
     assert set(big.topk(inside[0]).indices.tolist()) == set((~pool.outside()[0]).nonzero().flatten().tolist())
+
+
+def test_a_global_budget_of_one_unit_each_is_the_smallest() -> None:
+    ws = [torch.randn(n, 100) for n in (90, 3, 3, 3)]
+    (pool,) = pools([member(w, symopt.Sparse(density=4 / 9900, scope="global"), str(i)) for i, w in enumerate(ws)])
+    assert [int((~o).sum()) for o in pool.outside()] == [1, 1, 1, 1]
+    for constraint, unit in (
+        (symopt.Sparse(density=3 / 9900, scope="global"), "4"),
+        (symopt.GroupSparse("out", keep=3, scope="global"), "4"),
+        (symopt.GroupSparse("out", keep=0.001, scope="flops"), "400"),
+    ):
+        with pytest.raises(ValueError, match=rf"less than one unit of each of 0, 1, 2, 3 takes \({unit}\)"):
+            pools([member(w, constraint, str(i)) for i, w in enumerate(ws)])
+
+
+@pytest.mark.parametrize("scope", ["global", "flops"])
+def test_groups_of_several_tensors_compete_by_their_rms(scope: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    ws = [torch.randn(*shape, generator=generator) for shape in ((20, 5), (10, 40), (8, 4, 3, 3))]
+    places = [1, 1, 7]
+    constraints = [
+        symopt.GroupSparse("out", keep=0.5, scope=scope, positions=n if scope == "flops" else None) for n in places
+    ]
+    (pool,) = pools([member(w, c, str(i)) for i, (w, c) in enumerate(zip(ws, constraints, strict=True))])
+    inside = [~o for o in pool.outside()]
+    cost = [w[0].numel() * n if scope == "flops" else 1 for w, n in zip(ws, places, strict=True)]
+    spent = sum(int(i.sum()) * c for i, c in zip(inside, cost, strict=True))
+    total = sum(len(w) * c for w, c in zip(ws, cost, strict=True))
+    assert 0 <= 0.5 * total - spent < max(cost)
+    rms = [w.flatten(1).square().mean(1).sqrt() for w in ws]
+    floors = [
+        1 + int(FLOOR * (0.5 * total - sum(cost)) * len(w) / sum(len(w) * c for w, c in zip(ws, cost, strict=True)))
+        for w in ws
+    ]
+    worst = min(float(r[i].min()) for r, i, n in zip(rms, inside, floors, strict=True) if int(i.sum()) > n)
+    assert max(float(r[~i].max()) for r, i in zip(rms, inside, strict=True) if not i.all()) <= worst
+    limits = pool.thresholds(pool.count)
+    for w, i, t in zip(ws, inside, limits, strict=True):
+        assert torch.equal(w.flatten(1).norm(dim=1) > t, i)
+
+
+def test_flops_budgets_differ_in_positions_alone_and_still_share() -> None:
+    one, two = (symopt.GroupSparse("out", keep=0.5, scope="flops", positions=n) for n in (1, 9))
+    assert one != two
+    (pool,) = pools([member(torch.randn(4, 3), one), member(torch.randn(4, 3), two)])
+    assert pool.total == 4 * 3 * (1 + 9)
 
 
 def test_equal_global_constraints_share_and_others_do_not() -> None:
@@ -288,6 +343,27 @@ def test_losers_are_all_but_the_largest_of_every_run() -> None:
         ),
         (lambda: symopt.GroupSparse("out", keep=0), ValueError, ("GroupSparse", "keep", ">= 1", "0")),
         (lambda: symopt.GroupSparse("out", keep=1.2), ValueError, ("GroupSparse", "keep", "(0, 1]", "1.2")),
+        (lambda: symopt.GroupSparse("out", scope="global"), ValueError, ("GroupSparse", "scope='global'", "keep")),
+        (
+            lambda: symopt.GroupSparse(torch.arange(4), keep=2, scope="global"),
+            ValueError,
+            ("GroupSparse", "scope='global'", "equal size", "string"),
+        ),
+        (
+            lambda: symopt.GroupSparse("out", keep=2, scope="flops"),
+            ValueError,
+            ("GroupSparse", "keep", "share", "the count 2"),
+        ),
+        (
+            lambda: symopt.GroupSparse("out", keep=0.5, positions=4),
+            ValueError,
+            ("GroupSparse", "positions", "scope='flops'", "4"),
+        ),
+        (
+            lambda: symopt.GroupSparse("out", keep=0.5, scope="flops", positions=0),
+            ValueError,
+            ("GroupSparse", "positions", "integer >= 1", "0"),
+        ),
         (lambda: symopt.GroupSparse("out", keep=True), TypeError, ("GroupSparse", "keep", "number", "bool")),
     ],
 )
@@ -303,6 +379,8 @@ def test_a_budget_that_does_not_fit_its_weight_is_refused() -> None:
         symopt.constrain(net, {"weight": symopt.Sparse(pattern="2:4")})
     with pytest.raises(ValueError, match=r"on weight: keep=5 of 4 groups; give at most 4"):
         symopt.constrain(net, {"weight": symopt.GroupSparse("out", keep=5)})
+    with pytest.raises(ValueError, match=r"on weight: a kernel of shape \(4, 2, 3, 3\) .*; give positions"):
+        symopt.constrain(nn.Conv2d(2, 4, 3), {"weight": symopt.GroupSparse("out", keep=0.5, scope="flops")})
     with pytest.raises(ValueError, match=r"weight has a budget.*mode='optimizer'"):
         symopt.constrain(net, {"weight": symopt.Sparse(density=0.5)}, mode="explicit")
     with pytest.raises(ValueError, match="a list may not hold budgets"):
@@ -345,6 +423,42 @@ def test_anneal_warns_when_a_budget_cannot_be_ramped_in() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         symopt.Anneal(symopt.AdamW(net, lr=1e-2), 2000)
+
+
+def test_a_tensor_that_dies_is_mourned_once() -> None:
+    net, x, y = problem()
+    symopt.constrain(net, {NAMES: symopt.GroupSparse("out", strength=3.0)})
+    opt = symopt.AdamW(net, lr=1e-2)
+    anneal = symopt.Anneal(opt, 1000)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(net, opt, anneal, x, y, 1000)
+    assert not net[0].weight.any() and not net[2].weight.any()
+    told = [str(w.message) for w in caught if "all of its weights have become zero" in str(w.message)]
+    assert sorted(t.split(":")[0] for t in told) == list(NAMES)
+
+
+@pytest.mark.parametrize("kind", ["density", "2:4", "rows"])
+def test_a_trained_network_can_be_the_start(kind: str) -> None:
+    """What it has learnt is not lost: half of the weights go and it still knows its training data."""
+    net, x, y = problem()
+    dense = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    for _ in range(300):
+        dense.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        dense.step()
+    dense_right = float((net(x).argmax(1) == y).float().mean())
+    make = {
+        "density": symopt.Sparse(density=0.5),
+        "2:4": symopt.Sparse(pattern="2:4"),
+        "rows": symopt.GroupSparse("out", keep=0.5),
+    }
+    symopt.constrain(net, {NAMES: make[kind]})
+    opt = symopt.AdamW(net, lr=3e-3)
+    anneal = symopt.Anneal(opt, 400)
+    train(net, opt, anneal, x, y, 400)
+    right = float((net(x).argmax(1) == y).float().mean())
+    assert dense_right > 0.95 and right >= dense_right - 0.05
 
 
 @pytest.mark.parametrize("instructions", native.INSTRUCTIONS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["Budget", "check_keep", "check_share", "parse_pattern"]
+__all__ = ["Budget", "check_keep", "check_scope", "check_share", "parse_pattern"]
 
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 _LONGEST = 64  # neighbours that compete in an N:M pattern; kernels compare each with all others
@@ -13,15 +13,22 @@ _LONGEST = 64  # neighbours that compete in an N:M pattern; kernels compare each
 
 @dataclass(frozen=True)
 class Budget:
-    """``amount`` of the units live: a count if it is an integer, else a share; or ``pattern``, N of every M."""
+    """``amount`` of the units live: a count if it is an integer, else a share; or ``pattern``, N of every M.
+
+    With scope ``"flops"`` it is a share of their multiply-adds: a weight's elements times the ``positions`` it is
+    applied at per example.
+    """
 
     amount: float | int
     scope: str = "tensor"
     pattern: tuple[int, int] | None = None
+    positions: int = 1
 
-    def count(self, units: int) -> int:
-        """Units of ``units`` that may live: at least one."""
-        return self.amount if isinstance(self.amount, int) else max(1, round(self.amount * units))
+    def count(self, total: int) -> float:
+        """What may live of ``total`` units (at least one) or multiply-adds."""
+        if self.scope == "flops":
+            return self.amount * total
+        return self.amount if isinstance(self.amount, int) else max(1, round(self.amount * total))
 
 
 def check_share(owner: str, field: str, value: object) -> None:
@@ -41,6 +48,15 @@ def check_keep(owner: str, value: object) -> None:
             raise ValueError(f"{owner}: keep as a count must be >= 1, got {value}")
         return
     check_share(owner, "keep", value)
+
+
+def check_scope(owner: str, value: object, known: tuple[str, ...], amount: object, field: str) -> None:
+    """Raise unless ``value`` is a known scope, and the default if there is no budget (``amount``)."""
+    if value not in known:
+        *most, last = map(repr, known)
+        raise ValueError(f"{owner}: scope must be {', '.join(most)} or {last}, got {value!r}")
+    if value != "tensor" and amount is None:
+        raise ValueError(f"{owner}: scope={value!r} shares a budget among tensors; give a {field}")
 
 
 def parse_pattern(owner: str, value: object) -> tuple[int, int]:

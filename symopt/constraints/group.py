@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors, Outs, check_depth, heavy_factor
-from symopt.constraints.budget import Budget, check_keep
+from symopt.constraints.budget import Budget, check_keep, check_scope
 from symopt_kernels import reference
 from symopt_kernels.groups import Groups
 
@@ -45,6 +45,12 @@ class GroupSparse(Constraint):
             SGD and Adam.
         keep: a budget instead of a strength: how many groups of each tensor live in the end, exactly; an integer is a
             count, a float in (0, 1] a share.  :class:`symopt.Anneal` ramps it in, as for :class:`symopt.Sparse`.
+        scope: whose budget it is: of each ``"tensor"``; ``"global"``, of all tensors with an equal constraint together,
+            which compares groups by the root mean square of their weights; or ``"flops"``, the same, and ``keep`` is a
+            share of the multiply-adds of these weights (as many groups live as fit).  Every tensor keeps half of its
+            even part, and one group at least.
+        positions: for scope ``"flops"``, how often the weight is applied per example: 1 for a Linear of vectors (the
+            default for matrices), the output's height times width for a convolution.
         depth: number D >= 2 of factors (a budget needs 2); above 2 balanced, which makes every zero permanent.
 
     Raises:
@@ -68,6 +74,8 @@ class GroupSparse(Constraint):
     groups: str | Tensor | Callable[[Tensor], Tensor]
     strength: float | None = None
     keep: float | int | None = None
+    scope: str = field(default="tensor", kw_only=True)
+    positions: int | None = field(default=None, kw_only=True)
     depth: int = field(default=2, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -76,6 +84,13 @@ class GroupSparse(Constraint):
         check_keep("GroupSparse", self.keep)
         if self.keep is not None and self.depth != 2:
             raise ValueError(f"GroupSparse: a budget (keep) needs depth=2, got depth={self.depth}")
+        check_scope("GroupSparse", self.scope, ("tensor", "global", "flops"), self.keep, "keep")
+        if self.scope != "tensor" and not isinstance(self.groups, str):
+            raise ValueError(f"GroupSparse: scope={self.scope!r} compares groups of equal size; name them by a string")
+        if self.scope == "flops" and isinstance(self.keep, int):
+            raise ValueError(f"GroupSparse: keep with scope='flops' is a share in (0, 1], got the count {self.keep}")
+        if self.positions is not None and (self.scope != "flops" or not _whole(self.positions)):
+            raise ValueError(f"GroupSparse: positions is an integer >= 1, for scope='flops'; got {self.positions!r}")
         groups = self.groups
         if isinstance(groups, str):
             if groups not in ("out", "in") and not _HEAD.fullmatch(groups) and not _BLOCK.fullmatch(groups):
@@ -102,18 +117,23 @@ class GroupSparse(Constraint):
         return hash((self._numbers(), self.groups if isinstance(self.groups, str) else None))
 
     def _numbers(self) -> tuple[object, ...]:
-        return (self.strength, type(self.keep), self.keep, self.depth)
+        return (self.strength, type(self.keep), self.keep, self.scope, self.positions, self.depth)
 
     @property
     def budget(self) -> Budget | None:
-        return None if self.keep is None else Budget(self.keep)
+        return None if self.keep is None else Budget(self.keep, self.scope, positions=self.positions or 1)
 
     def bind(self, name: str, w: Tensor) -> Constraint:
         index = self.index(w, name)
         if index is None:
             self._view(name, w)
         units = self.partition(w, index).count
-        if isinstance(self.keep, int) and self.keep > units:
+        if self.scope == "flops" and self.positions is None and w.dim() > 2:
+            raise ValueError(
+                f"GroupSparse(scope='flops') on {name}: a kernel of shape {tuple(w.shape)} is applied at many places; "
+                "give positions, the height times width of its output"
+            )
+        if self.scope == "tensor" and isinstance(self.keep, int) and self.keep > units:
             raise ValueError(f"GroupSparse on {name}: keep={self.keep} of {units} groups; give at most {units}")
         return self if index is None else replace(self, groups=index.cpu())
 
@@ -219,6 +239,10 @@ class GroupSparse(Constraint):
 
     def default_strength(self, *, decoupled: bool) -> float:
         return 0.06 if decoupled else 1e-4
+
+
+def _whole(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
 
 
 def _integers(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors, Outs, check_depth, heavy_factor, light_factor
-from symopt.constraints.budget import Budget, check_share, parse_pattern
+from symopt.constraints.budget import Budget, check_scope, check_share, parse_pattern
 from symopt_kernels import reference
 from symopt_kernels.groups import Groups
 
@@ -35,7 +35,8 @@ class Sparse(Constraint):
             :class:`symopt.Anneal` ramps it in and commits it, and chooses the strengths; ``strength`` is then that of
             the weights inside the budget until the commit.
         scope: whose budget it is: of each ``"tensor"``, or ``"global"``, one for all weights with an equal constraint,
-            chosen by size; every tensor keeps at least a tenth of its even part, so none dies.
+            chosen by size; every tensor keeps at least half of its Erdos-Renyi part (which goes with the sum, not the
+            product, of its dimensions), so that no small layer is starved.
         pattern: ``"N:M"``: of every M neighbouring inputs (dimension 1) the N largest live, like ``"2:4"``; a budget,
             too.
         depth: number D >= 2 of factors; a budget needs 2.
@@ -76,15 +77,12 @@ class Sparse(Constraint):
         if self.gauge not in ("fixed", "free"):
             raise ValueError(f"Sparse: gauge must be 'fixed' or 'free', got {self.gauge!r}")
         check_share("Sparse", "density", self.density)
-        if self.scope not in ("tensor", "global"):
-            raise ValueError(f"Sparse: scope must be 'tensor' or 'global', got {self.scope!r}")
+        check_scope("Sparse", self.scope, ("tensor", "global"), self.density, "density")
         if (self.density is not None or self.pattern is not None) and (self.depth != 2 or self.gauge != "fixed"):
             raise ValueError(
                 "Sparse: a budget needs depth=2 and gauge='fixed', where no weight inside it becomes zero by itself; "
                 f"got depth={self.depth}, gauge={self.gauge!r}"
             )
-        if self.scope == "global" and self.density is None:
-            raise ValueError("Sparse: scope='global' shares a budget among tensors; give a density")
         if self.pattern is not None:
             parse_pattern("Sparse", self.pattern)
             if self.density is not None:

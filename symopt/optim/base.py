@@ -338,10 +338,9 @@ class ConstrainedOptimizer(ConstrainedState):
         snaps: Tensor | bool = True
         if budget is not None:
             inside, outside, threshold, keep = state["trim"].to(w.dtype).unbind()
-            strength = inside
-            if bool(threshold >= 0):
-                snaps = outer = constraint.outside(w, threshold, groups).reshape(w.shape if groups is None else (-1,))
-                strength = torch.where(outer, outside, inside)
+            outer = constraint.outside(w, threshold, groups).reshape(w.shape if groups is None else (-1,))
+            snaps = outer | (threshold < 0)  # no branch on a tensor: nothing may wait for the device
+            strength = torch.where(outer, outside, inside)
         delta, decay = lr * update, lr * strength * gain * charge
         c, scale = state["imbalance"], state["metric_scale"]
         if constraint.carries_factors:
