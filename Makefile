@@ -41,7 +41,7 @@ bench: $(VENV)/bench.stamp  ## time the native step against its peers; ARGS="--q
 	@$(MAKE) -s install
 	$(BIN)/python -m benchmarks --json out/bench.json --markdown out/bench.md --plot out/bench.png $(ARGS)
 
-bench-test: $(VENV)/bench.stamp  ## run the benchmarks' own tests (their checks, not their times)
+bench-test: $(VENV)/test.stamp $(VENV)/bench.stamp  ## run the benchmarks' own tests (their checks, not their times)
 	@$(MAKE) -s install
 	$(BIN)/pytest -n 2 benchmarks --benchmark-disable $(ARGS)
 
