@@ -311,6 +311,8 @@ def run(method: str, task: Task, seed: int, budget: Budget, **setting: Any) -> d
     net = METHODS[method].train(task, seed, budget, **setting)
     data = task.data(seed)
     weights = [net.get_parameter(name).detach() for name in budget.weights(net, task)]
+    if budget.neurons:  # a weight of a living neuron may be zero by chance
+        weights = [w.flatten(1).any(1, keepdim=True).expand(w.flatten(1).shape) for w in weights]
     return {
         "validation": task.score(net, data.validation),
         "test": task.score(net, data.test),

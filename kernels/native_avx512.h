@@ -67,7 +67,8 @@ static int32_t sparse_saturated(int64_t n, float* __restrict w, const float* __r
       decay = _mm512_mask_mov_ps(inside, may_snap, outside);
     }
     if (SOURCE == COUPLED) decay = _mm512_mul_ps(decay, lanes.load(gain + i));
-    const __m512 pull = size(delta), drive = _mm512_add_ps(decay, pull), twice = _mm512_add_ps(x, x);
+    const __m512 pull = size(delta), both_pulls = _mm512_add_ps(decay, pull), twice = _mm512_add_ps(x, x);
+    const __m512 drive = _mm512_add_ps(both_pulls, both_pulls);
     __m512 metric, t;
     if (BALANCED) {
       metric = size(twice);

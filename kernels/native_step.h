@@ -142,7 +142,7 @@ LOOP int32_t sparse_loop(int64_t n, T* __restrict w, const T* __restrict update,
     if (SOURCE == PATTERN) decay = gain[i];
     bool may_snap = SOURCE == PATTERN ? decay == outside : size(x) <= most;
     T pull = size(delta), metric = root(square_c + (x + x) * (x + x)), limit = (pull < decay) & may_snap ? snap : T(0);
-    T t = SATURATED ? 1 / larger(metric, larger(scale, decay + pull)) : 1 / larger(decay, T(1));
+    T t = SATURATED ? 1 / larger(metric, larger(scale, 2 * (decay + pull))) : 1 / larger(decay, T(1));
     delta = t * delta;
     T rho = 1 - t * decay;
     x = (rho * rho + delta * delta) * x - rho * delta * metric;
@@ -188,7 +188,7 @@ LOOP int32_t sparse_free_loop(int64_t n, T* __restrict w, T* __restrict factor_0
     if (SOURCE == PATTERN) decay = gain[i];
     bool may_snap = SATURATED & (SOURCE == PATTERN ? decay == outside : size(old) <= most);
     T pull = size(delta), limit = (pull < decay) & may_snap ? snap : T(-1);
-    T t = SATURATED ? 1 / larger(b * b + a * a, larger(scale, decay + pull)) : 1 / larger(decay, T(1));
+    T t = SATURATED ? 1 / larger(b * b + a * a, larger(scale, 2 * (decay + pull))) : 1 / larger(decay, T(1));
     delta = t * delta;
     T rho = 1 - t * decay, u = rho * a - delta * b, v = rho * b - delta * a, x = u * v;
     bool snapped = size(x) <= limit, light = size(u) <= size(v), still = (u == a) & (v == b);
@@ -321,7 +321,7 @@ LOOP void decide(int64_t n, T* __restrict second, T* __restrict peak, const doub
     bool outer = root(ww[j]) <= threshold;
     double decay = (outer ? outside : inside) * gain;
     double metric = root(c * c + 4 * ww[j]), pull = lr * root(uu[j]);
-    double most = saturated ? larger(metric, larger(scale, decay + pull)) : larger(decay, 1.0);
+    double most = saturated ? larger(metric, larger(scale, 2 * (decay + pull))) : larger(decay, 1.0);
     double t = 1 / most, gate_sq = (c + metric) / 2, rho = 1 - t * decay;
     double shared = rho - t * lr * uw[j] / larger(gate_sq, TINY);
     double a = shared * rho, b = shared * gate_sq * t * lr;

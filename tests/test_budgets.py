@@ -141,6 +141,21 @@ def test_it_stays_met_after_the_last_step(kind: str, optimizer: str) -> None:
     assert all(torch.equal(z, net.get_parameter(name) == 0) for z, name in zip(zero, NAMES, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["density", "2:4", "rows"])
+@every_optimizer
+def test_steps_of_any_size_kill_nothing_inside_it(kind: str, optimizer: str) -> None:
+    """With t (decay + |delta|) <= 1 a weight whose delta exceeds metric_scale would become exactly zero."""
+    net, opt, anneal, x, y = budgeted(kind, optimizer, 50)
+    train(net, opt, anneal, x, y, 50)
+    for group in opt.param_groups:
+        group["lr"] *= 1e3
+    for k in range(30):
+        for p in net.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(k))
+        opt.step()
+        assert met(net, kind)
+
+
 @every_budget
 def test_fold_meets_it_whenever_training_stops(kind: str) -> None:
     net, opt, anneal, x, y = budgeted(kind, "adamw", 400)
