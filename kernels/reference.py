@@ -138,9 +138,9 @@ def _time(metric: Tensor, pull: Tensor, decay: Tensor | float, metric_scale: Ten
 
     Above ``metric_scale`` a weight moves as under the plain optimizer; without it steps would be a fixed *factor* of
     the weight and large weights blow up.  ``t (decay + |pull|) <= 1/2`` keeps factors from overshooting zero, where
-    decay and gradient agree and the weight still would not shrink, and from hitting it: at c = 0 a step divides a weight
-    by 4 at most, so that what lives within a budget stays alive; without the time scale, which is the factor step to the
-    letter, only ``t decay <= 1`` (rho >= 0).  Both scale delta and decay alike, so fixed points stay.
+    decay and gradient agree and the weight still would not shrink, and from hitting it: at c = 0 a step divides a
+    weight by 4 at most, so that what lives within a budget stays alive; without the time scale, which is the factor
+    step to the letter, only ``t decay <= 1`` (rho >= 0).  Both scale delta and decay alike, so fixed points stay.
     """
     if metric_scale is None:
         return 1 / (torch.ones_like(metric) * decay).clamp(min=1)
