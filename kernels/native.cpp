@@ -151,7 +151,7 @@ Law<double> law(const Entry& e, const Settings& s) {
   k.keep = pattern ? e.keep : 0, k.of = pattern ? e.of : 0;
   k.inside = constrained ? s.lr * trim[0] * amplify : s.direction == ADAMW ? s.lr * s.weight_decay : 0;
   k.outside = s.lr * trim[1] * amplify;
-  k.threshold = trim[2], k.snaps = trim[2] < 0 ? HUGE_VAL : trim[2];
+  k.threshold = trim[2], k.snaps = trim[2] < 0 && !e.trim ? HUGE_VAL : trim[2];
   k.imbalance_decay = trim[3];
   bool wide = e.dtype == 1;
   k.imbalance = !e.imbalance ? 0 : wide ? read<double>(e.imbalance) : read<float>(e.imbalance);

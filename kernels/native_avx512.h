@@ -53,12 +53,12 @@ static int32_t sparse_saturated(int64_t n, float* __restrict w, const float* __r
   const __m512 scale = all(k.metric_scale), fastest = all(1 / k.metric_scale), snap = all(float(SNAP) * k.metric_scale);
   const __m512 square_c = all(k.imbalance * k.imbalance), one = all(1.0f);
   __m512 sum = all(0.0f), square = all(0.0f);
-  const bool trimmed = k.threshold >= 0;
+  const bool trimmed = k.threshold >= 0, guarded = SOURCE == PATTERN || !(k.snaps > Law<float>::largest);
   int32_t zeros = 0;
   each(n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     __m512 x = lanes.load(w + i), delta = _mm512_mul_ps(lr, lanes.load(update + i));
     __m512 decay = inside;
-    __mmask16 may_snap = 0xffff;
+    __mmask16 may_snap = k.snaps < 0 ? 0 : 0xffff;
     if (SOURCE == PATTERN) {
       decay = lanes.load(gain + i);
       may_snap = _mm512_cmp_ps_mask(decay, outside, _CMP_EQ_OQ);
@@ -67,8 +67,8 @@ static int32_t sparse_saturated(int64_t n, float* __restrict w, const float* __r
       decay = _mm512_mask_mov_ps(inside, may_snap, outside);
     }
     if (SOURCE == COUPLED) decay = _mm512_mul_ps(decay, lanes.load(gain + i));
-    const __m512 pull = size(delta), both_pulls = _mm512_add_ps(decay, pull), twice = _mm512_add_ps(x, x);
-    const __m512 drive = _mm512_add_ps(both_pulls, both_pulls);
+    const __m512 old = x, pull = size(delta), twice = _mm512_add_ps(x, x);
+    const __m512 drive = _mm512_add_ps(pull, _mm512_add_ps(decay, pull));
     __m512 metric, t;
     if (BALANCED) {
       metric = size(twice);
@@ -83,6 +83,10 @@ static int32_t sparse_saturated(int64_t n, float* __restrict w, const float* __r
     const __m512 rho = _mm512_fnmadd_ps(t, decay, one);
     const __m512 keep = _mm512_fmadd_ps(delta, delta, _mm512_mul_ps(rho, rho));
     x = _mm512_fmsub_ps(keep, x, _mm512_mul_ps(_mm512_mul_ps(rho, delta), metric));
+    if (guarded) {  // what lives within a budget does not vanish
+      const __mmask16 small = _mm512_cmp_ps_mask(size(x), _mm512_min_ps(snap, size(old)), _CMP_LT_OQ);
+      x = _mm512_mask_mov_ps(x, small & ~may_snap, old);
+    }
     const __m512 far = size(x), limit = _mm512_maskz_mov_ps(may_snap & _mm512_cmp_ps_mask(pull, decay, _CMP_LT_OQ), snap);
     const __mmask16 zero = lanes.of(_mm512_cmp_ps_mask(far, limit, _CMP_LE_OQ));
     if (!BALANCED) {

@@ -14,6 +14,7 @@ static inline double root(double x) { return __builtin_sqrt(x); }
 static inline float size(float x) { return __builtin_fabsf(x); }
 static inline double size(double x) { return __builtin_fabs(x); }
 template <class T> static inline T larger(T a, T b) { return a > b ? a : b; }
+template <class T> static inline T smaller(T a, T b) { return a < b ? a : b; }
 
 // ------------------------------------------------------------------------------------------------- storage formats
 
@@ -141,11 +142,13 @@ LOOP int32_t sparse_loop(int64_t n, T* __restrict w, const T* __restrict update,
     if (SOURCE == COUPLED) decay = decay * gain[i];
     if (SOURCE == PATTERN) decay = gain[i];
     bool may_snap = SOURCE == PATTERN ? decay == outside : size(x) <= most;
-    T pull = size(delta), metric = root(square_c + (x + x) * (x + x)), limit = (pull < decay) & may_snap ? snap : T(0);
-    T t = SATURATED ? 1 / larger(metric, larger(scale, 2 * (decay + pull))) : 1 / larger(decay, T(1));
+    T old = x, pull = size(delta), metric = root(square_c + (x + x) * (x + x));
+    T limit = (pull < decay) & may_snap ? snap : T(0), least = may_snap ? T(0) : smaller(snap, size(x));
+    T t = SATURATED ? 1 / larger(metric, larger(scale, decay + 2 * pull)) : 1 / larger(decay, T(1));
     delta = t * delta;
     T rho = 1 - t * decay;
     x = (rho * rho + delta * delta) * x - rho * delta * metric;
+    x = size(x) < least ? old : x;  // what lives within a budget does not vanish
     T far = size(x);
     sum += far;
     square += far * far;
@@ -188,7 +191,7 @@ LOOP int32_t sparse_free_loop(int64_t n, T* __restrict w, T* __restrict factor_0
     if (SOURCE == PATTERN) decay = gain[i];
     bool may_snap = SATURATED & (SOURCE == PATTERN ? decay == outside : size(old) <= most);
     T pull = size(delta), limit = (pull < decay) & may_snap ? snap : T(-1);
-    T t = SATURATED ? 1 / larger(b * b + a * a, larger(scale, 2 * (decay + pull))) : 1 / larger(decay, T(1));
+    T t = SATURATED ? 1 / larger(b * b + a * a, larger(scale, decay + 2 * pull)) : 1 / larger(decay, T(1));
     delta = t * delta;
     T rho = 1 - t * decay, u = rho * a - delta * b, v = rho * b - delta * a, x = u * v;
     bool snapped = size(x) <= limit, light = size(u) <= size(v), still = (u == a) & (v == b);
@@ -300,8 +303,8 @@ LOOP void decide(int64_t n, T* __restrict second, T* __restrict peak, const doub
                    const Law<double>& k, Tally& tally) {
   constexpr double NOISE = sizeof(T) == 4 ? 4e-6 : 4e-14, TINY = Law<T>::smallest;
   const double inside = k.inside, outside = k.outside, threshold = k.threshold, c = k.imbalance, scale = k.metric_scale;
-  const double fresh2 = k.fresh2, beta2 = k.beta2, unbias1 = k.unbias1, unbias2 = k.unbias2, eps = k.eps;
-  const bool saturated = k.saturated, amsgrad = peak != nullptr, all = threshold < 0;
+  const double most_snaps = k.snaps, fresh2 = k.fresh2, beta2 = k.beta2, unbias1 = k.unbias1, unbias2 = k.unbias2, eps = k.eps;
+  const bool saturated = k.saturated, amsgrad = peak != nullptr;
   double sum = 0, square = 0;
 #pragma omp simd reduction(+ : sum, square)
   for (int64_t j = 0; j < n; j++) {
@@ -321,19 +324,21 @@ LOOP void decide(int64_t n, T* __restrict second, T* __restrict peak, const doub
     bool outer = root(ww[j]) <= threshold;
     double decay = (outer ? outside : inside) * gain;
     double metric = root(c * c + 4 * ww[j]), pull = lr * root(uu[j]);
-    double most = saturated ? larger(metric, larger(scale, 2 * (decay + pull))) : larger(decay, 1.0);
+    double most = saturated ? larger(metric, larger(scale, decay + 2 * pull)) : larger(decay, 1.0);
     double t = 1 / most, gate_sq = (c + metric) / 2, rho = 1 - t * decay;
     double shared = rho - t * lr * uw[j] / larger(gate_sq, TINY);
     double a = shared * rho, b = shared * gate_sq * t * lr;
     // A group must not snap because two large terms cancel to within their rounding.
     double terms = a * a * ww[j] + b * b * uu[j], rest = terms - 2 * a * b * uw[j];
     double far = root(rest < NOISE * terms ? NOISE * terms : rest);
-    bool snapped = (far <= SNAP * scale) & (pull < decay) & (outer | all), lost = !(far <= Law<double>::largest);
-    double counted = (snapped | lost) ? 0.0 : far;
+    bool small = far <= SNAP * scale, may_snap = root(ww[j]) <= most_snaps, lost = !(far <= Law<double>::largest);
+    bool snapped = small & (pull < decay) & may_snap;
+    bool stays = small & !may_snap & (far < root(ww[j]));  // what lives within a budget does not vanish
+    double counted = (snapped | lost) ? 0.0 : stays ? root(ww[j]) : far;
     sum += counted;
     square += counted * counted;
-    keep[j] = snapped ? T(0) : T(a);
-    shift[j] = snapped ? T(0) : T(b);
+    keep[j] = snapped ? T(0) : stays ? T(1) : T(a);
+    shift[j] = (snapped | stays) ? T(0) : T(b);
     decays[j] = decay;
   }
   tally.add(sum, square, 0);

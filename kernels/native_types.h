@@ -116,7 +116,7 @@ template <class T> struct Law {
   static constexpr T smallest = sizeof(T) == 4 ? T(1.1754943508222875e-38) : T(2.2250738585072014e-308);
   T lr, inside, outside, threshold, imbalance, metric_scale, momentum, undamped, fresh1, beta2, fresh2, unbias1, unbias2,
       eps, factor, weight_decay, imbalance_decay;
-  T snaps;  // up to this size a weight may become zero: the threshold, or infinity without one
+  T snaps;  // up to this size a weight may become zero: the threshold, or infinity without a budget
   int32_t direction, nesterov, saturated, keep, of;
 
   Law() = default;

@@ -134,17 +134,17 @@ def plain(w: Tensor, delta: Tensor, decay: Tensor | float) -> Tensor:
 
 
 def _time(metric: Tensor, pull: Tensor, decay: Tensor | float, metric_scale: Tensor | None) -> Tensor:
-    """The time scale ``t = 1 / max(metric, metric_scale, 2 (decay + |pull|))``, or 1 without a ``metric_scale``.
+    """The time scale ``t = 1 / max(metric, metric_scale, decay + 2 |pull|)``, or 1 without a ``metric_scale``.
 
     Above ``metric_scale`` a weight moves as under the plain optimizer; without it steps would be a fixed *factor* of
-    the weight and large weights blow up.  ``t (decay + |pull|) <= 1/2`` keeps factors from overshooting zero, where
-    decay and gradient agree and the weight still would not shrink, and from hitting it: at c = 0 a step divides a
-    weight by 4 at most, so that what lives within a budget stays alive; without the time scale, which is the factor
-    step to the letter, only ``t decay <= 1`` (rho >= 0).  Both scale delta and decay alike, so fixed points stay.
+    the weight and large weights blow up.  ``t (decay + |pull|) <= 1`` keeps factors from overshooting zero, where decay
+    and gradient agree and the weight still would not shrink; the 2 keeps a gradient alone from hitting it.  Without the
+    time scale, which is the factor step to the letter, only ``t decay <= 1`` (rho >= 0).  Both scale delta and decay
+    alike, so fixed points stay.
     """
     if metric_scale is None:
         return 1 / (torch.ones_like(metric) * decay).clamp(min=1)
-    return 1 / torch.maximum(metric, torch.maximum(metric_scale, 2 * (decay + pull.abs())))
+    return 1 / torch.maximum(metric, torch.maximum(metric_scale, decay + 2 * pull.abs()))
 
 
 def sparse(
@@ -162,13 +162,16 @@ def sparse(
         w' = (rho**2 + delta**2) w - rho delta sqrt(c**2 + 4 w**2),
 
     then exact zeros: ``|w'| <= SNAP * metric_scale`` while ``|delta| < decay`` (attracted), where ``snaps``.  A budget
-    gives each weight one of two values of ``decay``, and ``snaps`` only where it is the one outside the budget.
+    gives each weight one of two values of ``decay``, and ``snaps`` only where it is the one outside the budget; inside,
+    a weight stays where it is instead of shrinking below that size.
     """
     metric = (imbalance * imbalance + 4 * w * w).sqrt()
     t = _time(metric, delta, decay, metric_scale if saturated else None)
     attracted = (delta.abs() < decay) & snaps
     delta, rho = t * delta, 1 - t * decay
     new = (rho * rho + delta * delta) * w - rho * delta * metric
+    if isinstance(snaps, Tensor):
+        new = torch.where(~snaps & (new.abs() < torch.minimum(w.abs(), SNAP * metric_scale)), w, new)
     return torch.where((new.abs() <= SNAP * metric_scale) & attracted, 0.0, new)
 
 
@@ -197,8 +200,12 @@ def group(
     radial = groups.sum(delta * w) / gate_sq.clamp(min=torch.finfo(w.dtype).tiny)
     shared = rho - radial
     new = groups.scale(shared * rho, w) - groups.scale(shared * gate_sq, delta)
-    snapped = (groups.sum(new * new).sqrt() <= SNAP * metric_scale) & (pull < decay) & snaps
-    return torch.where(groups.expand(snapped).reshape(w.shape), 0.0, new)
+    size = groups.sum(new * new).sqrt()
+    small = size <= SNAP * metric_scale
+    if isinstance(snaps, Tensor):
+        stays = small & ~snaps & (size < groups.sum(w * w).sqrt())
+        new = torch.where(groups.expand(stays).reshape(w.shape), w, new)
+    return torch.where(groups.expand(small & (pull < decay) & snaps).reshape(w.shape), 0.0, new)
 
 
 def losers(w: Tensor, keep: int, of: int) -> Tensor:

@@ -81,7 +81,8 @@ class Anneal:
         >>> anneal = symopt.Anneal(opt, total_steps=500)
         >>> for _ in range(500):
         ...     opt.zero_grad()
-        ...     net(torch.randn(16, 8)).square().mean().backward()
+        ...     x = torch.randn(16, 8)
+        ...     (net(x) - 3 * x[:, :4]).square().mean().backward()
         ...     opt.step()
         ...     anneal.step()
         >>> opt.state[net.weight]["imbalance"]

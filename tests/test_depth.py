@@ -100,7 +100,7 @@ class Balanced(Explicit):
         s = self.size() ** (1 / depth)
         pull = self.norm(delta) * s ** (depth - 2)
         if self.saturated:
-            t = torch.minimum(1 / self.depth_metric().clamp(min=float(scale)), 0.5 / (decay + pull))
+            t = torch.minimum(1 / self.depth_metric().clamp(min=float(scale)), 1 / (decay + 2 * pull))
         else:
             t = (1 / decay).clamp(max=1.0)
         delta, rho = delta * (member @ t), 1 - decay * t

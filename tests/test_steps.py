@@ -127,7 +127,7 @@ class Explicit:
         delta, decay = self.lr * d, self.lr * self.strength * gain
         metric = self.metric(c)
         t = 1 / metric.clamp(min=float(scale)) if self.saturated else torch.ones_like(metric)
-        t = torch.minimum(t, 0.5 / (decay + self.norm(delta)) if self.saturated else 1 / decay)
+        t = torch.minimum(t, 1 / (decay + 2 * self.norm(delta)) if self.saturated else 1 / decay)
         delta, rho = delta * (member @ t), 1 - decay * t
         gate = ((c + metric) / 2).sqrt()
         part = torch.where(member @ gate > 0, self.w / (member @ gate), 0.0)

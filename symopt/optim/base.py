@@ -339,7 +339,7 @@ class ConstrainedOptimizer(ConstrainedState):
         if budget is not None:
             inside, outside, threshold, keep = state["trim"].to(w.dtype).unbind()
             outer = constraint.outside(w, threshold, groups).reshape(w.shape if groups is None else (-1,))
-            snaps = outer | (threshold < 0)  # no branch on a tensor: nothing may wait for the device
+            snaps = outer  # and no branch on a tensor: nothing may wait for the device
             strength = torch.where(outer, outside, inside)
         delta, decay = lr * update, lr * strength * gain * charge
         c, scale = state["imbalance"], state["metric_scale"]
