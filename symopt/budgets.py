@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from symopt.constraints import Constraint, GroupSparse
 from symopt.constraints.budget import Budget
-from symopt_kernels import native
+from symopt.selection import largest_groups, largest_weights
 from symopt_kernels.groups import Groups
 
 __all__ = ["FLOOR", "Member", "Pool", "pools"]
@@ -111,49 +110,19 @@ class Pool:
         return limits
 
     def _limits(self, keep: int) -> list[float]:
-        """The thresholds of weights that are units themselves: the largest size that is outside."""
-        if keep >= self.total:
-            return [-1.0] * len(self.members)
-        floors = self._floors(keep)
-        found: list[float | None] = [None] * len(self.members)
-        # Tensors below their floor get it; what is left is shared anew by the others.
-        while True:
-            shared = [i for i, t in enumerate(found) if t is None]
-            left = keep - sum(floors[i] for i, t in enumerate(found) if t is not None)
-            sizes = [self.members[i].sizes() for i in shared]
-            many = sum(s.numel() for s in sizes)
-            t = _kth(sizes, many - left) if left < many else -1.0
-            if len(self.members) == 1:
-                return [t]
-            poor = [i for i, s in zip(shared, sizes, strict=True) if int((s.abs() > t).sum()) < floors[i]]
-            if not poor or len(poor) == len(shared):
-                return [t if f is None else f for f in found]
-            for i in poor:
-                m = self.members[i]
-                found[i] = _kth([m.sizes()], m.units - floors[i]) if floors[i] < m.units else -1.0
+        return largest_weights([m.w.detach() for m in self.members], keep, self._floors(keep))
+
+    def _inside(self, keep: float) -> list[Tensor]:
+        """Per member which groups live; those of several tensors compete by the root mean square of their weights."""
+        sizes = [m.sizes() * (m.units / m.w.numel()) ** 0.5 for m in self.members]
+        floors = self._floors(keep) if len(sizes) > 1 else [0]
+        return largest_groups(sizes, [m.cost for m in self.members], keep, floors)
 
     def _floors(self, keep: float) -> list[int]:
         """Units of every member that live whatever their sizes."""
         wanted = [sum(m.w.shape) if m.groups is None else m.units * m.cost for m in self.members]
         share = FLOOR * (keep - self._least) / sum(wanted)
         return [min(m.units, 1 + int(share * w / m.cost)) for m, w in zip(self.members, wanted, strict=True)]
-
-    def _inside(self, keep: float) -> list[Tensor]:
-        """Per member which groups live: its floor, then the largest of all, per weight, as long as ``keep`` lasts."""
-        sizes = [m.sizes() for m in self.members]
-        floors = self._floors(keep) if len(sizes) > 1 else [0]
-        inside = [torch.zeros_like(s, dtype=torch.bool) for s in sizes]
-        for mine, s, n in zip(inside, sizes, floors, strict=True):
-            mine[s.sort(descending=True, stable=True).indices[:n]] = True
-        left = keep - sum(n * m.cost for n, m in zip(floors, self.members, strict=True))
-        rms = [s * (m.units / m.w.numel()) ** 0.5 for s, m in zip(sizes, self.members, strict=True)]
-        # What is inside already is put first and costs nothing; the rest is taken in order while it fits.
-        order = torch.cat([r.masked_fill(i, math.inf) for r, i in zip(rms, inside, strict=True)])
-        order = order.sort(descending=True, stable=True).indices
-        costs = torch.cat([torch.where(i, 0, m.cost) for i, m in zip(inside, self.members, strict=True)])
-        chosen = torch.zeros_like(costs, dtype=torch.bool)
-        chosen[order] = costs[order].cumsum(0) <= left
-        return list(chosen.split([m.units for m in self.members]))
 
     def outside(self) -> list[Tensor]:
         """Per member which units must go so that exactly the budget lives; one truth value per unit, flat.
@@ -188,13 +157,3 @@ def pools(members: Iterable[Member]) -> list[Pool]:
         elif budget is not None:
             alone.append(Pool((m,)))
     return alone + [Pool(tuple(found)) for found in shared.values()]
-
-
-def _kth(sizes: list[Tensor], k: int) -> float:
-    """The ``k``-th smallest absolute value, exactly; natively where it can be, since a step waits for it."""
-    fast = native.UNAVAILABLE is None and all(
-        s.device.type == "cpu" and s.dtype == torch.float32 and native.layout(s) is not None for s in sizes
-    )
-    if fast:
-        return native.rank(sizes, k)
-    return float(torch.cat([s.flatten() for s in sizes]).abs().kthvalue(k).values)

@@ -28,7 +28,7 @@ PACKAGES = (symopt, symopt_kernels)
 LAYERS = (
     "symopt_kernels",
     "symopt.constraints",
-    "symopt.annotation symopt.backends symopt.budgets",
+    "symopt.annotation symopt.backends symopt.selection symopt.budgets",
     "symopt.optim",
     "symopt.schedule",
     "symopt.explicit",
