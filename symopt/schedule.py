@@ -76,7 +76,7 @@ class Anneal:
 
     Example:
         >>> import torch, symopt
-        >>> net = symopt.constrain(torch.nn.Linear(8, 4), {"weight": symopt.Sparse(strength=1.0)})
+        >>> net = symopt.constrain(torch.nn.Linear(8, 4), {"weight": symopt.Sparse(strength=0.1)})
         >>> opt = symopt.AdamW(net, lr=1e-2)
         >>> anneal = symopt.Anneal(opt, total_steps=500)
         >>> for _ in range(500):
