@@ -76,8 +76,8 @@ class Anneal:
 
     Example:
         >>> import torch, symopt
-        >>> net = symopt.constrain(torch.nn.Linear(8, 4), {"weight": symopt.Sparse(strength=0.1)})
-        >>> opt = symopt.AdamW(net, lr=1e-2)
+        >>> net = symopt.constrain(torch.nn.Linear(8, 4), {"weight": symopt.Sparse(strength=0.15)})
+        >>> opt = symopt.AdamW(net, lr=5e-2)
         >>> anneal = symopt.Anneal(opt, total_steps=500)
         >>> for _ in range(500):
         ...     opt.zero_grad()

@@ -18,6 +18,7 @@ MAKE = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:.* all of its weights have become zero")
 @pytest.mark.parametrize("kind", MAKE)
 def test_committed_zeros_stay_zero_in_a_network(kind, dtype):
     torch.manual_seed(0)
@@ -73,6 +74,7 @@ def test_report_of_an_explicit_module_is_that_of_its_plain_weights():
     assert one.rows[0].penalty == pytest.approx(two.rows[0].penalty, rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.* all of its weights have become zero")
 def test_report_says_committed():
     net = symopt.constrain(torch.nn.Linear(4, 2), {"weight": symopt.Sparse(50.0)})
     opt = symopt.AdamW(net, lr=0.1)
