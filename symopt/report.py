@@ -193,7 +193,7 @@ def _row(name: str, p: torch.Tensor, constraint: Constraint, optimizer: Constrai
     committed = bool(entry and entry[0]["committed"])
     if optimizer is not None and entry is not None:
         group = entry[0]
-        strength = float(optimizer.strength(group, constraint))
+        strength = float(optimizer.strength(group, constraint, optimizer.state.get(p, {})))
         steps = collapse_steps(optimizer, group, p, constraint)
         state = optimizer.state.get(p, {})
         imbalance = float(state["imbalance"]) if "imbalance" in state else None

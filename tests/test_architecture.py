@@ -32,13 +32,15 @@ LAYERS = (
     "symopt.optim",
     "symopt.schedule",
     "symopt.explicit",
-    "symopt.constrain",
+    "symopt.binding symopt.constrain",
     "symopt.recipes",
     "symopt.folding symopt.fold",
     "symopt.report",
     "symopt",
 )
-KNOW_MODULES = "symopt.explicit symopt.constrain symopt.recipes symopt.fold symopt.folding symopt.report".split()
+KNOW_MODULES = (
+    "symopt.explicit symopt.binding symopt.constrain symopt.recipes symopt.fold symopt.folding symopt.report".split()
+)
 REQUIRED = "constrain release Sparse GroupSparse SGD Adam AdamW Anneal fold resize report".split()
 
 
