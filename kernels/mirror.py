@@ -20,15 +20,16 @@ __all__ = ["FLOOR", "MARGIN", "MEMORY", "mirror", "needed", "pace"]
 MARGIN = 2.0
 """An automatic strength is this times the running estimate of the critical one."""
 
-MEMORY = 0.99
-"""Factor per step by which the running estimate forgets."""
+MEMORY = 0.999
+"""Factor per step by which the running estimate forgets: as slowly as Adam's second moment, or the strength behind it
+would fade with the gradient before the plane is reached."""
 
 FLOOR = 0.1
-"""Least estimate, in units of the root mean square of the whole gradient, for a plane that no gradient leaves."""
+"""Least estimate, in units of a typical gradient, for a plane that no gradient leaves."""
 
 
 def needed(running: Tensor, critical: Tensor, typical: Tensor) -> Tensor:
-    """The running estimate of the critical strength: the largest of about the last hundred steps.
+    """The running estimate of the critical strength: the largest of about the last thousand steps.
 
     On a fixed plane a larger strength has no cost, because what lies on the plane is never shrunk, and a smaller one
     misses the plane; hence the largest, not the mean.
@@ -76,7 +77,7 @@ def mirror(
         attracted = gates.sum(ratio * ratio).sqrt() < 1
         # The gate sees the gradient through its own preconditioner; else the threshold would not be that of the norm.
         own = gates.expand(gate_decay).reshape(w.shape) / decay  # type: ignore[arg-type]
-        gradient = torch.where(decay > 0, own, 1.0) * delta_off  # type: ignore[operator]
+        gradient = torch.where(own.isfinite(), own, 1.0) * delta_off
         # A weight that has no gradient has a decay without bounds; its factor must not overshoot zero.
         fits = 1 / gates.scale(t, decay).clamp(min=1)  # type: ignore[arg-type]
         delta_off, decay = fits * gates.scale(t, delta_off), fits * gates.scale(t, decay)  # type: ignore[arg-type]

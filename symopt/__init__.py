@@ -25,6 +25,7 @@ Source: L. Ziyin, *Symmetry Induces Structure and Constraint of Learning*, ICML 
 """
 
 from symopt.backends import explain
+from symopt.certify import certify, critical_strength
 from symopt.constrain import constrain, constraints, param_groups, release
 from symopt.constraints import (
     Circulant,
@@ -59,8 +60,10 @@ __all__ = [
     "Symmetric",
     "Tied",
     "ZeroMean",
+    "certify",
     "constrain",
     "constraints",
+    "critical_strength",
     "explain",
     "fold",
     "param_groups",

@@ -83,7 +83,7 @@ def match(module: nn.Module, rows: Rows) -> Bound:
     for row, members in together.items():
         members.sort(key=lambda member: member[0])  # in the order of the key
         held = tuple(place for _, place in members)
-        weights = [sub._parameters[name] for _, sub, name in held]
+        weights = [sub.get_parameter(name) for _, sub, name in held]
         joint = rows[row][1]
         assert joint is not None
         for (full, *_), w in zip(held, weights, strict=True):

@@ -124,7 +124,7 @@ def release(module: M) -> M:
         found = sub.__dict__.pop(ATTRIBUTE, None)
         if found is not None:
             freed = [param for _, param, _ in found.parameters() if param is not None]
-            found.constraints = {}
+            found.constraints, found.bonds = {}, {}
             for param in freed:
                 annotation.forget(param)
         for key, hook in list(sub._forward_pre_hooks.items()):
@@ -159,10 +159,15 @@ def free(module: nn.Module) -> list[str]:
 def bundles(module: nn.Module) -> list[tuple[tuple[str, ...], Constraint]]:
     """What each constraint under ``module`` binds, as :func:`constraints` names it: one parameter or several."""
     names = {id(param): name for name, param, _ in _annotated(module) if param is not None}
-    rows: dict[tuple[str, ...], Constraint] = {}
+    bonds, rows = annotation.bonds_by_parameter(), dict[tuple[str, ...], Constraint]()
     for name, param, constraint in _annotated(module):
-        bond = annotation.bonds_by_parameter().get(id(param))
+        bond = bonds.get(id(param))
         held = (param,) if bond is None else bond.parameters()
+        if bond is not None and any(id(p) not in names for p in held):
+            raise ValueError(
+                f"{name} shares a constraint with weights outside of this module ({', '.join(bond.names())}); pass the "
+                "module that holds them all"
+            )
         rows[tuple(names.get(id(p), name) for p in held)] = constraint
     rows |= {(name,): constraint for name, _, constraint in _explicit(module)}
     return list(rows.items())
@@ -173,8 +178,8 @@ def param_groups(module: nn.Module) -> list[dict[str, Any]]:
 
     For symopt's optimizers each group of constrained parameters has its own ``"strength"`` (None means the
     constraint's own), which a scheduler may change.  In explicit mode the groups are for any optimizer: factors get
-    ``weight_decay = strength`` (the coupled default if None), the rest keeps the optimizer's own and has no
-    ``"strength"``.
+    ``weight_decay = strength`` (the coupled default if None; 0 for a factor that lies on a plane), the rest keeps the
+    optimizer's own and has no ``"strength"``.
 
     Raises:
         TypeError: if ``module`` is no Module.
@@ -189,10 +194,14 @@ def param_groups(module: nn.Module) -> list[dict[str, Any]]:
         [(2, 0.3), (1, None)]
     """
     of = {id(param): constraint for _, param, constraint in _annotated(_module("param_groups", module))}
-    factors = {id(p): c for _, holder, c in _explicit(module) for p in holder.parameters(recurse=False)}
+    factors = {id(p): (c, i) for _, h, c in _explicit(module) for i, p in enumerate(h.parameters(recurse=False))}
     by_constraint: dict[tuple[Constraint | None, bool], list[tuple[str, nn.Parameter]]] = {}
+    still: list[tuple[str, nn.Parameter]] = []
     for name, p in module.named_parameters():
-        key = (factors[id(p)], True) if id(p) in factors else (of.get(id(p)), False)
+        if id(p) in factors and factors[id(p)][1] < factors[id(p)][0].free_factors:
+            still.append((name, p))
+            continue
+        key = (factors[id(p)][0], True) if id(p) in factors else (of.get(id(p)), False)
         by_constraint.setdefault(key, []).append((name, p))
     rest = by_constraint.pop((None, False), [])
     groups: list[dict[str, Any]] = []
@@ -202,6 +211,8 @@ def param_groups(module: nn.Module) -> list[dict[str, Any]]:
         if explicitly and own is None:
             own = constraint.default_strength(decoupled=False)
         groups.append({"params": named, "strength": own} | ({"weight_decay": own} if explicitly else {}))
+    if still:
+        groups.append({"params": still, "weight_decay": 0.0})
     if rest:
         groups.append({"params": rest} if factors else {"params": rest, "strength": None})
     return groups

@@ -256,7 +256,7 @@ def collapse_steps(
 ) -> float | None:
     """Steps at the current rate until the median live unit of ``p`` is zero if no gradient holds it.
 
-    None while the preconditioner or an automatic strength is unknown (before the first step), 0 if nothing is left alive.
+    None while the preconditioner or an automatic strength is unknown (before the first step), 0 if nothing lives.
     """
     gain = optimizer.gain(group, p, constraint)
     if gain is None:

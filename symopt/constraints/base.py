@@ -58,6 +58,9 @@ class Constraint(ABC):
     fixed: ClassVar[bool] = False
     """Whether the structure is known beforehand, so that any large enough strength will do: None is automatic."""
 
+    shared: bool = False
+    """Whether the tensors of a joint constraint end up equal, so that one can serve as all."""
+
     free_factors: ClassVar[int] = 0
     """How many factors, the first ones, do not decay."""
 
@@ -169,6 +172,10 @@ class Constraint(ABC):
 
     def fold(self, w: Tensor) -> Tensor:
         return w
+
+    def rounding(self, w: Tensor) -> float:
+        """Largest :meth:`violation` of a weight whose structure is exact."""
+        return 0.0
 
     def violation(self, w: Tensor) -> Tensor:
         """Relative change of ``w`` if units below 1e-3 of the typical live one were rounded to zero."""

@@ -61,8 +61,8 @@ class Mirror(Plane):
         >>> net = torch.nn.Linear(3, 1, bias=False)
         >>> mean_free = symopt.Mirror(lambda w: w - w.mean())
         >>> net = symopt.constrain(net, {"weight": mean_free})
-        >>> opt = symopt.AdamW(net, lr=1e-2)
-        >>> for _ in range(1000):
+        >>> opt = symopt.Adam(net, lr=1e-2)
+        >>> for _ in range(2000):
         ...     opt.zero_grad()
         ...     (net(torch.eye(3)).squeeze(1) - torch.tensor([1.0, 2.0, 6.0])).square().sum().backward()
         ...     opt.step()
@@ -94,7 +94,8 @@ class Mirror(Plane):
             if self.form == "coordinates":
                 raise ValueError("Mirror: form='coordinates' needs coordinates; give basis instead of project")
             return
-        if not isinstance(self.basis, Tensor) or not self.basis.is_floating_point():
+        given: Any = self.basis
+        if not isinstance(given, Tensor) or not given.is_floating_point():
             raise TypeError("Mirror: basis must be a floating-point tensor")
         if self.basis.dim() != 2 or not 1 <= self.basis.shape[1] <= self.basis.shape[0]:
             raise ValueError(f"Mirror: basis must have shape (weights, k), got {tuple(self.basis.shape)}")

@@ -84,8 +84,9 @@ class Plane(Constraint):
     def needed(self, x: Tensor, running: Tensor | None, *, per_coordinate: bool) -> Tensor:
         """Running estimate of the critical strength, ``x`` being the smoothed gradient or AdamW's update."""
         spread = torch.as_tensor(self.spread(x)).to(x)
-        critical, typical = self.critical(x), x.square().mean().sqrt()
-        critical, typical = (critical / spread.max(), typical) if per_coordinate else (critical, typical * spread.max())
+        critical, typical = self.critical(x), x.square().mean().sqrt() * spread.max()
+        if per_coordinate:  # AdamW's update of a steady gradient is 1
+            critical, typical = critical / spread.max(), torch.ones_like(typical)
         return kernel.needed(torch.zeros_like(critical) if running is None else running, critical, typical)
 
     def charge(self, w: Tensor, *, decoupled: bool) -> Tensor | float:
@@ -162,6 +163,10 @@ class Plane(Constraint):
         off, norm = self.off(w).norm(), w.norm()
         return torch.where(norm > 0, off / norm.clamp(min=torch.finfo(w.dtype).tiny), off)
 
+    def rounding(self, w: Tensor) -> float:
+        """Largest :meth:`violation` of a weight that lies on the plane as exactly as its precision can say."""
+        return 64 * torch.finfo(w.dtype).eps
+
     def no_kernel(self) -> str | None:
         return "a plane has no fused kernel"
 
@@ -194,6 +199,9 @@ class OrbitPlane(Plane):
 
     def off(self, x: Tensor) -> Tensor:
         return x - self.onto(x)
+
+    def rounding(self, w: Tensor) -> float:
+        return 0.0
 
     def codimension(self, w: Tensor) -> float:
         return float(w.numel() - self.partition(w).count)

@@ -28,9 +28,9 @@ def _groups(labels: Tensor) -> Groups:
 class Tied(OrbitPlane):
     """Weights become equal: ``{("enc.weight", "dec.weight"): Tied()}`` ties everything its key matches, as one.
 
-    The plane is the mean over the tied copies.  Until they are equal every copy gets its own gradient, so a tie is found
-    by training instead of being built in; then they stay equal bit for bit, train as one weight, and
-    :func:`symopt.fold` makes them one shared Parameter where their shapes are the same.
+    The plane is the mean over the tied copies.  Until they are equal every copy gets its own gradient, so a tie is
+    found by training instead of being built in; then they stay equal bit for bit, train as one weight, and
+    :func:`symopt.fold` makes them one shared Parameter where nothing but None is in ``views``.
 
     Args:
         strength: kappa, as in :class:`symopt.Mirror`; None: automatic.  The critical one is ``||(I - P) g||_2`` over
@@ -123,7 +123,7 @@ class Tied(OrbitPlane):
         return places
 
     @property
-    def shared(self) -> bool:
+    def shared(self) -> bool:  # type: ignore[override]
         """Whether the tied parameters are the same in shape and order, so that one can serve as all."""
         return len(self.shapes) > 1 and (self.views is None or all(view is None for view in self.views))
 
@@ -231,8 +231,8 @@ class Equivariant(OrbitPlane):
     ``layer(x[..., in]) = layer(x)[..., out]``.  Weights of one orbit of the generated group become equal.
 
     Args:
-        permutations: the generators; each a pair ``(out, in)`` of integer tensors or lists, of the lengths of dimensions
-            0 and 1 of the weight, None for one that stays in order; or one permutation that serves for both.
+        permutations: the generators; each a pair ``(out, in)`` of integer tensors or lists, of the lengths of
+            dimensions 0 and 1 of the weight, None for one that stays in order; or one permutation for both.
         strength: kappa, as in :class:`symopt.Mirror`; None: automatic.
 
     Raises:
@@ -330,7 +330,7 @@ class ZeroMean(Plane):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        dims = self.dim if isinstance(self.dim, tuple) else () if self.dim is None else (self.dim,)
+        dims: Any = self.dim if isinstance(self.dim, tuple) else () if self.dim is None else (self.dim,)
         if not all(isinstance(d, int) and not isinstance(d, bool) for d in dims):
             raise TypeError(f"ZeroMean: dim must be an integer, a tuple of them or None, got {self.dim!r}")
 
@@ -364,7 +364,7 @@ def _square(owner: str, w: Tensor) -> None:
 def _permutation(p: Any) -> Tensor | None:
     if p is None:
         return None
-    found = torch.as_tensor(p)
+    found: Any = torch.as_tensor(p)
     if found.dim() != 1 or found.is_floating_point() or found.dtype == torch.bool:
         raise TypeError(f"Equivariant: a permutation must be a list or 1-d tensor of integers, got {p!r}")
     found = found.long().cpu()

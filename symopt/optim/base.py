@@ -7,7 +7,6 @@ optimizer is one file that says what its direction is.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +23,6 @@ from symopt.optim.slot import Slot, gradient
 from symopt.optim.state import ConstrainedState
 from symopt_kernels import native, reference
 from symopt_kernels.groups import Groups
-from symopt_kernels.mirror import MARGIN
 from symopt_kernels.reference import math_dtype
 
 __all__ = ["ConstrainedOptimizer"]
@@ -165,29 +163,7 @@ class ConstrainedOptimizer(ConstrainedState):
                 if constraint is not None:
                     yield group, p, self._names[p], constraint
 
-    def strength(self, group: dict[str, Any], constraint: Constraint, state: dict[str, Any]) -> float | Tensor:
-        """The strength in force: the group's, else the constraint's own, else its default for this optimizer.
-
-        That of a fixed structure is automatic: ``MARGIN`` times the running estimate in the parameter's ``state`` of
-        what it needs, NaN before the first step.
-        """
-        if group["committed"] and not constraint.fixed:
-            return 0.0
-        if group["strength"] is not None:
-            return group["strength"]  # type: ignore[no-any-return]
-        if constraint.strength is not None:
-            return constraint.strength
-        if constraint.budget is not None:
-            return 0.0  # symopt.Anneal chooses
-        if constraint.fixed:
-            return MARGIN * state["critical"] if "critical" in state else math.nan
-        return constraint.default_strength(decoupled=self.decoupled(group))
-
     # -- the step --------------------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def decoupled(self, group: dict[str, Any]) -> bool:
-        """Whether the strength bypasses the preconditioner (AdamW)."""
 
     @abstractmethod
     def gain(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> Tensor | float | None:

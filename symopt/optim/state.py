@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -14,6 +15,7 @@ from symopt.optim import compiled, joint
 from symopt.optim.options import DEFAULTS, shared_moment
 from symopt.optim.slot import Slot
 from symopt_kernels.groups import Groups
+from symopt_kernels.mirror import MARGIN
 from symopt_kernels.reference import math_dtype
 
 __all__ = ["ConstrainedState"]
@@ -74,6 +76,28 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
         """The weight that the constraint of ``p`` sees: its own, or under a joint one that of all members, flat."""
         return flat(self.members(p)).detach()
 
+    @abstractmethod
+    def decoupled(self, group: dict[str, Any]) -> bool:
+        """Whether the strength bypasses the preconditioner (AdamW)."""
+
+    def strength(self, group: dict[str, Any], constraint: Constraint, state: dict[str, Any]) -> float | Tensor:
+        """The strength in force: the group's, else the constraint's own, else its default for this optimizer.
+
+        That of a fixed structure is automatic: ``MARGIN`` times the running estimate in the parameter's ``state`` of
+        what it needs, NaN before the first step.
+        """
+        if group["committed"] and not constraint.fixed:
+            return 0.0
+        if group["strength"] is not None:
+            return group["strength"]  # type: ignore[no-any-return]
+        if constraint.strength is not None:
+            return constraint.strength
+        if constraint.budget is not None:
+            return 0.0  # symopt.Anneal chooses
+        if constraint.fixed:
+            return MARGIN * state["critical"] if "critical" in state else math.nan
+        return constraint.default_strength(decoupled=self.decoupled(group))
+
     def automatic(self, group: dict[str, Any], constraint: Constraint) -> bool:
         """Whether the strength is the running estimate of what a fixed structure needs."""
         return constraint.fixed and group["strength"] is None and constraint.strength is None
@@ -81,7 +105,6 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
     def _ready(self, group: dict[str, Any], p: Tensor, constraint: Constraint | None) -> dict[str, Any]:
         """The state of ``p``: what is missing is made (a checkpoint may bring a part), what does not fit is fitted."""
         state: dict[str, Any] = self.state[p]
-        dtype = math_dtype(p)
         if constraint is not None and "group_index" not in state and (index := constraint.index(p)) is not None:
             state["group_index"] = index
         groups = None if constraint is None else self.groups(p, constraint)
