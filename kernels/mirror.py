@@ -24,7 +24,7 @@ MEMORY = 0.999
 """Factor per step by which the running estimate forgets: as slowly as Adam's second moment, or the strength behind it
 would fade with the gradient before the plane is reached."""
 
-FLOOR = 0.1
+FLOOR = 0.25
 """Least estimate, in units of a typical gradient, for a plane that no gradient leaves."""
 
 

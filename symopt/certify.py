@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from symopt import annotation
 from symopt.constrain import bundles
 from symopt.constraints import Constraint
 from symopt.constraints.plane import flat
@@ -66,8 +67,9 @@ def certify(model: nn.Module, opt: ConstrainedOptimizer, closure: Closure, sampl
     """Check every constraint of ``model`` against the gradient of the loss.
 
     For a fixed plane (:class:`symopt.Mirror`, :class:`symopt.Tied`, ...) kappa* is the dual norm of the gradient at
-    the weight's projection: the plane attracts while the strength in force is larger, globally for a convex loss, locally
-    otherwise.  For constraints that choose their structure it is the largest gradient of a unit that is zero.  Verdicts:
+    the weight's projection: the plane attracts while the strength in force is larger, globally for a convex loss,
+    locally otherwise.  For constraints that choose their structure it is the largest gradient of a unit that is zero.
+    Verdicts:
 
     - ``exact``: the structure is exact, and the strength is above kappa* (above its upper confidence bound);
     - ``attracting``: not there yet, but the strength is, so it arrives in about ``steps`` more steps;
@@ -158,6 +160,8 @@ def critical_strength(model: nn.Module, closure: Closure, samples: int = 1, step
     if not held:
         raise ValueError("critical_strength: the model has no fixed plane; Sparse and GroupSparse choose their own")
     others = [p for p in model.parameters() if p.requires_grad]
+    evaluating = _Evaluating()
+    annotation.register_owner(evaluating)  # nobody trains these weights here, so nobody has to impose anything
     with _folded(held, others):
         if steps:
             _descend(closure, held, others, steps)
@@ -170,6 +174,17 @@ def critical_strength(model: nn.Module, closure: Closure, samples: int = 1, step
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients
+
+
+class _Evaluating:
+    """Stands for an optimizer, for as long as it lives."""
+
+    def owns(self, param: Tensor) -> bool:
+        return True
+
+    def forget(self, param: Tensor) -> None:
+        pass
+
 
 Held = list[tuple[tuple[str, ...], tuple[nn.Parameter, ...], Constraint]]
 
@@ -324,7 +339,8 @@ def _row(
         critical=critical,
         interval=interval,
         strength=strength,
-        kkt=_kkt(constraint, w, torch.stack(here).mean(0), sizes, strength),
+        # What is on the plane up to rounding has no direction off it.
+        kkt=_kkt(constraint, w, torch.stack(here).mean(0), sizes * 0 if on and constraint.fixed else sizes, strength),
         balance=None if scale is None else float(state["imbalance"] / scale),
         steps=steps,
     )

@@ -86,7 +86,7 @@ def test_the_interval_of_minibatches_covers_the_truth(samples):
 
 def test_adamw_counts_per_coordinate():
     net = symmetric()
-    opt = symopt.AdamW(net, lr=1e-2)
+    opt = symopt.AdamW(net, lr=3e-2)
     train(net, opt, 1500)
     (row,) = symopt.certify(net, opt, loss_of(net)).rows
     second = opt.state[net.weight]["exp_avg_sq"]

@@ -134,14 +134,13 @@ class Explicit:
         delta, on = lr * update, w - self.off @ w
         sizes = self.gate.sum(0)
         if self.name == "AdamW":
-            spread = (self.off.trace() if len(sizes) == 1 else sizes - 1) ** 0.5
+            spread = (self.off.trace() if len(sizes) == 1 else (sizes - 1).clamp(min=1)) ** 0.5
             decay = lr * strength * (self.gate @ torch.as_tensor(spread).expand(len(sizes)).double())
             p = torch.ones_like(p)
         else:
             decay = lr * strength * p
         off, pull = self.off @ w, self.off @ delta
         if self.coordinates:
-            q = torch.linalg.svd(self.off).U[:, : round(float(self.off.trace()))]
             q = self.basis
             z, dz = q.T @ w, q.T @ delta
             rate = decay[0] / (self.off.trace() ** 0.5 if self.name == "AdamW" else 1.0)
@@ -152,13 +151,14 @@ class Explicit:
             rho = 1 - t * rate
             new = (rho * u - t * dz * v) * (rho * v - t * dz * u)
             return on - (delta - pull) + q @ new
-        own = sizes / ((1 / decay) @ self.gate)  # the gate's rate: the harmonic mean
+        uniform = self.name == "AdamW"  # else the gate's rate is the harmonic mean
+        own = (decay @ self.gate) / sizes if uniform else sizes / ((1 / decay) @ self.gate)
         metric = (c * c + 4 * (off * off) @ self.gate).sqrt()
         norm = ((pull * pull) @ self.gate).sqrt()
         t = 1 / torch.maximum(metric, torch.maximum(scale, own + norm)) if saturated else 1 / own.clamp(min=1)
         s = ((c + metric) / 2).sqrt()
         d = torch.where(self.gate @ s > 0, off / (self.gate @ s), 0.0)
-        seen = pull * (self.gate @ own) / decay  # the gradient behind the gate's preconditioner
+        seen = pull if uniform else pull * (self.gate @ own) / decay  # the gradient behind its preconditioner
         t_each = self.gate @ t
         s_new = (1 - t * own) * s - t * ((seen * d) @ self.gate)
         d_new = (1 - t_each * decay) * d - t_each * pull * (self.gate @ s)
@@ -173,6 +173,7 @@ def follow(row, opt_row, time_scale, imbalance=1.0, steps=12):
     w = flat(params).detach().clone().flatten()
     n, state = len(w), None
     c, scale = constraint.start(flat(params).detach(), imbalance)
+    first = c
     for i in range(steps):
         g = randn(n, 10 + i) * (1 if i % 3 else 3)
         for p, part in zip(params, g.split([p.numel() for p in params]), strict=True):
@@ -183,7 +184,7 @@ def follow(row, opt_row, time_scale, imbalance=1.0, steps=12):
         close(w, expected, "factor step", scale=float(w.abs().max()))
         state = opt.state[params[0]]
         c = state["imbalance"].clone()
-    assert float(c) < imbalance or imbalance == 0
+    assert bool(c < first)
     return opt, params, state
 
 
@@ -292,10 +293,10 @@ def test_the_plane_attracts_from_the_critical_strength_on(row):
             start = problem.best + 0.05 * matrix(row) @ randn(len(problem.best), 5)
             for p, part in zip(params, start.split([p.numel() for p in params]), strict=True):
                 p.copy_(part.reshape(p.shape))
-        w = train(problem, module, symopt.SGD(module, lr=0.05, momentum=0.9), 1500)
-        w = train(problem, module, symopt.SGD(module, lr=0.05, momentum=0.9, imbalance=0.0), 1500)
+        opt = symopt.SGD(module, lr=0.05, momentum=0.9)
+        w = train(problem, module, opt, 800)
         distance = float(constraint.violation(flat(params).detach()))
-        found = symopt.certify(module, symopt.SGD(module, lr=0.05), lambda p=params: problem.loss(p)).rows[0]
+        found = symopt.certify(module, opt, lambda p=params: problem.loss(p)).rows[0]
         if factor < 1:
             assert distance > 1e-4 and found.verdict == "not reached"
         else:
@@ -304,35 +305,30 @@ def test_the_plane_attracts_from_the_critical_strength_on(row):
             assert found.critical == pytest.approx(critical, rel=1e-4)
 
 
-AUTOMATIC = {
-    "sgd": (symopt.SGD, {"lr": 0.05}),
-    "adam": (symopt.Adam, {"lr": 1e-2}),
-    "adamw": (symopt.AdamW, {"lr": 1e-2}),
-}
+FEW = [row for row in PLANES if row.id in ("tied", "tied-elementwise", "zero-mean", "mirror-coordinates")]
+AUTOMATIC = [
+    *((row, symopt.SGD, {"lr": 0.05, "momentum": 0.8}) for row in PLANES),
+    *((row, symopt.Adam, {"lr": 0.03}) for row in FEW),
+    *((row, symopt.AdamW, {"lr": 0.03}) for row in FEW),
+]
 
 
-@pytest.mark.parametrize("name", AUTOMATIC)
-@every_plane
-def test_without_a_number_the_plane_is_reached_and_the_projected_gradient_vanishes(row, name):
-    cls, options = AUTOMATIC[name]
+@pytest.mark.parametrize(
+    ("row", "cls", "options"), AUTOMATIC, ids=lambda x: getattr(x, "id", getattr(x, "__name__", ""))
+)
+def test_without_a_number_the_plane_is_reached_and_the_projected_gradient_vanishes(row, cls, options):
     problem, (module, params, constraint) = Regression(row), bound(row, None)
     opt = cls(module, **options)
-    train(problem, module, opt, 600)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.99)
-    w = train(problem, module, opt, 900, schedule)
+    train(problem, module, opt, 500)
+    w = train(problem, module, opt, 300, torch.optim.lr_scheduler.ExponentialLR(opt, 0.97))
     assert float(constraint.violation(flat(params).detach())) <= constraint.rounding(w)
-    off = matrix(row)
-    gradient = problem.gram @ w - problem.moment
+    off, gradient = matrix(row), problem.gram @ w - problem.moment
     assert float((gradient - off @ gradient).norm()) < 1e-5 * float(problem.moment.norm())
-    if name != "adamw":
-        assert (
-            2 * dual(row, problem.gradient) * 0.999
-            <= float(opt.strength(opt.param_groups[0], constraint, opt.state[params[0]]))
-            if (row.id in THRESHOLD)
-            else True
-        )
     found = symopt.certify(module, opt, lambda: problem.loss(params)).rows[0]
     assert found.verdict == "exact" and found.steps == 0 and found.kkt < 1e-4 * float(problem.moment.norm())
+    if cls is not symopt.AdamW and row.id in THRESHOLD:
+        assert found.critical == pytest.approx(dual(row, problem.gradient), rel=1e-4)
+        assert found.strength >= 1.99 * found.critical
 
 
 def test_a_projection_and_a_basis_are_the_same_constraint():
@@ -362,17 +358,24 @@ def test_explicit_mode_takes_the_same_step():
             problem.loss((module.w0,)).backward()
             opt.step()
             finals.append(module.w0.detach().clone())
-            if mode == "explicit":
-                for _ in range(800):
-                    opt.zero_grad()
-                    problem.loss((module.w0,)).backward()
-                    opt.step()
-                end = torch.nn.Module()
-                end.w0 = torch.nn.Parameter(randn(row.shapes[0], 3))
-                symopt.constrain(end, {"w0": row.make(0.3)})
-                train(problem, end, symopt.SGD(end, lr=0.05), 1200)
-                close(module.w0.detach(), end.w0.detach(), "law")  # free factors end where the fixed gauge does
         close(*finals, "factor step")
+
+
+def test_explicit_factors_end_where_the_optimizer_does():
+    row = next(r for r in PLANES if r.id == "symmetric")
+    problem, finals = Regression(row), []
+    for mode in ("optimizer", "explicit"):
+        module = torch.nn.Module()
+        module.w0 = torch.nn.Parameter(randn(row.shapes[0], 3))
+        symopt.constrain(module, {"w0": row.make(0.3)}, mode=mode)
+        cls = torch.optim.SGD if mode == "explicit" else symopt.SGD
+        opt = cls(symopt.param_groups(module), lr=0.01, momentum=0.9)
+        for _ in range(800):
+            opt.zero_grad()
+            problem.loss((module.w0,)).backward()
+            opt.step()
+        finals.append(module.w0.detach())
+    close(*finals, "scaled convex gap", scale=10)
 
 
 # -- bits ------------------------------------------------------------------------------------------------------------
@@ -384,7 +387,7 @@ def test_equivariant_weights_are_on_the_plane_bit_for_bit():
     symopt.constrain(net, {("weight", "bias"): symopt.Equivariant(shift)})
     opt = symopt.AdamW(net, lr=1e-2)
     x, y = randn((40, 12)).float(), randn((40, 8), 2).float()
-    for i in range(30):
+    for _ in range(30):
         opt.zero_grad()
         (net(x) - y).square().mean().backward()
         opt.step()
@@ -396,7 +399,6 @@ def test_equivariant_weights_are_on_the_plane_bit_for_bit():
         opt.zero_grad()
         (net(x) - y).square().mean().backward()
         opt.step()
-        i += 1
     assert torch.equal(net.weight.roll(1, 0).roll(3, 1), net.weight) and torch.equal(net.bias.roll(1), net.bias)
 
 
@@ -456,7 +458,7 @@ def test_a_tied_network_goes_on_from_a_checkpoint(opt_row):
 
 def test_fold_makes_tied_weights_one_parameter():
     net = pair()
-    opt = symopt.AdamW(net, lr=1e-2)
+    opt = symopt.AdamW(net, lr=2e-2)
     fit(net, opt, 20)
     assert not torch.equal(net.a.weight, net.b.weight)
     small = symopt.fold(net, randn((3, 10)).float())

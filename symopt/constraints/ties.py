@@ -142,7 +142,7 @@ class Tied(OrbitPlane):
         return super().gates(w) if self.mode == "joint" else self.partition(w)
 
     def spread(self, w: Tensor) -> Tensor | float:
-        return super().spread(w) if self.mode == "joint" else (self._known(w)[1] - 1).sqrt()
+        return super().spread(w) if self.mode == "joint" else (self._known(w)[1] - 1).clamp(min=1).sqrt()
 
     def size(self, w: Tensor, groups: Groups | None = None) -> Tensor:
         size = super().size(w)
