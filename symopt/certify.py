@@ -348,12 +348,12 @@ def _row(
 
 def _seen(opt: ConstrainedOptimizer, group: dict[str, Any], p: Tensor, constraint: Constraint, grad: Tensor) -> Tensor:
     """The gradient as the strength meets it: with AdamW behind its preconditioner and per coordinate."""
-    gain = opt.gain({**group, "decoupled_weight_decay": False}, p, constraint) if opt.decoupled(group) else None
+    gain = opt.preconditioner(group, p) if opt.decoupled(group) else None
     if gain is None:
         return grad
     groups = opt.groups(p, constraint)
     unit = 1.0 if groups is None else groups.size(grad).sqrt()
-    scaled = torch.as_tensor(gain) / (unit * torch.as_tensor(constraint.charge(grad, decoupled=True)))
+    scaled = gain / (unit * torch.as_tensor(constraint.charge(grad, decoupled=True)))
     return grad * scaled if groups is None else groups.scale(scaled.expand(groups.count), grad)
 
 

@@ -170,6 +170,10 @@ class ConstrainedOptimizer(ConstrainedState):
         """What multiplies ``lr * strength`` in the step of ``p``; None if unknown before a first gradient."""
 
     @abstractmethod
+    def preconditioner(self, group: dict[str, Any], p: Tensor) -> Tensor | None:
+        """What the direction divides the gradient's mean by, inverted; None if nothing, or before the first step."""
+
+    @abstractmethod
     def _direction(
         self, group: dict[str, Any], state: dict[str, Any], w: Tensor, grad: Tensor, groups: Groups | None
     ) -> tuple[Tensor, Tensor | float]:
