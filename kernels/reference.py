@@ -38,6 +38,7 @@ __all__ = [
     "sparse",
     "sparse_deep",
     "sparse_free",
+    "time_scale",
     "weight_scale",
 ]
 
@@ -133,7 +134,7 @@ def plain(w: Tensor, delta: Tensor, decay: Tensor | float) -> Tensor:
     return (1 - decay) * w - delta
 
 
-def _time(metric: Tensor, pull: Tensor, decay: Tensor | float, metric_scale: Tensor | None) -> Tensor:
+def time_scale(metric: Tensor, pull: Tensor, decay: Tensor | float, metric_scale: Tensor | None) -> Tensor:
     """The time scale ``t = 1 / max(metric, metric_scale, decay + 2 |pull|)``, or 1 without a ``metric_scale``.
 
     Above ``metric_scale`` a weight moves as under the plain optimizer; without it steps would be a fixed *factor* of
@@ -166,7 +167,7 @@ def sparse(
     a weight stays where it is instead of shrinking below that size.
     """
     metric = (imbalance * imbalance + 4 * w * w).sqrt()
-    t = _time(metric, delta, decay, metric_scale if saturated else None)
+    t = time_scale(metric, delta, decay, metric_scale if saturated else None)
     attracted = (delta.abs() < decay) & snaps
     delta, rho = t * delta, 1 - t * decay
     new = (rho * rho + delta * delta) * w - rho * delta * metric
@@ -194,7 +195,7 @@ def group(
     """
     metric = (imbalance * imbalance + 4 * groups.sum(w * w)).sqrt()
     pull = groups.sum(delta * delta).sqrt()
-    t = _time(metric, pull, decay, metric_scale if saturated else None)
+    t = time_scale(metric, pull, decay, metric_scale if saturated else None)
     delta, rho = groups.scale(t, delta), 1 - t * decay
     gate_sq = (imbalance + metric) / 2
     radial = groups.sum(delta * w) / gate_sq.clamp(min=torch.finfo(w.dtype).tiny)
@@ -234,7 +235,7 @@ def sparse_deep(
     """
     a = w.abs() ** (1 / depth)
     lever = a ** (depth - 2)
-    t = _time(depth * a ** (2 * (depth - 1)), delta * lever, decay, metric_scale if saturated else None)
+    t = time_scale(depth * a ** (2 * (depth - 1)), delta * lever, decay, metric_scale if saturated else None)
     delta, decay = t * delta, t * decay
     new = w * (1 - decay - w.sign() * delta * lever).clamp(min=0) ** depth
     new = new + 0 * delta  # the clamp would turn an infinite gradient into a quiet zero
@@ -261,7 +262,7 @@ def group_deep(
     s_sq = norm ** (2 / depth)
     lever, bulk = s_sq ** (depth / 2 - 1), s_sq ** (depth - 1)
     pull = groups.sum(delta * delta).sqrt() * lever
-    t = _time(depth * bulk, pull, decay, metric_scale if saturated else None)
+    t = time_scale(depth * bulk, pull, decay, metric_scale if saturated else None)
     delta, decay = groups.scale(t, delta), t * decay
     rho = 1 - decay
     gate = (rho - groups.sum(delta * w) / s_sq.clamp(min=torch.finfo(w.dtype).tiny)).clamp(min=0) ** (depth - 1)
@@ -286,7 +287,7 @@ def sparse_free(
     snapped; with it, a weight that snaps keeps its large factors and may revive through them.
     """
     others = partial_products(factors)
-    t = _time(sum_of_squares(others), _drive(factors, delta), decay, metric_scale if saturated else None)
+    t = time_scale(sum_of_squares(others), _drive(factors, delta), decay, metric_scale if saturated else None)
     delta, decay = t * delta, t * decay
     new = tuple((1 - decay) * u - delta * rest for u, rest in zip(factors, others, strict=True))
     w = product(new)

@@ -25,8 +25,19 @@ Source: L. Ziyin, *Symmetry Induces Structure and Constraint of Learning*, ICML 
 """
 
 from symopt.backends import explain
+from symopt.certify import certify, critical_strength
 from symopt.constrain import constrain, constraints, param_groups, release
-from symopt.constraints import Constraint, GroupSparse, Sparse
+from symopt.constraints import (
+    Circulant,
+    Constraint,
+    Equivariant,
+    GroupSparse,
+    Mirror,
+    Sparse,
+    Symmetric,
+    Tied,
+    ZeroMean,
+)
 from symopt.explicit import plain_state_dict
 from symopt.fold import fold, resize
 from symopt.optim import SGD, Adam, AdamW
@@ -40,11 +51,19 @@ __all__ = [
     "Adam",
     "AdamW",
     "Anneal",
+    "Circulant",
     "Constraint",
+    "Equivariant",
     "GroupSparse",
+    "Mirror",
     "Sparse",
+    "Symmetric",
+    "Tied",
+    "ZeroMean",
+    "certify",
     "constrain",
     "constraints",
+    "critical_strength",
     "explain",
     "fold",
     "param_groups",

@@ -21,9 +21,11 @@ from symopt.constraints import Constraint
 __all__ = [
     "ATTRIBUTE",
     "Annotation",
+    "Bond",
     "Factored",
     "Guard",
     "Owner",
+    "bonds_by_parameter",
     "constraints_by_parameter",
     "epoch",
     "factors",
@@ -48,12 +50,27 @@ _owners: weakref.WeakSet[Any] = weakref.WeakSet()
 _epoch = 0
 
 
+class Bond:
+    """Several parameters under one joint constraint, in its order; each is looked up by what its module holds now."""
+
+    def __init__(self, places: list[tuple[Annotation, str]]) -> None:
+        self.places = places
+
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        return tuple(annotation.module._parameters.get(name) for annotation, name in self.places)
+
+    def names(self) -> tuple[str, ...]:
+        """As seen from the module that was constrained."""
+        return tuple(annotation.full[name] for annotation, name in self.places)
+
+
 class Annotation:
     """The constraints of one module's own parameters, by name; ``module`` is the module they belong to."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
         self.constraints: dict[str, Constraint] = {}
+        self.bonds: dict[str, Bond] = {}
         self.full: dict[str, str] = {}
         """Names as seen from the module that was constrained, for messages."""
         self.warned: set[str] = set()
@@ -139,6 +156,16 @@ def constraints_by_parameter() -> dict[int, tuple[str, Constraint]]:
         for name, param, constraint in annotation.parameters()
         if param is not None
     }
+
+
+def bonds_by_parameter() -> dict[int, Bond]:
+    """``id(parameter) -> bond`` for every parameter alive that shares a joint constraint with others."""
+    found = {}
+    for annotation in _annotations:
+        for name, param, _ in annotation.parameters():
+            if param is not None and name in annotation.bonds:
+                found[id(param)] = annotation.bonds[name]
+    return found
 
 
 def factors() -> set[int]:

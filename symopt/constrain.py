@@ -5,25 +5,22 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
 
 from symopt import annotation
-from symopt.annotation import ATTRIBUTE, Annotation, Guard
-from symopt.constraints import Composed, Constraint, GroupSparse
+from symopt.annotation import ATTRIBUTE, Annotation, Bond, Guard
+from symopt.binding import Bound, Patterns, Rows, checked, match
+from symopt.constraints import Composed, Constraint
 from symopt.explicit import attach, check_init, detach, explicit
 
-__all__ = ["constrain", "constraints", "free", "param_groups", "release"]
+__all__ = ["bundles", "constrain", "constraints", "free", "param_groups", "release"]
+
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
-Patterns = Mapping[str | tuple[str, ...], Constraint | list[Constraint] | None]
-Rows = list[tuple[tuple[str, ...], Constraint | None]]
-Bound = list[tuple[str, nn.Module, str, Constraint]]
-"""Qualified name, owner, name there, constraint."""
 Bind = Callable[[nn.Module, Bound], None]
 
 
@@ -94,10 +91,10 @@ def constrain(
     if isinstance(target, nn.Module):
         if patterns is None:
             raise TypeError("constrain: give the patterns too, constrain(module, {'*.weight': Sparse()})")
-        _apply(target, _checked(patterns), bind)
+        _apply(target, checked(patterns), bind)
         return target
     if patterns is None and isinstance(target, Mapping):
-        return functools.partial(_decorate, _checked(target), bind)
+        return functools.partial(_decorate, checked(target), bind)
     raise TypeError(f"constrain: expected a torch.nn.Module or a mapping of patterns, got {type(target).__name__}")
 
 
@@ -115,11 +112,19 @@ def release(module: M) -> M:
         >>> symopt.constraints(symopt.release(net))
         {}
     """
-    for sub in _module("release", module).modules():
+    inside = set(map(id, _module("release", module).modules()))
+    for _, places in _bonds(module):
+        for found, name in places:
+            if id(found.module) not in inside:
+                raise ValueError(
+                    f"release: {found.full[name]} outside of this module shares a constraint with a weight inside; "
+                    "release the module that holds both"
+                )
+    for sub in module.modules():
         found = sub.__dict__.pop(ATTRIBUTE, None)
         if found is not None:
             freed = [param for _, param, _ in found.parameters() if param is not None]
-            found.constraints = {}
+            found.constraints, found.bonds = {}, {}
             for param in freed:
                 annotation.forget(param)
         for key, hook in list(sub._forward_pre_hooks.items()):
@@ -151,13 +156,30 @@ def free(module: nn.Module) -> list[str]:
     return [name for name, p in module.named_parameters() if id(p) not in bound]
 
 
+def bundles(module: nn.Module) -> list[tuple[tuple[str, ...], Constraint]]:
+    """What each constraint under ``module`` binds, as :func:`constraints` names it: one parameter or several."""
+    names = {id(param): name for name, param, _ in _annotated(module) if param is not None}
+    bonds, rows = annotation.bonds_by_parameter(), dict[tuple[str, ...], Constraint]()
+    for name, param, constraint in _annotated(module):
+        bond = bonds.get(id(param))
+        held = (param,) if bond is None else bond.parameters()
+        if bond is not None and any(id(p) not in names for p in held):
+            raise ValueError(
+                f"{name} shares a constraint with weights outside of this module ({', '.join(bond.names())}); pass the "
+                "module that holds them all"
+            )
+        rows[tuple(names.get(id(p), name) for p in held)] = constraint
+    rows |= {(name,): constraint for name, _, constraint in _explicit(module)}
+    return list(rows.items())
+
+
 def param_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Param groups of a constrained module: one per distinct constraint, and one for the rest, which comes last.
 
     For symopt's optimizers each group of constrained parameters has its own ``"strength"`` (None means the
     constraint's own), which a scheduler may change.  In explicit mode the groups are for any optimizer: factors get
-    ``weight_decay = strength`` (the coupled default if None), the rest keeps the optimizer's own and has no
-    ``"strength"``.
+    ``weight_decay = strength`` (the coupled default if None; 0 for a factor that lies on a plane), the rest keeps the
+    optimizer's own and has no ``"strength"``.
 
     Raises:
         TypeError: if ``module`` is no Module.
@@ -172,10 +194,14 @@ def param_groups(module: nn.Module) -> list[dict[str, Any]]:
         [(2, 0.3), (1, None)]
     """
     of = {id(param): constraint for _, param, constraint in _annotated(_module("param_groups", module))}
-    factors = {id(p): c for _, holder, c in _explicit(module) for p in holder.parameters(recurse=False)}
+    factors = {id(p): (c, i) for _, h, c in _explicit(module) for i, p in enumerate(h.parameters(recurse=False))}
     by_constraint: dict[tuple[Constraint | None, bool], list[tuple[str, nn.Parameter]]] = {}
+    still: list[tuple[str, nn.Parameter]] = []
     for name, p in module.named_parameters():
-        key = (factors[id(p)], True) if id(p) in factors else (of.get(id(p)), False)
+        if id(p) in factors and factors[id(p)][1] < factors[id(p)][0].free_factors:
+            still.append((name, p))
+            continue
+        key = (factors[id(p)][0], True) if id(p) in factors else (of.get(id(p)), False)
         by_constraint.setdefault(key, []).append((name, p))
     rest = by_constraint.pop((None, False), [])
     groups: list[dict[str, Any]] = []
@@ -185,6 +211,8 @@ def param_groups(module: nn.Module) -> list[dict[str, Any]]:
         if explicitly and own is None:
             own = constraint.default_strength(decoupled=False)
         groups.append({"params": named, "strength": own} | ({"weight_decay": own} if explicitly else {}))
+    if still:
+        groups.append({"params": still, "weight_decay": 0.0})
     if rest:
         groups.append({"params": rest} if factors else {"params": rest, "strength": None})
     return groups
@@ -206,6 +234,13 @@ def _annotated(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None, Co
             yield f"{prefix}.{name}" if prefix else name, param, constraint
 
 
+def _bonds(module: nn.Module) -> Iterator[tuple[str, list[tuple[Annotation, str]]]]:
+    for prefix, sub in module.named_modules():
+        found = sub.__dict__.get(ATTRIBUTE)
+        for name, bond in found.bonds.items() if found else ():
+            yield f"{prefix}.{name}" if prefix else name, bond.places
+
+
 def _explicit(module: nn.Module) -> Iterator[tuple[str, nn.Module, Constraint]]:
     """Qualified name, the module that holds the factors, constraint."""
     for prefix, sub in module.named_modules():
@@ -213,23 +248,10 @@ def _explicit(module: nn.Module) -> Iterator[tuple[str, nn.Module, Constraint]]:
             yield f"{prefix}.{name}" if prefix else name, holder, how.constraint
 
 
-def _checked(patterns: Any) -> Rows:
-    if not isinstance(patterns, Mapping):
-        raise TypeError(f"constrain: patterns must be a mapping, got {type(patterns).__name__}")
-    if not patterns:
-        raise ValueError("constrain: patterns is empty, so nothing would be constrained")
-    rows: Rows = []
-    for key, value in patterns.items():
-        keys = key if isinstance(key, tuple) else (key,)
-        if not keys or not all(isinstance(k, str) for k in keys):
-            raise TypeError(f"constrain: a pattern must be a string or a tuple of strings, got {key!r}")
-        if isinstance(value, list):
-            value = Composed(tuple(value))
-        if value is not None and not isinstance(value, Constraint):
-            kind = f"class {value.__name__}; call it" if isinstance(value, type) else type(value).__name__
-            raise TypeError(f"constrain: the value of {key!r} must be a Constraint or None, got {kind}")
-        rows.append((keys, value))
-    return rows
+def _apply(module: nn.Module, rows: Rows, bind: Bind) -> None:
+    bound = match(module, rows)
+    if bound:
+        bind(module, bound)
 
 
 def _decorate(rows: Rows, bind: Bind, target: Any) -> Any:
@@ -260,54 +282,41 @@ def _decorate(rows: Rows, bind: Bind, target: Any) -> Any:
     )
 
 
-def _apply(module: nn.Module, rows: Rows, bind: Bind) -> None:
-    """Match and check everything first, so that an error leaves the module as it was."""
-    places: list[tuple[str, nn.Module, str, nn.Parameter]] = []
-    for prefix, sub in module.named_modules():
-        for name, p in sub.named_parameters(recurse=False):
-            places.append((f"{prefix}.{name}" if prefix else name, sub, name, p))
-    chosen: dict[int, tuple[str, Constraint | None]] = {}
-    bound: Bound = []
-    # Looked up once: both walk everything that is annotated.
-    factors, known = annotation.factors(), annotation.constraints_by_parameter()
-    hits = [dict.fromkeys(keys, 0) for keys, _ in rows]
-    for full, sub, name, p in places:
-        row, key = _first_match(full, p, rows)
-        if key is None:
-            continue
-        hits[row][key] += 1
-        constraint = rows[row][1]
-        if id(p) in chosen and chosen[id(p)][1] != constraint:  # one tensor under two names
-            other, before = chosen[id(p)]
-            raise ValueError(
-                f"constrain: {other} and {full} are the same tensor but get different constraints, {before} and "
-                f"{constraint}; give both names one constraint"
-            )
-        chosen[id(p)] = (full, constraint)
-        if constraint is not None:
-            _check_free(full, p, factors, known)
-            bound.append((full, sub, name, _check(full, sub, p, constraint)))
-    for (_, value), counts in zip(rows, hits, strict=True):
-        for key, n in counts.items():
-            if n == 0:
-                raise ValueError(_nothing(key, value, places))
-    if bound:
-        bind(module, bound)
-
-
 def _annotate(module: nn.Module, bound: Bound) -> None:
-    for full, sub, name, constraint in bound:
-        found = sub.__dict__.get(ATTRIBUTE)
-        if found is None:
-            found = sub.__dict__[ATTRIBUTE] = Annotation(sub)
-        found.set(name, constraint, full)
-        _watch(sub)
+    for held, constraint in bound:
+        places = []
+        for full, sub, name in held:
+            found = sub.__dict__.get(ATTRIBUTE)
+            if found is None:
+                found = sub.__dict__[ATTRIBUTE] = Annotation(sub)
+            found.set(name, constraint, full)
+            places.append((found, name))
+            _watch(sub)
+        if len(places) > 1:
+            bond = Bond(places)
+            for found, name in places:
+                found.bonds[name] = bond
     _watch(module)
 
 
 def _factorise(init: str | float, module: nn.Module, bound: Bound) -> None:
     names: dict[int, str] = {}
-    for full, sub, name, constraint in bound:
+    for held, constraint in bound:
+        full, sub, name = held[0]
+        if len(held) > 1:
+            raise ValueError(
+                f"constrain: {constraint} binds {', '.join(place[0] for place in held)} together, and mode='explicit' "
+                "factorises one parameter at a time; use mode='optimizer'"
+            )
+        if constraint.fixed and isinstance(init, str) and init not in ("imbalanced", "balanced"):
+            raise ValueError(
+                f"constrain: init={init!r} is no gauge of {constraint}; use 'imbalanced', 'balanced' or a number"
+            )
+        if constraint.fixed and constraint.strength is None:
+            raise ValueError(
+                f"constrain: {full}: an automatic strength is symopt's optimizers' own; give {constraint} a strength, "
+                "or use mode='optimizer'"
+            )
         other = names.setdefault(id(sub._parameters[name]), full)
         if other != full:
             raise ValueError(
@@ -323,78 +332,10 @@ def _factorise(init: str | float, module: nn.Module, bound: Bound) -> None:
                 f"constrain: {full} has a list of constraints, whose strength differs from weight to weight, so weight "
                 "decay on factors cannot impose it; use mode='optimizer'"
             )
-    for _, sub, name, constraint in bound:
+    for ((_, sub, name), *_), constraint in bound:
         attach(sub, name, constraint, init)
 
 
 def _watch(module: nn.Module) -> None:
     if not any(isinstance(hook, Guard) for hook in module._forward_pre_hooks.values()):
         module.register_forward_pre_hook(Guard())
-
-
-def _matrix(p: nn.Parameter) -> bool:
-    return isinstance(p, nn.parameter.UninitializedParameter) or p.dim() >= 2
-
-
-def _wild(key: str) -> bool:
-    return any(c in key for c in "*?[")
-
-
-def _first_match(name: str, p: nn.Parameter, rows: Rows) -> tuple[int, str | None]:
-    for i, (keys, value) in enumerate(rows):
-        for key in keys:
-            if name == key or (_wild(key) and fnmatchcase(name, key) and (value is None or _matrix(p))):
-                return i, key
-    return -1, None
-
-
-def _nothing(key: str, value: Constraint | None, places: list[tuple[str, nn.Module, str, nn.Parameter]]) -> str:
-    matched = [full for full, _, _, p in places if full == key or (_wild(key) and fnmatchcase(full, key))]
-    small = [full for full, _, _, p in places if full in matched and not _matrix(p)]
-    if not matched:
-        names = ", ".join(full for full, *_ in places[:8]) + (", ..." if len(places) > 8 else "")
-        return f"constrain: pattern {key!r} matches no parameter; there are: {names or 'none'}"
-    if value is not None and len(small) == len(matched):
-        return (
-            f"constrain: pattern {key!r} matches only parameters of fewer than two dimensions "
-            f"({', '.join(small[:4])}); a wildcard does not bind those, name them in full"
-        )
-    before = ", ".join(matched[:4])
-    return f"constrain: pattern {key!r} binds nothing: earlier patterns already bind {before}; put it first"
-
-
-def _check_free(full: str, p: nn.Parameter, factors: set[int], known: dict[int, tuple[str, Constraint]]) -> None:
-    if id(p) in factors:
-        raise ValueError(
-            f"constrain: {full} is a factor of an explicit constraint already; call symopt.release(module) first"
-        )
-    if id(p) in known:
-        name, constraint = known[id(p)]
-        alias = "" if name == full else f" under the name {name}"
-        raise ValueError(
-            f"constrain: {full} is already constrained by {constraint}{alias}; call symopt.release(module) first"
-        )
-
-
-def _check(full: str, sub: nn.Module, p: nn.Parameter, constraint: Constraint) -> Constraint:
-    if isinstance(p, nn.parameter.UninitializedParameter):
-        raise ValueError(f"constrain: {full} is uninitialised; run the lazy module once before constraining it")
-    if p.is_complex() or not p.is_floating_point():
-        raise TypeError(f"constrain: {full} has dtype {p.dtype}; only real floating-point weights can be constrained")
-    if not p.requires_grad:
-        raise ValueError(
-            f"constrain: {full} is frozen (requires_grad=False) and would never move; unfreeze it or leave it out, "
-            f"e.g. with {{{full!r}: None}} as the first pattern"
-        )
-    if p.dim() == 0 or p.numel() == 0:
-        raise ValueError(f"constrain: {full} has shape {tuple(p.shape)}; there is nothing to constrain, leave it out")
-    if p.device.type != "meta" and not bool(torch.isfinite(p).all()):
-        raise ValueError(f"constrain: {full} contains NaN or infinite values; initialise it before constraining")
-    for part in constraint.parts if isinstance(constraint, Composed) else (constraint,):
-        named = isinstance(part, GroupSparse) and isinstance(part.groups, str)
-        if named and isinstance(sub, nn.modules.conv._ConvTransposeNd):
-            raise ValueError(
-                f"constrain: {full} belongs to a transposed convolution, whose weight is stored (in, out, ...), so "
-                f"the groups of {part} would be ambiguous; give GroupSparse an index tensor"
-            )
-    return constraint.bind(full, p)

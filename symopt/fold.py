@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from symopt.budgets import Member, pools
-from symopt.constrain import constraints, release
+from symopt.constrain import bundles, release
+from symopt.constraints.plane import flat
 from symopt.folding.analysis import Opaque, Traced, analyse, same_graph, shapes_of, trace
 from symopt.folding.surgery import carry_out, cut_to, sizes_of
 
@@ -23,14 +24,15 @@ M = TypeVar("M", bound=nn.Module)
 def fold(model: M, example_inputs: Tensor | tuple[Any, ...] | None = None) -> M:
     """A new, plain, physically smaller module that computes what ``model.eval()`` computes.
 
-    Constraints are enforced exactly and removed.  Then every unit (output feature of a linear layer, channel of a
-    convolution) goes that is *constant*, because all its incoming weights or its BatchNorm scale are zero, or that
-    *nobody reads*, because all its outgoing weights are zero; with it go its bias, BatchNorm channels and the matching
-    inputs of the layers that read it, whose biases take over its constant.  What survives keeps its weights bit for
-    bit, exact zeros included.  Who reads what is established by a ``torch.fx`` trace of ``forward`` through Linear,
-    Conv1d-3d (depthwise too), BatchNorm, activations, pooling, flatten, dropout and identity.  Wherever it cannot be
-    established (residual sums, concatenation, layers that are shared, hooked or parametrized, sizes written into
-    ``forward``, ...), for the model's own outputs, and for all layers if ``forward`` cannot be traced, shapes are kept.
+    Constraints are enforced exactly and removed; tied weights become one shared Parameter.  Then every unit (output
+    feature of a linear layer, channel of a convolution) goes that is *constant*, because all its incoming weights or
+    its BatchNorm scale are zero, or that *nobody reads*, because all its outgoing weights are zero; with it go its
+    bias, BatchNorm channels and the matching inputs of the layers that read it, whose biases take over its constant.
+    What survives keeps its weights bit for bit, exact zeros included. Who reads what is established by a ``torch.fx``
+    trace of ``forward`` through Linear, Conv1d-3d (depthwise too), BatchNorm, activations, pooling, flatten, dropout
+    and identity. Wherever it cannot be established (residual sums, concatenation, layers that are shared, hooked or
+    parametrized, sizes written into ``forward``, ...), for the model's own outputs, and for all layers if ``forward``
+    cannot be traced, shapes are kept.
 
     The original is not touched.  Training mode, ``requires_grad``, dtypes and devices carry over; parameters are new
     objects, so the result needs a new optimizer.  No symopt class remains in it: it can be pickled, exported and
@@ -81,7 +83,7 @@ def fold(model: M, example_inputs: Tensor | tuple[Any, ...] | None = None) -> M:
             f"fold: example_inputs must be a tensor or a tuple of the arguments of forward, got "
             f"{type(example_inputs).__name__}"
         )
-    plain, cut = _plain(model)
+    plain, cut, count = _plain(model)
     expected = None if example_inputs is None else _expected(plain, example_inputs)
     try:
         small, kept = _smaller(plain, example_inputs)
@@ -91,7 +93,7 @@ def fold(model: M, example_inputs: Tensor | tuple[Any, ...] | None = None) -> M:
         _compare(expected, _outputs(small, example_inputs))
     elif example_inputs is not None:
         kept.append("model: outputs are random even in eval mode, so they were not compared")
-    vars(small)["fold_config"] = _config(model, plain, small, kept) | {"cut": cut}
+    vars(small)["fold_config"] = _config(model, plain, small, kept, count) | {"cut": cut}
     return small
 
 
@@ -139,23 +141,31 @@ def resize(module: M, config: Mapping[str, Any]) -> M:
 # -- making the smaller module -----------------------------------------------------------------------------------------
 
 
-def _plain(model: M) -> tuple[M, dict[str, int]]:
-    """The model without constraints but with their structure exact, and how many weights each budget had to cut."""
+def _plain(model: M) -> tuple[M, dict[str, int], int]:
+    """The model without constraints but with their structure exact, how many weights each budget had to cut, and the
+    number of parameters before tied ones were shared."""
     plain = copy.deepcopy(model)
-    bound = constraints(plain)
+    bound = bundles(plain)
     release(plain)
     cut: dict[str, int] = {}
     with torch.no_grad():
-        for name, constraint in bound.items():
-            weight = plain.get_parameter(name)
-            weight.copy_(constraint.fold(weight.detach()))
-        weights = {name: plain.get_parameter(name).detach() for name in bound}
-        for pool in pools(Member(n, w, bound[n], bound[n].partition(w)) for n, w in weights.items()):
+        count = sum(p.numel() for p in plain.parameters())
+        for names, constraint in bound:
+            weights = [plain.get_parameter(name).detach() for name in names]
+            folded = constraint.fold(flat(tuple(weights)))
+            for w, part in zip(weights, folded.flatten().split([w.numel() for w in weights]), strict=True):
+                w.copy_(part.reshape(w.shape))
+            if constraint.shared:
+                for name in names[1:]:
+                    parent, _, child = name.rpartition(".")
+                    plain.get_submodule(parent).register_parameter(child, plain.get_parameter(names[0]))
+        single = [(names[0], plain.get_parameter(names[0]).detach(), c) for names, c in bound if c.budget is not None]
+        for pool in pools(Member(n, w, c, c.partition(w)) for n, w, c in single):
             for m, outside in zip(pool.members, pool.outside(), strict=True):
                 gone = m.constraint.units(outside, m.w, m.groups)
                 cut[m.name] = int((gone & (m.w != 0)).sum())
                 m.w.masked_fill_(gone, 0.0)
-    return plain, cut
+    return plain, cut, count
 
 
 def _smaller(plain: M, inputs: tuple[Any, ...] | None) -> tuple[M, list[str]]:
@@ -199,14 +209,14 @@ def _readers_of_sizes(plain: nn.Module, small: nn.Module, traced: Traced) -> lis
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 
-def _config(model: nn.Module, plain: nn.Module, small: nn.Module, kept: list[str]) -> dict[str, Any]:
+def _config(model: nn.Module, plain: nn.Module, small: nn.Module, kept: list[str], count: int) -> dict[str, Any]:
     before = {name: sizes_of(m) for name, m in plain.named_modules()}
     layers = {
         name: {"type": type(m).__name__, "before": before[name], "after": sizes_of(m)}
         for name, m in small.named_modules()
         if sizes_of(m)
     }
-    numbers = {key: sum(p.numel() for p in m.parameters()) for key, m in (("before", plain), ("after", small))}
+    numbers = {"before": count, "after": sum(p.numel() for p in small.parameters())}
     earlier = vars(model).get("fold_config")
     if earlier is not None and {n: e["after"] for n, e in earlier["layers"].items()} == {n: before[n] for n in layers}:
         # Folded again: the configuration still starts from the architecture as it is built.

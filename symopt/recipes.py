@@ -14,7 +14,8 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from symopt.constrain import Patterns, constrain, param_groups
+from symopt.binding import Patterns
+from symopt.constrain import constrain, param_groups
 from symopt.constraints import Constraint, GroupSparse, Sparse
 
 

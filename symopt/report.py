@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from symopt import annotation
-from symopt.constrain import constraints, free
+from symopt.constrain import bundles, constraints, free
 from symopt.constraints import Constraint
+from symopt.constraints.plane import flat
 from symopt.explicit import plain_state_dict
 from symopt.fold import fold
 from symopt.optim import ConstrainedOptimizer
@@ -35,9 +36,9 @@ class Row:
     """Units (weights, groups) that are not exactly zero."""
     units: int
     penalty: float
-    """What the factors' weight decay charges: ``||w||_1``, ``sum ||w_g||_2``, ..."""
+    """What the factors' weight decay charges: ``||w||_1``, ``sum ||w_g||_2``, ..., of all members of a joint one."""
     violation: float
-    """Relative change of the tensor if its nearly-zero units were rounded to zero."""
+    """Relative change of the tensor if its nearly-zero units were rounded to zero; relative distance from a plane."""
     strength: float | None
     committed: bool
     """Whether :class:`symopt.Anneal` has fixed the support: the strength is 0 from then on."""
@@ -175,7 +176,11 @@ def report(
     composed = {name: w for name, w in plain_state_dict(model).items() if name in bound and name not in named}
     named |= composed  # explicit mode: what the factors make
     live = {id(p): (group, p, c) for group, p, _, c in optimizer.constrained()} if optimizer is not None else {}
-    rows = tuple(_row(name, named[name], c, optimizer, live.get(id(named[name]))) for name, c in bound.items())
+    rows = tuple(
+        _row(name, named[name], flat(tuple(named[n] for n in names)), c, optimizer, live.get(id(named[name])))
+        for names, c in bundles(model)
+        for name in names
+    )
     small = fold(model, example_inputs)
     return Report(
         rows=rows,
@@ -188,19 +193,27 @@ def report(
     )
 
 
-def _row(name: str, p: torch.Tensor, constraint: Constraint, optimizer: ConstrainedOptimizer | None, entry: Any) -> Row:
+def _row(
+    name: str,
+    p: torch.Tensor,
+    w: torch.Tensor,
+    constraint: Constraint,
+    optimizer: ConstrainedOptimizer | None,
+    entry: Any,
+) -> Row:
+    """``w`` is what the constraint sees: ``p``, or all members of a joint one."""
     strength = imbalance = steps = None
     committed = bool(entry and entry[0]["committed"])
     if optimizer is not None and entry is not None:
         group = entry[0]
-        strength = float(optimizer.strength(group, constraint))
+        strength = float(optimizer.strength(group, constraint, optimizer.state.get(p, {})))
         steps = collapse_steps(optimizer, group, p, constraint)
         state = optimizer.state.get(p, {})
         imbalance = float(state["imbalance"]) if "imbalance" in state else None
         if "trim" in state:  # a budget: the strength of what is inside, and no collapse to wait for
             strength, steps = float(state["trim"][0]), None
             committed = is_cut(state)
-    size = constraint.size(p)
+    size = constraint.size(w)
     return Row(
         name=name,
         constraint=str(constraint),
@@ -208,8 +221,8 @@ def _row(name: str, p: torch.Tensor, constraint: Constraint, optimizer: Constrai
         zeros=int((p == 0).sum()),
         live=int((size > 0).sum()),
         units=size.numel(),
-        penalty=float(constraint.penalty(p)),
-        violation=float(constraint.violation(p)),
+        penalty=float(constraint.penalty(w)),
+        violation=float(constraint.violation(w)),
         strength=strength,
         committed=committed,
         imbalance=imbalance,

@@ -238,10 +238,13 @@ class Anneal:
                     continue  # SGD before its first gradient
                 rule |= {"decoupled_weight_decay": True, "strength": self.plan.outside * unit}
             needed = collapse_steps(self.optimizer, rule, p, constraint)
+            if self.optimizer.members(p)[0] is not p:
+                continue  # one warning for all members of a joint constraint
             if needed is None or id(p) in self._warned or needed <= active:
                 continue
             self._warned.add(id(p))
-            factor, strength = needed / active, float(self.optimizer.strength(group, constraint))
+            state = self.optimizer.state.get(p, {})
+            factor, strength = needed / active, float(self.optimizer.strength(group, constraint, state))
             listed = isinstance(constraint, Composed)  # its strength multiplies those in the list
             if budget and not math.isinf(factor):
                 fix = f"use lr >= {lr * factor:.2g} or {math.ceil(self.total_steps * factor)} steps"
@@ -271,18 +274,22 @@ def collapse_steps(
 ) -> float | None:
     """Steps at the current rate until the median live unit of ``p`` is zero if no gradient holds it.
 
-    None while the preconditioner is unknown (Adam before its first step), 0 if nothing is left alive.
+    None while the preconditioner or an automatic strength is unknown (before the first step), 0 if nothing lives.
     """
     gain = optimizer.gain(group, p, constraint)
     if gain is None:
         return None
-    groups, state, w = optimizer.groups(p, constraint), optimizer.state.get(p, {}), p.detach().float()
+    state = optimizer.state.get(p, {})
+    strength = optimizer.strength(group, constraint, state)
+    if math.isnan(strength):
+        return None
+    groups, w = optimizer.groups(p, constraint), optimizer.weight(p).float()
     scale = state["metric_scale"] if "metric_scale" in state else constraint.start(w, group["imbalance"], groups)[1]
     size = constraint.size(w, groups)
     live = size > 0
     if not bool(live.any()):
         return 0.0
     charge = torch.as_tensor(constraint.charge(w, decoupled=optimizer.decoupled(group))).flatten()
-    rate = group["lr"] * optimizer.strength(group, constraint) * torch.as_tensor(gain).flatten() * charge
+    rate = constraint.per_unit(group["lr"] * strength * torch.as_tensor(gain).flatten() * charge, w)
     need = constraint.collapse(size, scale, saturated=group["time_scale"] == "saturated") / rate
     return float(need[live].median())

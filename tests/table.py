@@ -25,6 +25,17 @@ class ConstraintRow:
 
 
 @dataclass(frozen=True)
+class PlaneRow:
+    id: str
+    make: Callable[[float | None], Constraint]
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the parameters, bound together where the constraint is joint."""
+    equations: Callable[[torch.Tensor], list[torch.Tensor]]
+    """Coordinates of a weight -> rows of A, whose plane A w = 0 is, said without the library.  The argument is the
+    identity: row i of it is the gradient of the i-th coordinate of the flat weight."""
+
+
+@dataclass(frozen=True)
 class OptimizerRow:
     id: str
     cls: type[ConstrainedOptimizer]
@@ -49,6 +60,87 @@ CONSTRAINTS = [
     ConstraintRow("group-block", lambda k: symopt.GroupSparse("block:2x3", k), (4, 6)),
     ConstraintRow("group-index", lambda k: symopt.GroupSparse(torch.tensor([0, 2, 2, 0, 5, 5]), k), (6, 5)),
     ConstraintRow("group-callable", lambda k: symopt.GroupSparse(_checkerboard, k), (6, 5)),
+]
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
+    return list((a - b).reshape(-1, a.shape[-1]))
+
+
+def _rolled(e: torch.Tensor, n: int) -> list[torch.Tensor]:
+    """Every w[i, j] equals w[i + 1, j + 1]."""
+    e = e.reshape(n, n, n * n)
+    return [e[i, j] - e[(i + 1) % n, (j + 1) % n] for i in range(n) for j in range(n)]
+
+
+_ROTATION = ([1, 2, 0, 4, 5, 3], [2, 3, 0, 1])  # two cycles of three outputs, a shift of four inputs by two
+_BASIS = torch.linalg.qr(torch.randn(12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+
+
+def _off_basis(*weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    flat = torch.cat([w.flatten() for w in weights])
+    basis = _BASIS.to(flat.dtype)
+    parts = (flat - basis @ (basis.T @ flat)).split([w.numel() for w in weights])
+    return tuple(part.reshape(w.shape) for part, w in zip(parts, weights, strict=True))
+
+
+PLANES = [
+    PlaneRow("tied", lambda k: symopt.Tied(k), ((3, 4), (3, 4)), lambda e: _equal(e[:12], e[12:])),
+    PlaneRow(
+        "tied-elementwise",
+        lambda k: symopt.Tied(k, "elementwise"),
+        ((3, 4),) * 3,
+        lambda e: [*_equal(e[:12], e[12:24]), *_equal(e[:12], e[24:])],
+    ),
+    PlaneRow(
+        "tied-transposed",
+        lambda k: symopt.Tied(k, views=[None, "T"]),
+        ((2, 3), (3, 2)),
+        lambda e: _equal(e[:6].reshape(2, 3, 12), e[6:].reshape(3, 2, 12).transpose(0, 1)),
+    ),
+    PlaneRow(
+        "tied-slices",
+        lambda k: symopt.Tied(k, views=[slice(0, 2), (slice(3, 5), slice(None))]),
+        ((5, 3),),
+        lambda e: _equal(e[:6], e[9:]),
+    ),
+    PlaneRow(
+        "tied-slices-elementwise",
+        lambda k: symopt.Tied(k, "elementwise", [lambda w: w[:, 0], lambda w: w[:, 2]]),
+        ((4, 3),),
+        lambda e: _equal(e.reshape(4, 3, 12)[:, 0], e.reshape(4, 3, 12)[:, 2]),
+    ),
+    PlaneRow(
+        "symmetric",
+        lambda k: symopt.Symmetric(k),
+        ((4, 4),),
+        lambda e: _equal(e.reshape(4, 4, 16), e.reshape(4, 4, 16).transpose(0, 1)),
+    ),
+    PlaneRow("circulant", lambda k: symopt.Circulant(k), ((4, 4),), lambda e: _rolled(e, 4)),
+    PlaneRow(
+        "equivariant",
+        lambda k: symopt.Equivariant([_ROTATION], k),
+        ((6, 4),),
+        lambda e: _equal(e.reshape(6, 4, 24)[_ROTATION[0]][:, _ROTATION[1]], e.reshape(6, 4, 24)),
+    ),
+    PlaneRow(
+        "equivariant-bias",
+        lambda k: symopt.Equivariant([_ROTATION], k),
+        ((6,),),
+        lambda e: _equal(e[_ROTATION[0]], e),
+    ),
+    PlaneRow("zero-mean", lambda k: symopt.ZeroMean(k), ((3, 2, 2),), lambda e: list(e.reshape(3, 4, 12).sum(1))),
+    PlaneRow("zero-mean-in", lambda k: symopt.ZeroMean(k, 0), ((3, 4),), lambda e: list(e.reshape(3, 4, 12).sum(0))),
+    PlaneRow("mirror", lambda k: symopt.Mirror(_off_basis, k), ((2, 3), (6,)), lambda e: list(_BASIS.T @ e)),
+    PlaneRow(
+        "mirror-basis", lambda k: symopt.Mirror(basis=_BASIS, strength=k), ((3, 4),), lambda e: list(_BASIS.T @ e)
+    ),
+    PlaneRow(
+        "mirror-coordinates",
+        lambda k: symopt.Mirror(basis=_BASIS, strength=k, form="coordinates"),
+        ((2, 3), (6,)),
+        lambda e: list(_BASIS.T @ e),
+    ),
 ]
 
 OPTIMIZERS = [
@@ -93,6 +185,8 @@ def tolerance(kind: str) -> float:
         "share of zeros": 1e-3,
         # Adam at a constant lr of 1e-2 trembles around the optimum of 2 000 factor pairs instead of reaching it.
         "trembling gap": 1e-4,
+        # A projection in fp64 by means and products of a few dozen terms against pinv.
+        "projection": 1e-12,
         # Mechanically identical computations.
         "exact": 0.0,
         # The native step in fp32 against fp64, in ulps of the terms that are added up (test_native.py says which).
@@ -115,6 +209,15 @@ def tolerance(kind: str) -> float:
         # The same in fp32, where a rounding is 5e8 times as large.
         "backends, fp32": 1e-4,
     }[kind]
+
+
+def plane_module(row: PlaneRow, strength: float | None = 0.3, *, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    """A module whose parameters ``w0``, ``w1``, ... obey the row's constraint together."""
+    generator, module = torch.Generator().manual_seed(0), torch.nn.Module()
+    for i, shape in enumerate(row.shapes):
+        w = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        module.register_parameter(f"w{i}", torch.nn.Parameter(w))
+    return symopt.constrain(module, {tuple(f"w{i}" for i in range(len(row.shapes))): row.make(strength)})
 
 
 def constrained_parameter(

@@ -32,13 +32,14 @@ LAYERS = (
     "symopt.optim",
     "symopt.schedule",
     "symopt.explicit",
-    "symopt.constrain",
+    "symopt.binding symopt.constrain",
     "symopt.recipes",
     "symopt.folding symopt.fold",
-    "symopt.report",
+    "symopt.report symopt.certify",
     "symopt",
 )
-KNOW_MODULES = "symopt.explicit symopt.constrain symopt.recipes symopt.fold symopt.folding symopt.report".split()
+TOP = "explicit binding constrain recipes fold folding report certify"
+KNOW_MODULES = [f"symopt.{name}" for name in TOP.split()]
 REQUIRED = "constrain release Sparse GroupSparse SGD Adam AdamW Anneal fold resize report".split()
 
 

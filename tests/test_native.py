@@ -374,7 +374,7 @@ def expect(case: Case, problem: Problem) -> dict[str, Expected]:
     else:
         assert groups is not None
         metric, pull = (c * c + 4 * groups.sum(w * w)).sqrt(), groups.sum(delta * delta).sqrt()
-    t = reference._time(metric, pull, decay, scale if case.saturated else None)
+    t = reference.time_scale(metric, pull, decay, scale if case.saturated else None)
     metric, terms = metric + underflow(math_of(case.format)), (case.lr * terms).clamp(min=least)
     if case.retraction == "sparse":
         news = snapped(lambda: reference.sparse(w, delta, decay, c, scale, **flags))
@@ -480,7 +480,7 @@ def _free(
              (part if isinstance(part, tuple) else (part,))]
         )
     )  # fmt: skip
-    t = reference._time(a * a + b * b, delta, decay, scale if case.saturated else None)
+    t = reference.time_scale(a * a + b * b, delta, decay, scale if case.saturated else None)
     rho, far = 1 + t * decay, t * far
     terms = [rho * a.abs() + far * b.abs(), rho * b.abs() + far * a.abs()]
     u, v = steps[2][1:]

@@ -1,11 +1,28 @@
-"""The constraints: one file each, one line here."""
+"""The constraints: one file each (planes of a kind share one), one line here."""
 
 from symopt.constraints.base import Constraint
 from symopt.constraints.composed import Composed
 from symopt.constraints.group import GroupSparse
+from symopt.constraints.mirror import Mirror
 from symopt.constraints.sparse import Sparse
+from symopt.constraints.ties import Circulant, Equivariant, Symmetric, Tied, ZeroMean
 
-CONSTRAINTS: tuple[type[Constraint], ...] = (Sparse, GroupSparse)
+CONSTRAINTS: tuple[type[Constraint], ...] = (
+    *(Sparse, GroupSparse),
+    *(Mirror, Tied, Symmetric, Circulant, Equivariant, ZeroMean),
+)
 """Every public constraint; the tests fail for one without a row in their table."""
 
-__all__ = ["CONSTRAINTS", "Composed", "Constraint", "GroupSparse", "Sparse"]
+__all__ = [
+    "CONSTRAINTS",
+    "Circulant",
+    "Composed",
+    "Constraint",
+    "Equivariant",
+    "GroupSparse",
+    "Mirror",
+    "Sparse",
+    "Symmetric",
+    "Tied",
+    "ZeroMean",
+]

@@ -52,12 +52,24 @@ class Constraint(ABC):
     carries_factors: ClassVar[bool] = False
     """Whether the factors themselves are optimizer state (free gauge)."""
 
+    joint: ClassVar[bool] = False
+    """Whether everything one key matches is bound into one: :meth:`bind_all` instead of :meth:`bind`."""
+
+    fixed: ClassVar[bool] = False
+    """Whether the structure is known beforehand, so that any large enough strength will do: None is automatic."""
+
+    shared: bool = False
+    """Whether the tensors of a joint constraint end up equal, so that one can serve as all."""
+
+    free_factors: ClassVar[int] = 0
+    """How many factors, the first ones, do not decay."""
+
     def __post_init__(self) -> None:
         check_number(type(self).__name__, "strength", self.strength)
 
     def __repr__(self) -> str:
         """The call that makes it: fields that differ from their defaults."""
-        given = [(f, getattr(self, f.name)) for f in fields(self)]  # type: ignore[arg-type]
+        given = [(f, getattr(self, f.name)) for f in fields(self) if f.repr]  # type: ignore[arg-type]
         shown = [f"{f.name}={value!r}" for f, value in given if value is not f.default]
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -106,6 +118,10 @@ class Constraint(ABC):
         """Check that this constraint fits parameter ``name`` and return it ready to be stored beside the weight."""
         return self
 
+    def bind_all(self, names: tuple[str, ...], weights: tuple[Tensor, ...]) -> Constraint:
+        """:meth:`bind` of a joint constraint: one for all; with several weights its verbs see them as a flat vector."""
+        raise TypeError(f"{self} binds one parameter at a time")
+
     def partition(self, w: Tensor, index: Tensor | None = None) -> Groups | None:
         """The orbits that share one second moment and one zero; None where every weight is its own."""
         return None
@@ -121,6 +137,23 @@ class Constraint(ABC):
     def charge(self, w: Tensor, *, decoupled: bool) -> Tensor | float:
         """Relative strength of every unit; not 1 only where several constraints share a weight."""
         return 1.0
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        """Inner product of two weights in every unit, flat; ``inner(w, w)`` is ``size(w)**2``."""
+        groups = self.partition(x)
+        return (x * y).flatten() if groups is None else groups.sum(x * y)
+
+    def critical(self, grad: Tensor) -> Tensor:
+        """The strength above which a unit without weight stays so against ``grad``: the penalty's dual norm of it."""
+        return self.inner(grad, grad).clamp(min=0).sqrt().max()
+
+    def needed(self, x: Tensor, running: Tensor | None, *, per_coordinate: bool) -> Tensor:
+        """The automatic strength's running estimate of the critical one, if the structure is ``fixed``."""
+        raise TypeError(f"{self} has no automatic strength")
+
+    def per_unit(self, rate: Tensor, w: Tensor) -> Tensor:
+        """A rate of decay per orbit that shares a second moment, as one per unit."""
+        return rate
 
     # -- budgets -----------------------------------------------------------------------------------------------------
 
@@ -139,6 +172,10 @@ class Constraint(ABC):
 
     def fold(self, w: Tensor) -> Tensor:
         return w
+
+    def rounding(self, w: Tensor) -> float:
+        """Largest :meth:`violation` of a weight whose structure is exact."""
+        return 0.0
 
     def violation(self, w: Tensor) -> Tensor:
         """Relative change of ``w`` if units below 1e-3 of the typical live one were rounded to zero."""

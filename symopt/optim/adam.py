@@ -21,9 +21,13 @@ class _AdamBase(ConstrainedOptimizer):
     """Abstract: everything but the torch class behind it and whether the strength is decoupled."""
 
     def gain(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> Tensor | float | None:
-        groups, state = self.groups(p, constraint), self.state.get(p, {})
+        groups = self.groups(p, constraint)
         if self.decoupled(group):
             return 1.0 if groups is None else groups.size(p.detach()).sqrt()
+        return self.preconditioner(group, p)
+
+    def preconditioner(self, group: dict[str, Any], p: Tensor) -> Tensor | None:
+        state = self.state.get(p, {})
         if "exp_avg_sq" not in state or not state["step"]:
             return None
         peak = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from symopt import annotation
 from symopt.backends import BACKENDS, check_backend, choose, why_not
 from symopt.constraints import Constraint
-from symopt.optim import compiled
+from symopt.optim import compiled, joint
 from symopt.optim.options import DEFAULTS, OWN_STATE, check_group
 from symopt.optim.slot import Slot, gradient
 from symopt.optim.state import ConstrainedState
@@ -59,6 +59,7 @@ class ConstrainedOptimizer(ConstrainedState):
     ) -> None:
         self._names = {}
         self._bound = {}
+        self._members = {}
         self._groups = {}
         self._slots: dict[Tensor, Slot] = {}
         self._epoch = -1
@@ -98,6 +99,7 @@ class ConstrainedOptimizer(ConstrainedState):
     def _bind(self) -> None:
         """Look every parameter up again; those a module no longer vouches for keep what they had."""
         found, factors = annotation.constraints_by_parameter(), annotation.factors()
+        bonds, members = annotation.bonds_by_parameter(), dict[Tensor, tuple[Tensor, ...]]()
         bound: dict[Tensor, Constraint | None] = {}
         names: dict[Tensor, str] = {}
         for group in self.param_groups:
@@ -113,7 +115,12 @@ class ConstrainedOptimizer(ConstrainedState):
                 bound[p], names[p] = constraint, name
                 if constraint is not None:
                     self._check_supported(name, group, constraint)
-        self._bound, self._names = bound, names
+                if constraint is not None and constraint.joint:
+                    together = bonds[id(p)].parameters() if id(p) in bonds else self._members.get(p, (p,))
+                    joint.check(type(self).__name__, group, p, name, together, bonds)
+                    if len(together) > 1:
+                        members[p] = together  # type: ignore[assignment]
+        self._bound, self._names, self._members = bound, names, members
         self._groups = {p: g for p, g in self._groups.items() if p in bound}
         self._slots = {}
         self.params = list(bound)
@@ -144,6 +151,8 @@ class ConstrainedOptimizer(ConstrainedState):
         for key, value in state.items():
             if key != "step" and isinstance(value, Tensor):
                 state[key] = value.to(param.dtype)
+        if param in self._members and isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()  # from now on every member counts for itself
         self._groups.pop(param, None)
 
     def constrained(self) -> Iterator[tuple[dict[str, Any], Tensor, str, Constraint]]:
@@ -154,27 +163,15 @@ class ConstrainedOptimizer(ConstrainedState):
                 if constraint is not None:
                     yield group, p, self._names[p], constraint
 
-    def strength(self, group: dict[str, Any], constraint: Constraint) -> float | Tensor:
-        """The strength in force: the group's, else the constraint's own, else its default for this optimizer."""
-        if group["committed"]:
-            return 0.0
-        if group["strength"] is not None:
-            return group["strength"]  # type: ignore[no-any-return]
-        if constraint.strength is not None:
-            return constraint.strength
-        if constraint.budget is not None:
-            return 0.0  # symopt.Anneal chooses
-        return constraint.default_strength(decoupled=self.decoupled(group))
-
     # -- the step --------------------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def decoupled(self, group: dict[str, Any]) -> bool:
-        """Whether the strength bypasses the preconditioner (AdamW)."""
 
     @abstractmethod
     def gain(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> Tensor | float | None:
         """What multiplies ``lr * strength`` in the step of ``p``; None if unknown before a first gradient."""
+
+    @abstractmethod
+    def preconditioner(self, group: dict[str, Any], p: Tensor) -> Tensor | None:
+        """What the direction divides the gradient's mean by, inverted; None if nothing, or before the first step."""
 
     @abstractmethod
     def _direction(
@@ -220,21 +217,26 @@ class ConstrainedOptimizer(ConstrainedState):
             slots, rest, plain = self._plan(group)
             if plain:
                 self._step_plain(group)
-            for p, constraint in rest:
-                self._step_reference(group, p, constraint)
+            for held, constraint in rest:
+                self._step_reference(group, held, constraint)
             if slots:
                 self._step_native(group, slots)
 
-    def _plan(self, group: dict[str, Any]) -> tuple[list[Slot], list[tuple[Tensor, Constraint]], bool]:
+    def _plan(self, group: dict[str, Any]) -> tuple[list[Slot], list[tuple[tuple[Tensor, ...], Constraint]], bool]:
         """What has a gradient: for the native kernel, for the reference, and whether torch has anything to step."""
         slots: list[Slot] = []
-        rest: list[tuple[Tensor, Constraint]] = []
+        rest: list[tuple[tuple[Tensor, ...], Constraint]] = []
         plain = False
         check_backend(type(self).__name__, group["backend"])
         key = (group["backend"], group["differentiable"], self._moments(group))
         if self._epoch != annotation.epoch():
             self._bind()
         for p in group["params"]:
+            if (members := self._members.get(p)) is not None and (constraint := self._constraint(p)) is not None:
+                if p is members[0] and any(member.grad is not None for member in members):
+                    self._backend(group, p, constraint)
+                    rest.append((members, constraint))
+                continue
             if p.grad is None:
                 continue
             slot = self._slots.get(p)
@@ -246,7 +248,7 @@ class ConstrainedOptimizer(ConstrainedState):
                     continue
                 if self._backend(group, p, constraint) == "reference":
                     assert constraint is not None
-                    rest.append((p, constraint))
+                    rest.append(((p,), constraint))
                     continue
                 state = self._ready(group, p, constraint)
                 groups = None if constraint is None else self.groups(p, constraint)
@@ -255,7 +257,7 @@ class ConstrainedOptimizer(ConstrainedState):
                 except ValueError as error:
                     raise ValueError(f"{self._names[p]}: {error}; load state that belongs to this weight") from None
             slots.append(slot)
-        for p in [*(slot.p for slot in slots), *(p for p, _ in rest)]:
+        for p in [*(slot.p for slot in slots), *(p for held, _ in rest for p in held)]:
             if p.grad is not None and p.grad.layout is not torch.strided:
                 way = "leave backend at None" if self._constraint(p) is None else "leave it out of symopt.constrain"
                 reason = f"sparse gradients are not supported here; use sparse=False or {way}"
@@ -299,7 +301,7 @@ class ConstrainedOptimizer(ConstrainedState):
             if constraint is None or slot.entry.trim:  # a budget's strengths are in its state
                 slot.aim(grad, 0.0)
             else:
-                slot.aim(grad, float(self.strength(group, constraint)))
+                slot.aim(grad, float(self.strength(group, constraint, slot.state)))
         native.step(
             [slot.entry for slot in slots],
             lr=float(group["lr"]),
@@ -315,12 +317,13 @@ class ConstrainedOptimizer(ConstrainedState):
         for slot in slots:
             slot.done()
 
-    def _step_reference(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> None:
-        grad = p.grad
-        assert grad is not None
-        state = self._ready(group, p, constraint)
+    def _step_reference(self, group: dict[str, Any], held: tuple[Tensor, ...], constraint: Constraint) -> None:
+        p, dtype = held[0], math_dtype(held[0])
+        states = [self._ready(group, p, constraint)] if len(held) == 1 else self._ready_joint(group, held, constraint)
+        # Several members are stepped as one flat vector; what belongs to each is written back at the end.
+        state = states[0] if len(held) == 1 else joint.gather(states, held)
         groups, saturated = self.groups(p, constraint), group["time_scale"] == "saturated"
-        w, grad = state.get("master", p), grad.to(math_dtype(p))
+        w, grad = joint.weight(states, held), joint.gradient(held, dtype)
         if (grad_scale := getattr(self, "grad_scale", None)) is not None:
             grad = grad / grad_scale
         if group["differentiable"]:
@@ -331,8 +334,16 @@ class ConstrainedOptimizer(ConstrainedState):
         update, gain = self._direction(rule, state, w, -grad if group["maximize"] else grad, groups)
         charge = constraint.charge(w, decoupled=self.decoupled(group))
         # A tensor lr or strength is often fp32, and two 0-dim tensors would multiply in its precision.
+        if self.automatic(group, constraint):
+            decoupled = self.decoupled(group)
+            smooth = update
+            if not decoupled:
+                smooth = update / gain if isinstance(gain, float) else groups.scale(1 / gain, update)  # type: ignore[union-attr]
+            needed = constraint.needed(smooth, state["critical"], per_coordinate=decoupled)
+            self._update(group, state, "critical", needed)
         lr, strength = (
-            x.to(w.dtype) if isinstance(x, Tensor) else x for x in (group["lr"], self.strength(group, constraint))
+            x.to(w.dtype) if isinstance(x, Tensor) else x
+            for x in (group["lr"], self.strength(group, constraint, state))
         )
         keep: float | Tensor | None = group["imbalance_decay"]
         snaps: Tensor | bool = True
@@ -357,9 +368,7 @@ class ConstrainedOptimizer(ConstrainedState):
                 self._update(group, state, f"factor_{i}", torch.where(still, before, value))
             return
         new = constraint.retract(w, delta, decay, c, scale, groups, saturated=saturated, snaps=snaps)
-        p.copy_(new)
-        if "master" in state:
-            self._update(group, state, "master", new)
+        joint.scatter(new, state, states, held, differentiable=group["differentiable"])
         if keep is None:
             c = reference.imbalance_law(c, decay, scale, constraint.size(new, groups), saturated=saturated)
         else:

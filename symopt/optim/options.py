@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-OWN_STATE = ("imbalance", "metric_scale", "master", "group_index", "trim")
+OWN_STATE = ("imbalance", "metric_scale", "master", "group_index", "trim", "critical")
 
 TRIM = ("inside", "outside", "threshold", "imbalance_decay")
 """What the state tensor ``trim`` of a weight with a budget holds, in float64: the strengths of the units that have a

@@ -89,6 +89,9 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
     def gain(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> float:
         return float((1 - group["dampening"]) / (1 - group["momentum"])) if group["momentum"] else 1.0
 
+    def preconditioner(self, group: dict[str, Any], p: Tensor) -> None:
+        return None
+
     def _check_supported(self, name: str, group: dict[str, Any], constraint: Constraint) -> None:
         if group["momentum"] >= 1:
             raise ValueError(f"{name}: momentum must be < 1 for a constrained parameter, got {group['momentum']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from symopt.constraints import Constraint
-from symopt.optim import compiled
+from symopt.constraints.plane import flat
+from symopt.optim import compiled, joint
 from symopt.optim.options import DEFAULTS, shared_moment
 from symopt.optim.slot import Slot
 from symopt_kernels.groups import Groups
+from symopt_kernels.mirror import MARGIN
 from symopt_kernels.reference import math_dtype
 
 __all__ = ["ConstrainedState"]
@@ -24,6 +27,8 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
     param_groups: list[dict[str, Any]]
     _names: dict[Tensor, str]
     _bound: dict[Tensor, Constraint | None]
+    _members: dict[Tensor, tuple[Tensor, ...]]
+    """Every parameter of a joint constraint -> all of them, in its order."""
     _groups: dict[Tensor, tuple[torch.Size, Groups]]
     _slots: dict[Tensor, Slot]
     _epoch: int
@@ -40,7 +45,12 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
         """The constraint ``p`` obeys."""
 
     def groups(self, p: Tensor, constraint: Constraint) -> Groups | None:
-        """The partition of ``p`` into units, cached; an index map is the state tensor ``group_index``."""
+        """The orbits of ``p`` that share one second moment, cached; an index map is the state tensor ``group_index``.
+
+        Under a joint constraint they are those of the flat vector of its members.
+        """
+        if p in self._members:
+            return constraint.partition(joint.template(self._members[p]))
         shape, cached = self._groups.get(p, (None, None))
         index = self.state[p].get("group_index") if p in self.state else None
         if cached is None or shape != p.shape or cached.index is not index:
@@ -53,15 +63,83 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
         """Second moments that a group shares, written out for every weight."""
         groups = self.groups(p, constraint)
         shared = [k for k in ("exp_avg_sq", "max_exp_avg_sq") if groups is not None and k in self.state[p]]
-        return {k: groups.expand(self.state[p][k]).reshape(p.shape).contiguous() for k in shared if groups}
+        members = self.members(p)
+        place = next(i for i, member in enumerate(members) if member is p)
+        values = {k: groups.expand(self.state[p][k]).flatten() for k in shared if groups}
+        return {k: joint.parts(value, members)[place].contiguous() for k, value in values.items()}
+
+    def members(self, p: Tensor) -> tuple[Tensor, ...]:
+        """All parameters under the constraint of ``p``, in its order."""
+        return self._members.get(p, (p,))
+
+    def weight(self, p: Tensor) -> Tensor:
+        """The weight that the constraint of ``p`` sees: its own, or under a joint one that of all members, flat."""
+        return flat(self.members(p)).detach()
+
+    @abstractmethod
+    def decoupled(self, group: dict[str, Any]) -> bool:
+        """Whether the strength bypasses the preconditioner (AdamW)."""
+
+    def strength(self, group: dict[str, Any], constraint: Constraint, state: dict[str, Any]) -> float | Tensor:
+        """The strength in force: the group's, else the constraint's own, else its default for this optimizer.
+
+        That of a fixed structure is automatic: ``MARGIN`` times the running estimate in the parameter's ``state`` of
+        what it needs, NaN before the first step.
+        """
+        if group["committed"] and not constraint.fixed:
+            return 0.0
+        if group["strength"] is not None:
+            return group["strength"]  # type: ignore[no-any-return]
+        if constraint.strength is not None:
+            return constraint.strength
+        if constraint.budget is not None:
+            return 0.0  # symopt.Anneal chooses
+        if constraint.fixed:
+            return MARGIN * state["critical"] if "critical" in state else math.nan
+        return constraint.default_strength(decoupled=self.decoupled(group))
+
+    def automatic(self, group: dict[str, Any], constraint: Constraint) -> bool:
+        """Whether the strength is the running estimate of what a fixed structure needs."""
+        return constraint.fixed and group["strength"] is None and constraint.strength is None
 
     def _ready(self, group: dict[str, Any], p: Tensor, constraint: Constraint | None) -> dict[str, Any]:
         """The state of ``p``: what is missing is made (a checkpoint may bring a part), what does not fit is fitted."""
         state: dict[str, Any] = self.state[p]
-        dtype = math_dtype(p)
         if constraint is not None and "group_index" not in state and (index := constraint.index(p)) is not None:
             state["group_index"] = index
         groups = None if constraint is None else self.groups(p, constraint)
+        self._fit(state, p, constraint)
+        if constraint is None:
+            self._init_moments(group, state, p, None)
+            return state
+        for key in ("exp_avg_sq", "max_exp_avg_sq"):
+            if groups is not None and key in state and state[key].shape == p.shape != (groups.count,):
+                state[key] = shared_moment(state[key], groups)
+        self._begin(group, state, state.get("master", p.detach()), self._names[p], constraint, groups)
+        if constraint.carries_factors:
+            self._ready_factors(state, p, constraint)
+        self._init_moments(group, state, p, groups)
+        return state
+
+    def _ready_joint(
+        self, group: dict[str, Any], members: tuple[Tensor, ...], constraint: Constraint
+    ) -> list[dict[str, Any]]:
+        """:meth:`_ready` of all members of a joint constraint."""
+        states, groups = [self.state[p] for p in members], self.groups(members[0], constraint)
+        assert groups is not None
+        for state, p in zip(states, members, strict=True):
+            self._fit(state, p, constraint)
+        joint.share(states, members, groups)
+        w, names = joint.weight(states, members).detach(), ", ".join(self._names[p] for p in members)
+        self._begin(group, states[0], w, names, constraint, groups)
+        for state, p in zip(states, members, strict=True):
+            state.update({key: states[0][key] for key in joint.SHARED if key in states[0]})
+            self._init_moments(group, state, p, groups)
+        return states
+
+    def _fit(self, state: dict[str, Any], p: Tensor, constraint: Constraint | None) -> None:
+        """Give what a checkpoint brought the precision it is stepped in."""
+        dtype = math_dtype(p)
         for key, value in state.items():
             if key == "step":
                 if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float64):
@@ -71,8 +149,7 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
             elif isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype:
                 state[key] = value.to(dtype)
         if constraint is None:
-            self._init_moments(group, state, p, None)
-            return state
+            return
         if p.dtype != dtype and not constraint.carries_factors:
             # Half precision cannot hold the small shrink of a step: without an fp32 copy weights would stop short of
             # zero.  Wherever the weight was changed from outside, it and not the copy is right.
@@ -80,15 +157,24 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
             state["master"] = p.to(dtype) if master is None else torch.where(master.to(p.dtype) == p, master, p)
         else:
             state.pop("master", None)
-        for key in ("exp_avg_sq", "max_exp_avg_sq"):
-            if groups is not None and key in state and state[key].shape == p.shape != (groups.count,):
-                state[key] = shared_moment(state[key], groups)
+
+    def _begin(
+        self,
+        group: dict[str, Any],
+        state: dict[str, Any],
+        w: Tensor,
+        name: str,
+        constraint: Constraint,
+        groups: Groups | None,
+    ) -> None:
+        """Create what the constraint itself keeps."""
+        automatic = self.automatic(group, constraint)
         if "imbalance" not in state or "metric_scale" not in state:
-            w = p.detach().to(dtype)
-            c, scale = constraint.start(w, group["imbalance"], groups)
+            # What is known to lie above the critical strength never has to come back.
+            c, scale = constraint.start(w, 0.0 if automatic else group["imbalance"], groups)
             if not bool(scale > 0):
                 raise ValueError(
-                    f"{self._names[p]} is zero everywhere, and without imbalance zeros are permanent, so it could "
+                    f"{name} is zero everywhere, and without imbalance zeros are permanent, so it could "
                     "never train; give the optimizer imbalance > 0 or initialise the weight (at depth > 2 only "
                     "gauge='free' has an imbalance)"
                 )
@@ -98,14 +184,14 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
         elif "trim" not in state:
             if group["imbalance_decay"] is None:
                 raise RuntimeError(
-                    f"{self._names[p]}: {constraint} is a budget, which has to be ramped in; create "
+                    f"{name}: {constraint} is a budget, which has to be ramped in; create "
                     "symopt.Anneal(optimizer, total_steps) before the first step and call its step() after each"
                 )
             state["trim"] = torch.tensor([0.0, 0.0, -1.0, group["imbalance_decay"]], dtype=torch.float64)
-        if constraint.carries_factors:
-            self._ready_factors(state, p, constraint)
-        self._init_moments(group, state, p, groups)
-        return state
+        if not automatic:
+            state.pop("critical", None)
+        elif "critical" not in state:
+            state["critical"] = torch.zeros_like(state["imbalance"])
 
     def _ready_plain(self, p: Tensor) -> None:
         """Undo what the native step makes of the state of an unconstrained tensor in half precision."""
@@ -185,7 +271,7 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         self._bind()
-        return dict(super().__getstate__(), _bound=self._bound, _names=self._names)
+        return dict(super().__getstate__(), _bound=self._bound, _names=self._names, _members=self._members)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("_loading", None)
@@ -200,3 +286,4 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
             self.number = compiled.register(self)
             self.params = [p for group in self.param_groups for p in group["params"]]
             self._bound, self._names = dict(state["_bound"]), dict(state["_names"])
+            self._members = dict(state.get("_members", {}))

@@ -1,0 +1,96 @@
+"""The constrained step of a fixed plane, readable: reflection through it, in gate form.
+
+``Theta = P Theta + s d``: the part on the plane takes the plain step, the part off it the retraction of a gate.  The
+projections are the caller's, so these functions know tensors and numbers only, as those of ``reference`` do.
+
+The symmetry is the reflection ``I - 2 (I - P)`` of L. Ziyin, *Symmetry Induces Structure and Constraint of Learning*,
+ICML 2024 (arXiv 2309.16932), Section 4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from symopt_kernels.groups import Groups
+from symopt_kernels.reference import SNAP, time_scale
+
+__all__ = ["FLOOR", "MARGIN", "MEMORY", "mirror", "needed", "pace"]
+
+MARGIN = 2.0
+"""An automatic strength is this times the running estimate of the critical one."""
+
+MEMORY = 0.999
+"""Factor per step by which the running estimate forgets: as slowly as Adam's second moment, or the strength behind it
+would fade with the gradient before the plane is reached."""
+
+FLOOR = 0.25
+"""Least estimate, in units of a typical gradient, for a plane that no gradient leaves."""
+
+
+def needed(running: Tensor, critical: Tensor, typical: Tensor) -> Tensor:
+    """The running estimate of the critical strength: the largest of about the last thousand steps.
+
+    On a fixed plane a larger strength has no cost, because what lies on the plane is never shrunk, and a smaller one
+    misses the plane; hence the largest, not the mean.
+    """
+    return torch.maximum(MEMORY * running, torch.maximum(critical, FLOOR * typical))
+
+
+def pace(decay: Tensor, gates: Groups) -> Tensor:
+    """The decay of each gate: the harmonic mean over its weights, so that weights without a gradient do not count."""
+    return gates.size(decay) / gates.sum(1 / decay)
+
+
+def mirror(
+    w: Tensor,
+    on: Tensor,
+    delta_on: Tensor,
+    delta_off: Tensor,
+    decay: Tensor | float,
+    imbalance: Tensor,
+    metric_scale: Tensor,
+    gates: Groups,
+    *,
+    saturated: bool = True,
+    snaps: Tensor | bool = True,
+) -> Tensor:
+    """``w_g = on_g + s_g d_g`` in the fixed gauge ``s_g**2 - ||d_g||**2 = imbalance``, with ``off = w - on``:
+
+        w_g' = on_g - delta_on + (rho - <delta_off, off_g> / s**2) (rho off_g - s**2 delta_off),
+
+    then exactly ``on_g - delta_on`` where what is off the plane is below ``SNAP * metric_scale`` and attracted.
+
+    ``on`` and ``delta_on`` are the projections of the weight and of the step, ``delta_off`` the rest of the step.
+    ``decay`` is a number, or one value per weight that is the same wherever the projection mixes weights: a strength
+    behind a preconditioner.  The gate then takes its :func:`pace`, and ``||delta_off / decay|| < 1`` is attracted.
+    """
+    off = w - on
+    varies = isinstance(decay, Tensor) and decay.dim() > 0
+    metric = (imbalance * imbalance + 4 * gates.sum(off * off)).sqrt()
+    pull = gates.sum(delta_off * delta_off).sqrt()
+    gate_decay = pace(decay, gates) if varies else decay  # type: ignore[arg-type]
+    t = time_scale(metric, pull, gate_decay, metric_scale if saturated else None)
+    gradient = delta_off
+    if varies:
+        ratio = delta_off / decay
+        attracted = gates.sum(ratio * ratio).sqrt() < 1
+        # The gate sees the gradient through its own preconditioner; else the threshold would not be that of the norm.
+        own = gates.expand(gate_decay).reshape(w.shape) / decay  # type: ignore[arg-type]
+        gradient = torch.where(own.isfinite(), own, 1.0) * delta_off
+        # A weight that has no gradient has a decay without bounds; its factor must not overshoot zero.
+        fits = 1 / gates.scale(t, decay).clamp(min=1)  # type: ignore[arg-type]
+        delta_off, decay = fits * gates.scale(t, delta_off), fits * gates.scale(t, decay)  # type: ignore[arg-type]
+        rho: Tensor = 1 - decay
+    else:
+        attracted = pull < decay
+        delta_off, rho = gates.scale(t, delta_off), gates.expand(1 - t * decay).reshape(w.shape)
+    gate_sq = (imbalance + metric) / 2
+    tiny = torch.finfo(w.dtype).tiny
+    shared = 1 - t * gate_decay - t * gates.sum(gradient * off) / gate_sq.clamp(min=tiny)
+    # As a change of w, which is then exactly zero where the step is.
+    lost = gates.scale(shared, rho) - 1
+    new = w - delta_on + lost * off - gates.scale(shared * gate_sq, delta_off)
+    rest = (1 + lost) * off - gates.scale(shared * gate_sq, delta_off)
+    snapped = (gates.sum(rest * rest).sqrt() <= SNAP * metric_scale) & attracted & snaps
+    return torch.where(gates.expand(snapped).reshape(w.shape), on - delta_on, new)

@@ -1,0 +1,365 @@
+"""certify: does every constraint hold, will it, and against what gradient; critical_strength: what it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from symopt import annotation
+from symopt.constrain import bundles
+from symopt.constraints import Constraint
+from symopt.constraints.plane import flat
+from symopt.optim import ConstrainedOptimizer
+from symopt.schedule import collapse_steps
+
+__all__ = ["Certificate", "Certificates", "certify", "critical_strength"]
+
+Closure = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """One constraint: numbers in the units of its ``strength`` (see :func:`certify`)."""
+
+    names: tuple[str, ...]
+    constraint: str
+    verdict: str
+    """``"exact"``, ``"attracting"`` or ``"not reached"``."""
+    words: str
+    """The verdict and its reason, as a sentence."""
+    residual: float
+    """Relative distance from the structure; 0 (of a :class:`symopt.Mirror`, rounding) where it is exact."""
+    critical: float
+    """Critical strength kappa*: above it the structure holds against the loss's gradient."""
+    interval: tuple[float, float] | None
+    """95 % confidence interval of ``critical``; None from a single evaluation."""
+    strength: float
+    """In force now."""
+    kkt: float
+    """Norm of what is left of the optimality conditions of loss + strength * penalty."""
+    balance: float | None
+    """Imbalance c relative to the typical metric; at 0 what is exact stays so whatever the gradient.  None: no step."""
+    steps: float | None
+    """Still needed at the current rate and gradient; inf if it is not attracted, None if unknown."""
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """What :func:`certify` returns; prints as one sentence per constraint."""
+
+    rows: tuple[Certificate, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts (JSON)."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{', '.join(row.names)}: {row.verdict}: {row.words}" for row in self.rows)
+
+
+def certify(model: nn.Module, opt: ConstrainedOptimizer, closure: Closure, samples: int = 1) -> Certificates:
+    """Check every constraint of ``model`` against the gradient of the loss.
+
+    For a fixed plane (:class:`symopt.Mirror`, :class:`symopt.Tied`, ...) kappa* is the dual norm of the gradient at
+    the weight's projection: the plane attracts while the strength in force is larger, globally for a convex loss,
+    locally otherwise.  For constraints that choose their structure it is the largest gradient of a unit that is zero.
+    Verdicts:
+
+    - ``exact``: the structure is exact, and the strength is above kappa* (above its upper confidence bound);
+    - ``attracting``: not there yet, but the strength is, so it arrives in about ``steps`` more steps;
+    - ``not reached``: the strength is not above kappa*, or there is no structure.
+
+    With SGD and Adam all numbers are in the units of the loss's gradient.  With AdamW the gradient first passes
+    the preconditioner, as in the step, and counts per coordinate; its Sparse is no minimiser of loss + penalty, so
+    ``kkt`` does not vanish there.
+
+    Args:
+        model: a module constrained in optimizer mode.
+        opt: the symopt optimizer that trains it.
+        closure: returns the loss, a scalar; no ``backward``.  It is called once per sample, twice where a plane is not
+            reached yet; weights and ``.grad`` are left as they were.
+        samples: how often to call it.  With minibatches take 8 or more: kappa* is then that of the mean gradient, with
+            its bias removed and an interval by the jackknife (Efron & Stein, 1981).
+
+    Raises:
+        TypeError: for other kinds of arguments, or a closure that returns no tensor.
+        ValueError: for ``samples < 1``, a loss that is no scalar or has no gradient, or constraints that ``opt`` does
+            not own.
+
+    Source: L. Ziyin, ICML 2024 (arXiv 2309.16932), Theorem 1 (with enough decay all minima are on the plane); that the
+    decay needed is a dual norm is the theory of exact penalties (Nocedal & Wright, 2006, Section 17.2).
+
+    Example:
+        >>> import torch, symopt
+        >>> net = symopt.constrain(torch.nn.Linear(3, 3, bias=False), {"weight": symopt.Symmetric()})
+        >>> opt = symopt.Adam(net, lr=1e-2)
+        >>> target = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        >>> loss = lambda: (net.weight - target).square().sum() / 2
+        >>> for _ in range(1500):
+        ...     opt.zero_grad()
+        ...     loss().backward()
+        ...     opt.step()
+        >>> print(symopt.certify(net, opt, loss))
+        weight: exact: the strength 2.83 is above the critical 1.41, so it stays
+    """
+    if not isinstance(opt, ConstrainedOptimizer):
+        raise TypeError(f"certify: opt must be a symopt optimizer, got {type(opt).__name__}")
+    held = _held("certify", model)
+    owners = {id(p): (group, constraint) for group, p, _, constraint in opt.constrained()}
+    for names, params, _ in held:
+        if any(id(p) not in owners for p in params):
+            raise ValueError(f"certify: {', '.join(names)} is in no group of opt; pass the optimizer that trains it")
+    here = _gradients("certify", closure, held, samples)
+    away = any(float(c.violation(flat(params).detach())) > 0 for _, params, c in held if c.fixed)
+    there = here
+    if away:
+        with _folded(held):
+            there = _gradients("certify", closure, held, samples)
+    rows = []
+    for i, (names, params, constraint) in enumerate(held):
+        group = owners[id(params[0])][0]
+        rows.append(_row(opt, group, names, params, constraint, [g[i] for g in here], [g[i] for g in there]))
+    return Certificates(tuple(rows))
+
+
+def critical_strength(model: nn.Module, closure: Closure, samples: int = 1, steps: int = 0) -> dict[str, float]:
+    """The strength above which each fixed plane of ``model`` holds: the dual norm of the gradient on the plane.
+
+    It belongs to the minimum on the plane.  ``steps`` L-BFGS steps on the plane, all parameters included, go there from
+    the projection of the weights as they are; with 0 it is that of the projection itself.  Weights are put back.
+
+    Args:
+        model: a module with fixed planes (:class:`symopt.Mirror`, :class:`symopt.Tied`, ...).
+        closure: returns the loss, a scalar; no ``backward``.
+        samples: how often to call it at the end; with minibatches kappa* is that of the mean gradient.
+        steps: L-BFGS steps; the closure should then be deterministic.
+
+    Returns:
+        Name of every parameter on a plane -> kappa*, in the units of the loss's gradient (SGD and Adam).
+
+    Raises:
+        TypeError, ValueError: as :func:`certify`; also if ``model`` has no fixed plane.
+
+    Source: L. Ziyin, ICML 2024 (arXiv 2309.16932), Theorem 1.
+
+    Example:
+        >>> import torch, symopt
+        >>> net = symopt.constrain(torch.nn.Linear(2, 2, bias=False), {"weight": symopt.Symmetric()})
+        >>> target = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+        >>> found = symopt.critical_strength(net, lambda: (net.weight - target).square().sum() / 2, steps=20)
+        >>> round(found["weight"], 4)
+        1.4142
+    """
+    held = [row for row in _held("critical_strength", model) if row[2].fixed]
+    if not held:
+        raise ValueError("critical_strength: the model has no fixed plane; Sparse and GroupSparse choose their own")
+    others = [p for p in model.parameters() if p.requires_grad]
+    evaluating = _Evaluating()
+    annotation.register_owner(evaluating)  # nobody trains these weights here, so nobody has to impose anything
+    with _folded(held, others):
+        if steps:
+            _descend(closure, held, others, steps)
+        grads = _gradients("critical_strength", closure, held, samples)
+    found = {}
+    for i, (names, _, constraint) in enumerate(held):
+        value, _ = _jackknife(constraint, [g[i] for g in grads])
+        found.update(dict.fromkeys(names, value))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+class _Evaluating:
+    """Stands for an optimizer, for as long as it lives."""
+
+    def owns(self, param: Tensor) -> bool:
+        return True
+
+    def forget(self, param: Tensor) -> None:
+        pass
+
+
+Held = list[tuple[tuple[str, ...], tuple[nn.Parameter, ...], Constraint]]
+
+
+def _held(owner: str, model: nn.Module) -> Held:
+    given: Any = model
+    if not isinstance(given, nn.Module):
+        raise TypeError(f"{owner}: model must be a torch.nn.Module, got {type(model).__name__}")
+    named = dict(model.named_parameters(remove_duplicate=False))
+    rows = bundles(model)
+    if missing := [name for names, _ in rows for name in names if name not in named]:
+        raise ValueError(f"{owner}: {missing[0]} is constrained in explicit mode, which this does not look into")
+    return [(names, tuple(named[name] for name in names), constraint) for names, constraint in rows]
+
+
+def _gradients(owner: str, closure: Closure, held: Held, samples: int) -> list[list[Tensor]]:
+    """Per sample the gradient of every constraint's weight, flat if it has several members."""
+    given: Any = samples
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise TypeError(f"{owner}: samples must be an integer, got {samples!r}")
+    if samples < 1:
+        raise ValueError(f"{owner}: samples must be >= 1, got {samples}")
+    params = [p for _, members, _ in held for p in members]
+    found = []
+    for _ in range(samples):
+        grads = iter(_gradient(owner, closure, params))
+        found.append([flat(tuple(next(grads) for _ in members)) for _, members, _ in held])
+    return found
+
+
+def _gradient(owner: str, closure: Closure, params: list[nn.Parameter]) -> list[Tensor]:
+    with torch.enable_grad():
+        loss: Any = closure()
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{owner}: closure must return the loss as a tensor, got {type(loss).__name__}")
+    if loss.numel() != 1 or not loss.requires_grad:
+        raise ValueError(f"{owner}: closure must return a scalar loss with a graph, and not call backward itself")
+    try:
+        grads = torch.autograd.grad(loss.reshape(()), params, allow_unused=True)
+    except RuntimeError as error:
+        raise ValueError(f"{owner}: closure must return the loss without calling backward ({error})") from error
+    return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, params, strict=True)]
+
+
+@contextmanager
+def _folded(held: Held, others: list[nn.Parameter] | None = None) -> Iterator[None]:
+    """Every fixed structure exact, for as long as the block lasts."""
+    touched = [*(p for _, members, _ in held for p in members), *(others or [])]
+    before = [p.detach().clone() for p in touched]
+    try:
+        with torch.no_grad():
+            for _, members, constraint in held:
+                if constraint.fixed:
+                    _write(members, constraint.fold(flat(members)))
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(touched, before, strict=True):
+                p.copy_(value)
+
+
+def _write(members: tuple[nn.Parameter, ...], value: Tensor) -> None:
+    for p, part in zip(members, value.flatten().split([p.numel() for p in members]), strict=True):
+        p.copy_(part.reshape(p.shape))
+
+
+def _descend(closure: Closure, held: Held, params: list[nn.Parameter], steps: int) -> None:
+    """L-BFGS on the plane: with projected gradients all its steps are on it."""
+    search = torch.optim.LBFGS(params, max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-10)
+    saved = [p.grad for p in params]
+
+    def projected() -> Tensor:
+        with torch.enable_grad():
+            loss = closure()
+        for p, g in zip(params, _gradient("critical_strength", lambda: loss, params), strict=True):
+            p.grad = g
+        for _, members, constraint in held:
+            grads = flat(tuple(p.grad for p in members if p.grad is not None))
+            for p, part in zip(
+                members, constraint.fold(grads).flatten().split([p.numel() for p in members]), strict=True
+            ):
+                p.grad = part.reshape(p.shape)
+        return loss.detach()
+
+    search.step(projected)
+    for p, grad in zip(params, saved, strict=True):
+        p.grad = grad
+
+
+def _jackknife(constraint: Constraint, grads: list[Tensor], sizes: Tensor | None = None) -> tuple[float, float]:
+    """Critical strength of the mean gradient, bias removed, and its standard error."""
+
+    def critical(total: Tensor, n: int) -> float:
+        norms = constraint.inner(total / n, total / n).clamp(min=0).sqrt()
+        norms = norms if sizes is None or constraint.fixed else norms[sizes == 0]
+        return float(norms.max()) if norms.numel() else 0.0
+
+    n, total = len(grads), torch.stack(grads).sum(0)
+    whole = critical(total, n)
+    if n == 1:
+        return whole, 0.0
+    left = [critical(total - g, n - 1) for g in grads]
+    mean = sum(left) / n
+    error = math.sqrt((n - 1) / n * sum((x - mean) ** 2 for x in left))
+    return max(0.0, n * whole - (n - 1) * mean), error
+
+
+# -------------------------------------------------------------------------------------------------------------- verdict
+
+
+def _row(
+    opt: ConstrainedOptimizer,
+    group: dict[str, Any],
+    names: tuple[str, ...],
+    params: tuple[nn.Parameter, ...],
+    constraint: Constraint,
+    here: list[Tensor],
+    there: list[Tensor],
+) -> Certificate:
+    p, w, state = params[0], flat(params).detach(), opt.state.get(params[0], {})
+    sizes = constraint.size(w)
+    here, there = ([_seen(opt, group, p, constraint, g) for g in grads] for grads in (here, there))
+    critical, error = _jackknife(constraint, there, sizes)
+    interval = None if len(there) == 1 else (max(0.0, critical - 1.96 * error), critical + 1.96 * error)
+    residual, strength = float(constraint.violation(w)), float(opt.strength(group, constraint, state))
+    on = residual <= constraint.rounding(w) and (constraint.fixed or bool((sizes == 0).any()))
+    most = critical if interval is None else interval[1]
+    steps = collapse_steps(opt, group, p, constraint)
+    if on and constraint.fixed:
+        steps = 0.0
+    elif steps is not None:
+        steps = steps * strength / (strength - critical) if strength > critical else math.inf
+    verdict = "not reached" if not strength > most else "exact" if on else "attracting"
+    bound = f"{critical:.3g}" if interval is None else f"{critical:.3g} (at most {most:.3g}, 95 %)"
+    where = "it is exact, but " if on else ""
+    words = {
+        "exact": f"the strength {strength:.3g} is above the critical {bound}, so it stays",
+        "attracting": f"the strength {strength:.3g} is above the critical {bound}; about "
+        f"{'an unknown number of' if steps is None else f'{steps:.0f}'} steps to go, {residual:.1e} away",
+        "not reached": f"{where}the strength {strength:.3g} is not above the critical {bound}; raise it"
+        + (", or take more samples" if interval is not None and strength > interval[0] else ""),
+    }[verdict]
+    if math.isnan(strength):
+        words = f"the strength is automatic and unknown before the first step; the critical one is {bound}"
+    scale = state.get("metric_scale")
+    return Certificate(
+        names=names,
+        constraint=str(constraint),
+        verdict=verdict,
+        words=words,
+        residual=residual,
+        critical=critical,
+        interval=interval,
+        strength=strength,
+        # What is on the plane up to rounding has no direction off it.
+        kkt=_kkt(constraint, w, torch.stack(here).mean(0), sizes * 0 if on and constraint.fixed else sizes, strength),
+        balance=None if scale is None else float(state["imbalance"] / scale),
+        steps=steps,
+    )
+
+
+def _seen(opt: ConstrainedOptimizer, group: dict[str, Any], p: Tensor, constraint: Constraint, grad: Tensor) -> Tensor:
+    """The gradient as the strength meets it: with AdamW behind its preconditioner and per coordinate."""
+    gain = opt.preconditioner(group, p) if opt.decoupled(group) else None
+    if gain is None:
+        return grad
+    groups = opt.groups(p, constraint)
+    unit = 1.0 if groups is None else groups.size(grad).sqrt()
+    scaled = gain / (unit * torch.as_tensor(constraint.charge(grad, decoupled=True)))
+    return grad * scaled if groups is None else groups.scale(scaled.expand(groups.count), grad)
+
+
+def _kkt(constraint: Constraint, w: Tensor, grad: Tensor, sizes: Tensor, strength: float) -> float:
+    slope, along = constraint.inner(grad, grad).clamp(min=0), constraint.inner(grad, w)
+    live = (slope + 2 * strength * along / sizes.clamp(min=torch.finfo(w.dtype).tiny) + strength**2).clamp(min=0).sqrt()
+    rest = torch.where(sizes > 0, live, (slope.sqrt() - strength).clamp(min=0))
+    tangent = constraint.fold(grad) if constraint.fixed else torch.zeros_like(grad)
+    return float((rest.square().sum() + tangent.square().sum()).sqrt())

@@ -1,0 +1,207 @@
+"""Plane: what every constraint to a fixed plane shares; its symmetry is the reflection through the plane."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from symopt.constraints.base import Constraint, Factors, Outs, heavy_factor
+from symopt_kernels import mirror as kernel
+from symopt_kernels.groups import Groups
+
+__all__ = ["OrbitPlane", "Plane", "flat", "whole"]
+
+
+def flat(parts: tuple[Tensor, ...]) -> Tensor:
+    """Several weights as the one vector that a joint constraint sees; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
+
+
+def whole(x: Tensor) -> Groups:
+    """All weights as one group."""
+    return Groups(1, (x.numel(),), (0,))
+
+
+class Plane(Constraint):
+    """Abstract.  Factors are ``(base, gate, direction)``: ``w = P base + gate * (I - P) direction``.
+
+    Only gate and direction decay, so what lies on the plane is never shrunk, and any strength above the critical one,
+    ``||(I - P) grad||`` at the minimum on the plane, puts the weight on it exactly.  The penalty is
+    ``||w - P w||_2``.  A joint constraint over several parameters sees them as one flat vector.
+
+    Subclasses give the projection and the orbits that share one second moment: the preconditioner has to commute with
+    P.  Where the gate is not one number for the whole plane, they override :meth:`gates`.
+    """
+
+    name: ClassVar[str] = "mirror"
+    fixed: ClassVar[bool] = True
+    free_factors: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        vars(self)["_cache"] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_cache": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    # -- the plane ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def off(self, x: Tensor) -> Tensor:
+        """``(I - P) x``, in the shape of ``x``."""
+
+    def onto(self, x: Tensor) -> Tensor:
+        """``P x``, in the shape of ``x``."""
+        return x - self.off(x)
+
+    @abstractmethod
+    def codimension(self, w: Tensor) -> float:
+        """Number of directions that leave the plane."""
+
+    def gates(self, w: Tensor) -> Groups:
+        """Which weights share a gate."""
+        return whole(w)
+
+    def partition(self, w: Tensor, index: Tensor | None = None) -> Groups:
+        return whole(w)
+
+    # -- strength ----------------------------------------------------------------------------------------------------
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.gates(x).sum(self.off(x) * y)
+
+    def spread(self, w: Tensor) -> Tensor | float:
+        """What turns a strength per coordinate into one per unit: the root of the number of directions it gates."""
+        return math.sqrt(self.codimension(w))
+
+    def needed(self, x: Tensor, running: Tensor | None, *, per_coordinate: bool) -> Tensor:
+        """Running estimate of the critical strength, ``x`` being the smoothed gradient or AdamW's update."""
+        spread = torch.as_tensor(self.spread(x)).to(x)
+        critical, typical = self.critical(x), x.square().mean().sqrt() * spread.max()
+        if per_coordinate:  # AdamW's update of a steady gradient is 1
+            critical, typical = critical / spread.max(), torch.ones_like(typical)
+        return kernel.needed(torch.zeros_like(critical) if running is None else running, critical, typical)
+
+    def charge(self, w: Tensor, *, decoupled: bool) -> Tensor | float:
+        if not decoupled:
+            return 1.0
+        return self.spread(w) / self.partition(w).size(w).sqrt()
+
+    def per_unit(self, rate: Tensor, w: Tensor) -> Tensor:
+        groups, gates = self.partition(w), self.gates(w)
+        return rate if rate.numel() == 1 else kernel.pace(groups.expand(rate).reshape(w.shape), gates)
+
+    def default_strength(self, *, decoupled: bool) -> float:
+        raise ValueError(f"{self} has an automatic strength, which only symopt's optimizers know; give strength=")
+
+    # -- the verbs ---------------------------------------------------------------------------------------------------
+
+    def compose(self, factors: Factors, out: Tensor | None = None) -> Tensor:
+        base, gate, direction = factors
+        return self.onto(base) + self.gates(base).scale(gate, self.off(direction))
+
+    def split(self, w: Tensor, imbalance: Tensor | float = 0.0) -> Factors:
+        gates, off = self.gates(w), self.off(w)
+        gate = heavy_factor(gates.sum(off * off).sqrt(), imbalance, 2)
+        inverse = torch.where(gate > 0, 1 / gate.clamp(min=torch.finfo(w.dtype).tiny), 0.0)
+        return self.onto(w), gate, gates.scale(inverse, off)
+
+    def pullback(self, factors: Factors, grad: Tensor, out: Outs | None = None) -> Factors:
+        _, gate, direction = factors
+        gates, off = self.gates(grad), self.off(grad)
+        return self.onto(grad), gates.sum(off * direction), gates.scale(gate, off)
+
+    def mirror(self, factors: Factors) -> Factors:
+        base, gate, direction = factors
+        return base, -gate, -direction
+
+    def retract(
+        self,
+        w: Tensor,
+        delta: Tensor,
+        decay: Tensor | float,
+        imbalance: Tensor,
+        metric_scale: Tensor,
+        groups: Groups | None,
+        *,
+        saturated: bool = True,
+        snaps: Tensor | bool = True,
+    ) -> Tensor:
+        groups = groups or self.partition(w)
+        if isinstance(decay, Tensor) and decay.dim() > 0:
+            decay = decay.reshape(()) if decay.numel() == 1 else groups.expand(decay).reshape(w.shape)
+        parts = self.onto(w), self.onto(delta), self.off(delta)
+        flags: Any = {"saturated": saturated, "snaps": snaps}
+        return kernel.mirror(w, *parts, decay, imbalance, metric_scale, self.gates(w), **flags)
+
+    def penalty(self, w: Tensor) -> Tensor:
+        return self.size(w).sum()
+
+    def size(self, w: Tensor, groups: Groups | None = None) -> Tensor:
+        off = self.off(w)
+        return self.gates(w).sum(off * off).sqrt()
+
+    def start(self, w: Tensor, relative: float, groups: Groups | None = None) -> tuple[Tensor, Tensor]:
+        """As of other constraints, from what is off the plane; a weight on it needs no imbalance to be where it is."""
+        size = self.size(w).square().mean().sqrt()
+        c = relative * size
+        scale = (c * c + 4 * size * size).sqrt()
+        return c, torch.where(size > 0, scale, torch.ones_like(scale))
+
+    def fold(self, w: Tensor) -> Tensor:
+        return self.onto(w)
+
+    def violation(self, w: Tensor) -> Tensor:
+        """Distance from the plane, relative to the weight."""
+        off, norm = self.off(w).norm(), w.norm()
+        return torch.where(norm > 0, off / norm.clamp(min=torch.finfo(w.dtype).tiny), off)
+
+    def rounding(self, w: Tensor) -> float:
+        """Largest :meth:`violation` of a weight that lies on the plane as exactly as its precision can say."""
+        return 64 * torch.finfo(w.dtype).eps
+
+    def no_kernel(self) -> str | None:
+        return "a plane has no fused kernel"
+
+
+class OrbitPlane(Plane):
+    """Abstract: weights of one orbit are equal; P replaces each by its orbit's mean, exactly where they are."""
+
+    @abstractmethod
+    def orbits(self, shape: tuple[int, ...]) -> Groups:
+        """The partition of a weight of this shape into orbits, on the CPU if it has an index."""
+
+    def _known(self, w: Tensor) -> tuple[Groups, Tensor]:
+        key = (tuple(w.shape), w.device, w.dtype)
+        found = vars(self)["_cache"].get(key)
+        if found is None:
+            groups = self.orbits(tuple(w.shape))
+            if groups.index is not None:
+                groups = Groups(groups.count, groups.view, groups.dims, groups.index.to(w.device))
+            found = vars(self)["_cache"][key] = groups, groups.size(w)
+        return found  # type: ignore[no-any-return]
+
+    def partition(self, w: Tensor, index: Tensor | None = None) -> Groups:
+        return self._known(w)[0]
+
+    def onto(self, x: Tensor) -> Tensor:
+        groups, sizes = self._known(x)
+        first = groups.first(x)
+        mean = first + groups.sum(x - groups.expand(first).reshape(x.shape)) / sizes
+        return groups.expand(mean).reshape(x.shape).contiguous()
+
+    def off(self, x: Tensor) -> Tensor:
+        return x - self.onto(x)
+
+    def rounding(self, w: Tensor) -> float:
+        return 0.0
+
+    def codimension(self, w: Tensor) -> float:
+        return float(w.numel() - self.partition(w).count)

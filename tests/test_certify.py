@@ -1,0 +1,157 @@
+"""Certificates against closed forms: the verdict, the critical strength, its interval."""
+
+import json
+
+import pytest
+import torch
+
+import symopt
+
+torch.set_num_threads(1)
+
+TARGET = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+CRITICAL = 2**0.5  # || (T - T^t) / 2 ||
+
+
+def symmetric(strength=None):
+    net = torch.nn.Linear(3, 3, bias=False, dtype=torch.float64)
+    torch.nn.init.normal_(net.weight, generator=torch.Generator().manual_seed(0))
+    return symopt.constrain(net, {"weight": symopt.Symmetric(strength)})
+
+
+def loss_of(net, noise=0.0, generator=None):
+    def loss():
+        shift = noise * torch.randn(3, 3, generator=generator, dtype=torch.float64) if noise else 0.0
+        return (net.weight - TARGET - shift).square().sum() / 2
+
+    return loss
+
+
+def train(net, opt, steps, loss=None):
+    loss = loss or loss_of(net)
+    for _ in range(steps):
+        opt.zero_grad()
+        loss().backward()
+        opt.step()
+
+
+def test_verdicts_along_training():
+    net = symmetric(2.0)
+    opt = symopt.SGD(net, lr=0.02, imbalance=0.0)
+    train(net, opt, 1)
+    (row,) = symopt.certify(net, opt, loss_of(net)).rows
+    assert row.verdict == "attracting" and row.critical == pytest.approx(CRITICAL) and row.strength == 2.0
+    predicted, taken = row.steps, 0
+    while not torch.equal(net.weight, net.weight.T):
+        train(net, opt, 1)
+        taken += 1
+    assert 0.2 * predicted < taken < 2 * predicted
+    train(net, opt, 400)
+    (row,) = symopt.certify(net, opt, loss_of(net)).rows
+    assert (row.verdict, row.residual, row.steps, row.balance) == ("exact", 0.0, 0.0, 0.0)
+    assert row.kkt < 1e-6 and row.interval is None
+    opt.param_groups[0]["strength"] = 1.4
+    found = symopt.certify(net, opt, loss_of(net))
+    assert found.rows[0].verdict == "not reached" and "it is exact, but the strength 1.4" in str(found)
+    json.dumps(found.to_dict())
+
+
+def test_nothing_is_changed():
+    net = symmetric()
+    opt = symopt.AdamW(net, lr=1e-2)
+    before = net.weight.detach().clone()
+    assert "unknown before the first step" in str(symopt.certify(net, opt, loss_of(net)))
+    train(net, opt, 3)
+    before, grad = net.weight.detach().clone(), net.weight.grad.clone()
+    symopt.certify(net, opt, loss_of(net), samples=3)
+    symopt.critical_strength(net, loss_of(net), steps=5)
+    assert torch.equal(net.weight, before) and torch.equal(net.weight.grad, grad)
+
+
+@pytest.mark.parametrize("samples", [8, 40])
+def test_the_interval_of_minibatches_covers_the_truth(samples):
+    """Nine of ten at least: the norm's bias is removed, and the noise here is as large as the signal."""
+    covered = 0
+    for seed in range(40):
+        net = symmetric(2.0)
+        opt = symopt.SGD(net, lr=0.1)
+        with torch.no_grad():
+            net.weight.copy_((TARGET + TARGET.T) / 2)
+        generator = torch.Generator().manual_seed(seed)
+        (row,) = symopt.certify(net, opt, loss_of(net, 1.0, generator), samples=samples).rows
+        low, high = row.interval
+        covered += low <= CRITICAL <= high
+    assert covered >= 36
+
+
+def test_adamw_counts_per_coordinate():
+    net = symmetric()
+    opt = symopt.AdamW(net, lr=3e-2)
+    train(net, opt, 1500)
+    (row,) = symopt.certify(net, opt, loss_of(net)).rows
+    second = opt.state[net.weight]["exp_avg_sq"]
+    groups = symopt.Symmetric().partition(net.weight.detach())
+    p = 1 / ((second / (1 - 0.999**1500)).sqrt() + 1e-8)
+    g = (net.weight - TARGET).detach()
+    seen = groups.expand(p) * (g - g.T) / 2
+    assert row.critical == pytest.approx(float(seen.norm()) / 3**0.5, rel=1e-6)  # the step count is fp32
+    assert row.verdict == "exact"
+
+
+def test_sparse_is_certified_by_its_zeros():
+    net = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
+    symopt.constrain(net, {"weight": symopt.Sparse(0.5)})
+    target = torch.tensor([[2.0, 0.3, -1.0]], dtype=torch.float64)
+    loss = lambda: (net.weight - target).square().sum() / 2  # noqa: E731
+    opt = symopt.SGD(net, lr=0.1)
+    train(net, opt, 1500, loss)
+    (row,) = symopt.certify(net, opt, loss).rows
+    assert row.verdict == "exact" and row.critical == pytest.approx(0.3) and row.kkt < 1e-9  # the soft threshold
+    opt.param_groups[0]["strength"] = 0.2
+    (row,) = symopt.certify(net, opt, loss).rows
+    assert row.verdict == "not reached" and row.kkt == pytest.approx((0.1**2 + 2 * 0.3**2) ** 0.5)
+
+
+def test_critical_strength_at_the_minimum_on_the_plane():
+    pair = torch.nn.ModuleDict({k: torch.nn.Linear(4, 1, bias=False, dtype=torch.float64) for k in "ab"})
+    symopt.constrain(pair, {("a.weight", "b.weight"): symopt.Tied()})
+    x = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = x[0, :, :1] * 2 - x[1, :, 1:2]
+
+    def loss():
+        return (pair["a"](x[0]) + pair["b"](x[1]) - y).square().mean() / 2
+
+    best = torch.linalg.lstsq(x.sum(0), y).solution
+    residual = x.sum(0) @ best - y
+    gap = ((x[0] - x[1]).T @ residual / len(y)).norm() / 2**0.5
+    found = symopt.critical_strength(pair, loss, steps=60)
+    assert found == {"a.weight": pytest.approx(float(gap), rel=1e-4), "b.weight": pytest.approx(float(gap), rel=1e-4)}
+
+
+def test_errors():
+    net = symmetric()
+    opt = symopt.Adam(net)
+    loss = loss_of(net)
+
+    def backward():
+        value = loss()
+        value.backward()
+        return value
+
+    sparse = symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Sparse()})
+    explicit = symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Symmetric(1.0)}, mode="explicit")
+    for error, match, call in [
+        (TypeError, "opt must be a symopt optimizer", lambda: symopt.certify(net, None, loss)),
+        (TypeError, "model must be", lambda: symopt.certify(None, opt, loss)),
+        (TypeError, "return the loss as a tensor", lambda: symopt.certify(net, opt, lambda: 1.0)),
+        (ValueError, "scalar", lambda: symopt.certify(net, opt, lambda: net.weight)),
+        (ValueError, "scalar", lambda: symopt.certify(net, opt, lambda: net.weight.detach().sum())),
+        (ValueError, "without calling backward", lambda: symopt.certify(net, opt, backward)),
+        (ValueError, "samples must be >= 1", lambda: symopt.certify(net, opt, loss, samples=0)),
+        (TypeError, "samples must be an integer", lambda: symopt.certify(net, opt, loss, samples=2.0)),
+        (ValueError, "no group of opt", lambda: symopt.certify(sparse, opt, loss)),
+        (ValueError, "explicit mode", lambda: symopt.certify(explicit, opt, loss)),
+        (ValueError, "no fixed plane", lambda: symopt.critical_strength(sparse, loss)),
+    ]:
+        with pytest.raises(error, match=match):
+            call()
