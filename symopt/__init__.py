@@ -26,7 +26,7 @@ Source: L. Ziyin, *Symmetry Induces Structure and Constraint of Learning*, ICML 
 
 from symopt.backends import explain
 from symopt.constrain import constrain, constraints, param_groups, release
-from symopt.constraints import Constraint, GroupSparse, Sparse
+from symopt.constraints import Constraint, GroupSparse, LowRank, Sparse
 from symopt.explicit import plain_state_dict
 from symopt.fold import fold, resize
 from symopt.optim import SGD, Adam, AdamW
@@ -42,6 +42,7 @@ __all__ = [
     "Anneal",
     "Constraint",
     "GroupSparse",
+    "LowRank",
     "Sparse",
     "constrain",
     "constraints",

@@ -12,8 +12,10 @@ from torch.utils import _pytree as pytree
 
 from symopt.budgets import Member, pools
 from symopt.constrain import constraints, release
+from symopt.constraints import LowRank
 from symopt.folding.analysis import Opaque, Traced, analyse, same_graph, shapes_of, trace
 from symopt.folding.surgery import carry_out, cut_to, sizes_of
+from symopt.folding.thin import Thin, make_thin, split_layers
 
 __all__ = ["fold", "resize"]
 
@@ -27,7 +29,8 @@ def fold(model: M, example_inputs: Tensor | tuple[Any, ...] | None = None) -> M:
     convolution) goes that is *constant*, because all its incoming weights or its BatchNorm scale are zero, or that
     *nobody reads*, because all its outgoing weights are zero; with it go its bias, BatchNorm channels and the matching
     inputs of the layers that read it, whose biases take over its constant.  What survives keeps its weights bit for
-    bit, exact zeros included.  Who reads what is established by a ``torch.fx`` trace of ``forward`` through Linear,
+    bit, exact zeros included.  A Linear or Conv whose weight :class:`symopt.LowRank` binds becomes a Sequential of two
+    thin layers (a Conv and one of kernel size 1), where these have fewer parameters.  Who reads what is established by a ``torch.fx`` trace of ``forward`` through Linear,
     Conv1d-3d (depthwise too), BatchNorm, activations, pooling, flatten, dropout and identity.  Wherever it cannot be
     established (residual sums, concatenation, layers that are shared, hooked or parametrized, sizes written into
     ``forward``, ...), for the model's own outputs, and for all layers if ``forward`` cannot be traced, shapes are kept.
@@ -36,8 +39,8 @@ def fold(model: M, example_inputs: Tensor | tuple[Any, ...] | None = None) -> M:
     objects, so the result needs a new optimizer.  No symopt class remains in it: it can be pickled, exported and
     trained where symopt is not installed.  Its attribute ``fold_config``, a dict fit for JSON, lists under ``"layers"``
     the type and sizes of each layer before and after, under ``"parameters"`` their number, under ``"cut"`` how many
-    nonzero weights of each budget had to go (0 once :class:`symopt.Anneal` has committed), and under ``"kept"`` which
-    layers kept their shape and why; with it :func:`resize` and a ``state_dict`` rebuild the result.
+    nonzero weights (singular values) of each budget had to go (0 once :class:`symopt.Anneal` has committed), under
+    ``"ranks"`` which layers became two of that rank, and under ``"kept"`` which layers kept their shape and why; with it :func:`resize` and a ``state_dict`` rebuild the result.
 
     Args:
         model: any module.
@@ -81,17 +84,22 @@ def fold(model: M, example_inputs: Tensor | tuple[Any, ...] | None = None) -> M:
             f"fold: example_inputs must be a tensor or a tuple of the arguments of forward, got "
             f"{type(example_inputs).__name__}"
         )
-    plain, cut = _plain(model)
+    plain, cut, low = _plain(model)
     expected = None if example_inputs is None else _expected(plain, example_inputs)
     try:
         small, kept = _smaller(plain, example_inputs)
     except Opaque as why:
         small, kept = plain, [f"model: {why}, nothing removed"]
+    config = _config(model, plain, small, kept) | {"cut": cut}
+    if low:
+        config["ranks"], whole = split_layers(small, low)
+        kept += whole
+        config["parameters"]["after"] = sum(p.numel() for p in small.parameters())
     if example_inputs is not None and expected is not None:
         _compare(expected, _outputs(small, example_inputs))
     elif example_inputs is not None:
         kept.append("model: outputs are random even in eval mode, so they were not compared")
-    vars(small)["fold_config"] = _config(model, plain, small, kept) | {"cut": cut}
+    vars(small)["fold_config"] = config
     return small
 
 
@@ -129,9 +137,15 @@ def resize(module: M, config: Mapping[str, Any]) -> M:
     modules = dict(module.named_modules())
     for name, entry in config["layers"].items():
         _check_entry(name, entry, modules.get(name))
+    ranks = config.get("ranks", {})
+    for name, rank in ranks.items():
+        if name not in config["layers"] or isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"resize: config['ranks'][{name!r}] must be the rank of one of its layers, got {rank!r}")
     for name, entry in config["layers"].items():
         if entry["before"] != entry["after"]:
             cut_to(modules[name], entry["after"])
+    for name, rank in ranks.items():
+        make_thin(module, name, rank)
     vars(release(module))["fold_config"] = copy.deepcopy(dict(config))
     return module
 
@@ -139,8 +153,11 @@ def resize(module: M, config: Mapping[str, Any]) -> M:
 # -- making the smaller module -----------------------------------------------------------------------------------------
 
 
-def _plain(model: M) -> tuple[M, dict[str, int]]:
-    """The model without constraints but with their structure exact, and how many weights each budget had to cut."""
+def _plain(model: M) -> tuple[M, dict[str, int], dict[str, Thin]]:
+    """The model without constraints but with their structure exact, what budgets had to cut, and the low-rank weights.
+
+    A budget of zeros cuts weights, one of ranks singular values; both are counted where they were not zero.
+    """
     plain = copy.deepcopy(model)
     bound = constraints(plain)
     release(plain)
@@ -148,14 +165,17 @@ def _plain(model: M) -> tuple[M, dict[str, int]]:
     with torch.no_grad():
         for name, constraint in bound.items():
             weight = plain.get_parameter(name)
+            if isinstance(constraint, LowRank) and constraint.rank is not None:
+                cut[name] = max(0, int((constraint.size(weight) > 0).sum()) - constraint.rank)
             weight.copy_(constraint.fold(weight.detach()))
-        weights = {name: plain.get_parameter(name).detach() for name in bound}
+        low = {name: c for name, c in bound.items() if isinstance(c, LowRank)}
+        weights = {name: plain.get_parameter(name).detach() for name in bound if name not in low}
         for pool in pools(Member(n, w, bound[n], bound[n].partition(w)) for n, w in weights.items()):
             for m, outside in zip(pool.members, pool.outside(), strict=True):
                 gone = m.constraint.units(outside, m.w, m.groups)
                 cut[m.name] = int((gone & (m.w != 0)).sum())
                 m.w.masked_fill_(gone, 0.0)
-    return plain, cut
+    return plain, cut, {name: c.thin for name, c in low.items()}
 
 
 def _smaller(plain: M, inputs: tuple[Any, ...] | None) -> tuple[M, list[str]]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from symopt import annotation
 from symopt.backends import BACKENDS, check_backend, choose, why_not
-from symopt.constraints import Constraint
-from symopt.optim import compiled
+from symopt.constraints import Constraint, LowRank
+from symopt.optim import compiled, lowrank
 from symopt.optim.options import DEFAULTS, OWN_STATE, check_group
 from symopt.optim.slot import Slot, gradient
 from symopt.optim.state import ConstrainedState
@@ -316,6 +316,9 @@ class ConstrainedOptimizer(ConstrainedState):
             slot.done()
 
     def _step_reference(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> None:
+        if isinstance(constraint, LowRank):
+            lowrank.step(self, group, p, constraint)
+            return
         grad = p.grad
         assert grad is not None
         state = self._ready(group, p, constraint)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symopt.constraints import Constraint
-from symopt.optim import compiled
+from symopt.constraints import Constraint, LowRank
+from symopt.optim import compiled, lowrank
 from symopt.optim.options import DEFAULTS, shared_moment
 from symopt.optim.slot import Slot
 from symopt_kernels.groups import Groups
@@ -51,6 +51,8 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
 
     def _per_weight(self, p: Tensor, constraint: Constraint) -> dict[str, Tensor]:
         """Second moments that a group shares, written out for every weight."""
+        if isinstance(constraint, LowRank):
+            return lowrank.per_weight(self.state[p])
         groups = self.groups(p, constraint)
         shared = [k for k in ("exp_avg_sq", "max_exp_avg_sq") if groups is not None and k in self.state[p]]
         return {k: groups.expand(self.state[p][k]).reshape(p.shape).contiguous() for k in shared if groups}
@@ -90,7 +92,7 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
                 raise ValueError(
                     f"{self._names[p]} is zero everywhere, and without imbalance zeros are permanent, so it could "
                     "never train; give the optimizer imbalance > 0 or initialise the weight (at depth > 2 only "
-                    "gauge='free' has an imbalance)"
+                    "gauge='free' has an imbalance, LowRank has none)"
                 )
             state["imbalance"], state["metric_scale"] = c, scale
         if constraint.budget is None:
@@ -102,6 +104,9 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
                     "symopt.Anneal(optimizer, total_steps) before the first step and call its step() after each"
                 )
             state["trim"] = torch.tensor([0.0, 0.0, -1.0, group["imbalance_decay"]], dtype=torch.float64)
+        if isinstance(constraint, LowRank):
+            lowrank.ready(self, group, state, p, constraint)
+            return state
         if constraint.carries_factors:
             self._ready_factors(state, p, constraint)
         self._init_moments(group, state, p, groups)

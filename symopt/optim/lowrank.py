@@ -1,0 +1,237 @@
+"""The step of LowRank: the gradient is pulled back to U and V, and each has the optimizer's direction with row moments.
+
+State, beside torch's ``step`` and what every constrained weight has, all of it in flat tensors: ``factor_u`` (m x r),
+``factor_v`` (n x r), their moments ``factor_u_exp_avg`` (m x r), ``factor_u_exp_avg_sq`` (m, one number per row), ...,
+and ``factor_age``, the steps since columns were last aligned.  A second moment per *row* is the finest that commutes
+with the rotation, which acts from the right.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from symopt.constraints import LowRank
+from symopt.optim.options import is_cut
+from symopt_kernels import lowrank as kernel
+from symopt_kernels.groups import Groups
+from symopt_kernels.reference import SNAP, math_dtype
+
+if TYPE_CHECKING:
+    from symopt.optim.base import ConstrainedOptimizer
+
+__all__ = ["align", "cut", "gain", "per_weight", "ready", "sizes", "step"]
+
+EVERY = 20
+"""Steps between two alignments: an r x r eigenproblem costs about as much as some steps at full rank."""
+
+_SIDES = ("u", "v")
+_probes = WeakTensorKeyDictionary()
+"""factor_u -> the weight it last composed, seen through one vector: cheap to compare with the weight of now."""
+
+
+def _factors(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return state["factor_u"], state["factor_v"]
+
+
+def _moments(state: dict[str, Any], side: str) -> dict[str, Tensor]:
+    """The state of one factor under torch's keys."""
+    prefix = f"factor_{side}_"
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _rows(factor: Tensor) -> Groups:
+    return Groups(factor.shape[0], tuple(factor.shape), (1,))
+
+
+def _probe(p: Tensor) -> Tensor:
+    matrix = p.detach().flatten(1)
+    matrix = matrix if matrix.dtype == math_dtype(p) else matrix.float()
+    x = torch.linspace(1, 2, matrix.shape[1], dtype=matrix.dtype, device=matrix.device).cos()
+    return matrix @ x
+
+
+# ------------------------------------------------------------------------------------------------------------- state
+
+
+def ready(opt: ConstrainedOptimizer, group: dict[str, Any], state: dict[str, Any], p: Tensor, c: LowRank) -> None:
+    """Factors that compose to the weight and moments for them; where the weight was changed from outside, anew."""
+    matrix = p.detach().flatten(1).to(math_dtype(p))
+    if "factor_u" not in state or "factor_v" not in state:
+        state["factor_u"], state["factor_v"] = kernel.factorize(matrix, 0.0, c.most if is_cut(state) else c.max_rank)
+    elif not _holds(state, p, matrix):
+        old = _factors(state)
+        new = kernel.factorize(matrix, 0.0, c.most if is_cut(state) else c.max_rank)
+        for side, before, after in zip(_SIDES, old[::-1], new[::-1], strict=True):
+            turn = kernel.unit_columns(before).mT @ kernel.unit_columns(after)
+            for key, value in _moments(state, side).items():
+                if value.dim() == 2:
+                    state[f"factor_{side}_{key}"] = value @ turn
+        state["factor_u"], state["factor_v"] = new
+    if "factor_age" not in state:
+        state["factor_age"] = torch.zeros(())
+    frames = {"u": kernel.unit_columns(state["factor_v"]), "v": kernel.unit_columns(state["factor_u"])}
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"):
+        plain = state.pop(key, None)  # as torch.optim and other constraints keep it
+        for side in _SIDES:
+            if plain is not None and f"factor_{side}_{key}" not in state and plain.shape == p.shape:
+                full = plain.flatten(1) if side == "u" else plain.flatten(1).mT
+                state[f"factor_{side}_{key}"] = full.mean(1) if key.endswith("_sq") else full @ frames[side]
+    for side, factor in zip(_SIDES, _factors(state), strict=True):
+        sub = _moments(state, side) | ({"step": state["step"]} if "step" in state else {})
+        opt._init_moments(group, sub, factor, _rows(factor))
+        if "step" in sub:
+            state["step"] = sub.pop("step")
+        state.update({f"factor_{side}_{key}": value for key, value in sub.items()})
+
+
+def _holds(state: dict[str, Any], p: Tensor, matrix: Tensor) -> bool:
+    """Whether the factors still compose to the weight, up to rounding."""
+    u, v = _factors(state)
+    if u.shape[0] != matrix.shape[0] or v.shape[0] != matrix.shape[1] or u.shape[1] != v.shape[1]:
+        return False
+    known = _probes.get(u)
+    if known is not None and torch.equal(known, _probe(p)):
+        return True
+    made = u @ v.mT
+    # Entry (i, j) of a product rounds by eps |u_i| |v_j|, on another machine differently.
+    slack = 4 * torch.finfo(u.dtype).eps * u.norm(dim=1, keepdim=True) * v.norm(dim=1)
+    slack += torch.finfo(p.dtype).eps * made.abs()
+    return bool(((matrix - made).abs() <= slack).all())
+
+
+def per_weight(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The moments as a plain optimizer of W would have them, from what the two factors know of them."""
+    if "factor_u" not in state:
+        return {}
+    u, v = (kernel.unit_columns(f) for f in _factors(state))
+    mine, theirs = (_moments(state, side) for side in _SIDES)
+    full: dict[str, Tensor] = {}
+    for key in mine:
+        if key.endswith("_sq"):  # rows times columns over the mean (Shazeer & Stern, ICML 2018)
+            a, b = mine[key], theirs[key]
+            full[key] = torch.outer(a, b) / (a.mean() * b.mean()).sqrt().clamp(min=torch.finfo(a.dtype).tiny)
+        elif key != "age":
+            full[key] = (mine[key] @ v.mT + u @ theirs[key].mT) / 2
+    return full
+
+
+def sizes(state: dict[str, Any], p: Tensor, c: LowRank) -> Tensor:
+    """Size of every singular direction, zeros for those that are gone, as many as the smaller side of W has."""
+    side = min(p.shape[0], p[0].numel())
+    found = kernel.column_sizes(*_factors(state)) if "factor_u" in state else c.size(p.detach())[: c.max_rank]
+    return torch.nn.functional.pad(found, (0, side - len(found)))
+
+
+def gain(opt: ConstrainedOptimizer, group: dict[str, Any], p: Tensor, c: LowRank) -> Tensor | float | None:
+    """What multiplies ``lr * strength``: one number, the mean over the rows where each has its own."""
+    if opt.decoupled(group) or c.budget is not None:
+        return c.loudness(p)
+    peak = opt.state.get(p, {}).get("factor_u_max_exp_avg_sq" if group["amsgrad"] else "factor_u_exp_avg_sq")
+    if peak is None:
+        return None
+    return 1 / ((peak.mean() / (1 - group["betas"][1] ** opt.state[p]["step"])).sqrt() + group["eps"])
+
+
+# -------------------------------------------------------------------------------------------------------------- step
+
+
+def step(opt: ConstrainedOptimizer, group: dict[str, Any], p: Tensor, c: LowRank) -> None:
+    """One step of both factors, and of the weight as their product."""
+    state = opt._ready(group, p, c)
+    factors, saturated = _factors(state), group["time_scale"] == "saturated"
+    if factors[0].shape[1] == 0:
+        return  # nothing is left that could move
+    assert p.grad is not None
+    grad = p.grad.flatten(1).to(factors[0].dtype)
+    if (grad_scale := getattr(opt, "grad_scale", None)) is not None:
+        grad = grad / grad_scale
+    grad = -grad if group["maximize"] else grad
+    pulled = grad @ kernel.unit_columns(factors[1]), grad.mT @ kernel.unit_columns(factors[0])
+    decoupled = opt.decoupled(group) or c.budget is not None
+    deltas, gains = [], []
+    lr, strength = (
+        x.to(grad) if isinstance(x, Tensor) else x for x in (group["lr"], opt.strength(group, c))
+    )
+    for side, factor, g in zip(_SIDES, factors, pulled, strict=True):
+        sub = _moments(state, side)
+        if "step" in state:
+            sub["step"] = state["step"] if side == "v" else state["step"].clone()  # one step, not two
+        update, row_gain = opt._direction({**group, "decoupled_weight_decay": decoupled}, sub, factor, g, _rows(factor))
+        sub.pop("step", None)
+        state.update({f"factor_{side}_{key}": value for key, value in sub.items()})
+        deltas.append(lr * update)
+        gains.append(row_gain)
+    if decoupled and "step" in state:
+        gains = [1.0, 1.0]
+        strength = strength * c.loudness(p)
+    if c.budget is not None:
+        inside, outside, threshold, _ = state["trim"].to(grad).unbind()
+        strength = torch.where(kernel.column_sizes(*factors) <= threshold, outside, inside)
+        strength = strength * (c.loudness(p) if "step" in state else 1.0)
+    decay = lr * strength
+    new = kernel.lowrank(
+        *factors, *deltas, decay, state["metric_scale"], gains=(gains[0], gains[1]), saturated=saturated
+    )
+    if group["differentiable"]:
+        state["factor_u"], state["factor_v"] = new
+        p.copy_((new[0] @ new[1].mT).reshape(p.shape))
+        return
+    if all(torch.equal(a, b) for a, b in zip(factors, new, strict=True)):
+        return  # a step with lr 0 changes no bit, and a product rounds
+    state["factor_u"].copy_(new[0])
+    state["factor_v"].copy_(new[1])
+    state["factor_age"] += 1
+    if state["factor_age"] >= EVERY:
+        _align(state, saturated, deltas, decay)
+    _write(state, p)
+
+
+def _write(state: dict[str, Any], p: Tensor) -> None:
+    u, v = _factors(state)
+    p.copy_((u @ v.mT).reshape(p.shape))
+    _probes[u] = _probe(p)
+
+
+def _align(state: dict[str, Any], balance: bool, deltas: list[Tensor], decay: Tensor | float) -> None:
+    """Turn columns into singular directions; with the step just taken at hand, drop the dead."""
+    u, v, to_u, to_v = kernel.align(*_factors(state), balance=balance)
+    size = kernel.column_sizes(u, v)
+    dead = size == 0
+    if deltas:
+        # What the step adds to a direction's own size: less than its decay takes away, so it is still attracted.
+        grows = -sum((kernel.unit_columns(f) * (d @ t)).sum(0) for f, d, t in ((u, deltas[0], to_u), (v, deltas[1], to_v)))
+        most = torch.as_tensor(decay).max()
+        dead |= (size <= SNAP * state["metric_scale"]) & (grows / 2 < most) if balance else dead
+    for side, turn in (("u", to_u), ("v", to_v)):
+        for key, value in _moments(state, side).items():
+            if value.dim() == 2:
+                state[f"factor_{side}_{key}"] = value @ turn
+    state["factor_u"], state["factor_v"] = u, v
+    state["factor_age"].zero_()
+    if bool(dead.any()):
+        _keep(state, ~dead)
+
+
+def _keep(state: dict[str, Any], live: Tensor) -> None:
+    for key, value in state.items():
+        if key.startswith("factor_") and value.dim() == 2:
+            state[key] = value[:, live].contiguous()
+
+
+def align(group: dict[str, Any], state: dict[str, Any], p: Tensor) -> None:
+    """Singular directions as of now, for a budget that is about to choose among them."""
+    if "factor_u" in state and float(state["factor_age"]) > 0 and not group["differentiable"]:
+        _align(state, group["time_scale"] == "saturated", [], 0.0)
+        _write(state, p)
+
+
+def cut(state: dict[str, Any], p: Tensor, gone: Tensor) -> None:
+    """Drop the directions that are outside the budget."""
+    if "factor_u" in state:
+        _keep(state, ~gone[: state["factor_u"].shape[1]])
+        _write(state, p)
+
