@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["align", "column_sizes", "factorize", "lowrank", "unit_columns"]
+__all__ = ["align", "column_norms", "column_sizes", "factorize", "lowrank", "pull_back", "unit_columns"]
 
 
 def factorize(w: Tensor, imbalance: Tensor | float = 0.0, rank: int | None = None) -> tuple[Tensor, Tensor]:
@@ -30,14 +30,25 @@ def factorize(w: Tensor, imbalance: Tensor | float = 0.0, rank: int | None = Non
     return (left * heavy).contiguous(), (right * light).contiguous()
 
 
+def column_norms(f: Tensor) -> Tensor:
+    """``|f_j|`` of every column; ``norm(dim=0)`` takes ten times as long where rows lie one after the other."""
+    return (f * f).sum(0).sqrt()
+
+
 def column_sizes(u: Tensor, v: Tensor) -> Tensor:
     """``|u_j| |v_j|``: the singular values, in the aligned gauge."""
-    return u.norm(dim=0) * v.norm(dim=0)
+    return column_norms(u) * column_norms(v)
 
 
 def unit_columns(f: Tensor) -> Tensor:
     """Every column divided by its norm; 0 stays 0."""
-    return f / f.norm(dim=0).clamp(min=torch.finfo(f.dtype).tiny)
+    return f / column_norms(f).clamp(min=torch.finfo(f.dtype).tiny)
+
+
+def pull_back(grad: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``G v_j / |v_j|`` and ``G^T u_j / |u_j|``."""
+    tiny = torch.finfo(u.dtype).tiny
+    return grad @ v / column_norms(v).clamp(min=tiny), grad.mT @ u / column_norms(u).clamp(min=tiny)
 
 
 def lowrank(
@@ -63,7 +74,7 @@ def lowrank(
     ``t_j = 1 / max(metric_j, metric_scale, decay_j + |delta_j|)`` as for single weights, 1 if not ``saturated``.  Rows
     whose preconditioner is so large that they would overshoot zero (their gradient is zero) are slowed down alone.
     """
-    norm_u, norm_v = u.norm(dim=0), v.norm(dim=0)
+    norm_u, norm_v = column_norms(u), column_norms(v)
     fastest = torch.as_tensor(decay, dtype=u.dtype, device=u.device)
     floor = metric_scale if saturated else torch.ones_like(metric_scale)
     rows = []
@@ -76,7 +87,7 @@ def lowrank(
     (gain_u, delta_u), (gain_v, delta_v) = rows
     top = fastest * torch.maximum(gain_u.max(), gain_v.max())
     if saturated:
-        pull = torch.maximum(delta_u.norm(dim=0), delta_v.norm(dim=0))
+        pull = torch.maximum(column_norms(delta_u), column_norms(delta_v))
         t = 1 / torch.maximum(norm_u**2 + norm_v**2, torch.maximum(metric_scale, top + pull))
     else:
         t = 1 / (torch.ones_like(norm_u) * top).clamp(min=1)
@@ -96,8 +107,8 @@ def align(u: Tensor, v: Tensor, *, balance: bool = True) -> tuple[Tensor, Tensor
     turn = torch.linalg.eigh(gram.double()).eigenvectors.flip(1).to(u.dtype)
     new_u, new_v = u @ turn, v @ turn
     tiny = torch.finfo(u.dtype).tiny
-    old = [f.norm(dim=0) for f in (u, v)]
-    now = [f.norm(dim=0).clamp(min=tiny) for f in (new_u, new_v)]
+    old = [column_norms(f) for f in (u, v)]
+    now = [column_norms(f).clamp(min=tiny) for f in (new_u, new_v)]
     to_u, to_v = (before.unsqueeze(1) * turn / after for before, after in zip(old, now, strict=True))
     if balance:
         ratio = torch.where((new_u != 0).any(0) & (new_v != 0).any(0), (now[1] / now[0]).sqrt(), 1.0)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["align", "cut", "gain", "per_weight", "ready", "sizes", "step"]
 
-EVERY = 20
-"""Steps between two alignments: an r x r eigenproblem costs about as much as some steps at full rank."""
+EVERY, COLUMNS = 20, 16
+"""Steps between two alignments: 20, and one per 16 columns where there are many, as an alignment costs r**3."""
 
 _SIDES = ("u", "v")
 _probes = WeakTensorKeyDictionary()
@@ -150,7 +150,7 @@ def step(opt: ConstrainedOptimizer, group: dict[str, Any], p: Tensor, c: LowRank
     if (grad_scale := getattr(opt, "grad_scale", None)) is not None:
         grad = grad / grad_scale
     grad = -grad if group["maximize"] else grad
-    pulled = grad @ kernel.unit_columns(factors[1]), grad.mT @ kernel.unit_columns(factors[0])
+    pulled = kernel.pull_back(grad, *factors)
     decoupled = opt.decoupled(group) or c.budget is not None
     deltas, gains = [], []
     lr, strength = (
@@ -185,7 +185,7 @@ def step(opt: ConstrainedOptimizer, group: dict[str, Any], p: Tensor, c: LowRank
     state["factor_u"].copy_(new[0])
     state["factor_v"].copy_(new[1])
     state["factor_age"] += 1
-    if state["factor_age"] >= EVERY:
+    if state["factor_age"] >= max(EVERY, new[0].shape[1] // COLUMNS):
         _align(state, saturated, deltas, decay)
     _write(state, p)
 
