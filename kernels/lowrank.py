@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["align", "column_norms", "column_sizes", "factorize", "lowrank", "pull_back", "unit_columns"]
+__all__ = ["align", "column_norms", "column_sizes", "factorize", "lowrank", "pull_back", "scale_of"]
 
 
 def factorize(w: Tensor, imbalance: Tensor | float = 0.0, rank: int | None = None) -> tuple[Tensor, Tensor]:
@@ -40,15 +40,18 @@ def column_sizes(u: Tensor, v: Tensor) -> Tensor:
     return column_norms(u) * column_norms(v)
 
 
-def unit_columns(f: Tensor) -> Tensor:
-    """Every column divided by its norm; 0 stays 0."""
-    return f / column_norms(f).clamp(min=torch.finfo(f.dtype).tiny)
+def scale_of(f: Tensor) -> Tensor:
+    """Root mean square of the norms of the columns; no rotation changes it."""
+    return ((f * f).sum() / max(1, f.shape[1])).sqrt().clamp(min=torch.finfo(f.dtype).tiny)
 
 
 def pull_back(grad: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """``G v_j / |v_j|`` and ``G^T u_j / |u_j|``."""
-    tiny = torch.finfo(u.dtype).tiny
-    return grad @ v / column_norms(v).clamp(min=tiny), grad.mT @ u / column_norms(u).clamp(min=tiny)
+    """``G V / s`` and ``G^T U / s`` with s the :func:`scale_of` V and of U.
+
+    Divided by it, moments of what is pulled back keep the scale of G while factors grow; and as s is one number, they
+    turn with the factors exactly.
+    """
+    return grad @ v / scale_of(v), grad.mT @ u / scale_of(u)
 
 
 def lowrank(
@@ -64,35 +67,38 @@ def lowrank(
 ) -> tuple[Tensor, Tensor]:
     """One gradient step on both factors at once, with one time scale ``t_j`` per column:
 
-        u_j' = (1 - t_j decay_j D) u_j - t_j |v_j| delta_u,j,       v_j' = (1 - t_j decay_j E) v_j - t_j |u_j| delta_v,j.
+        u_j' = (1 - t_j decay_j D) u_j - t_j s delta_u,j,       v_j' = (1 - t_j decay_j E) v_j - t_j s delta_v,j.
 
-    ``delta_u`` is the step that follows from the gradient pulled back by *unit* columns, ``lr D G v_j / |v_j|``, so
-    that all directions share one scale; ``|v_j|`` gives the factor step back.  ``gains`` are the diagonals of the
-    preconditioners D and E, one number per row, if the strength passes through them.  A preconditioner from the left
-    commutes with the rotation, so fixed points are those of loss + strength * nuclear norm: ``G v_j = -strength u_j``.
+    ``delta`` is lr times the direction of what :func:`pull_back` gives, whose scale s comes back here.  ``decay`` is a
+    number or one per column; ``gains`` are the diagonals of the preconditioners D and E, one number per row, if the
+    strength passes through them.  A preconditioner from the left commutes with the rotation, so fixed points are those
+    of loss + strength * nuclear norm: ``G v_j = -strength u_j``.
 
-    ``t_j = 1 / max(metric_j, metric_scale, decay_j + |delta_j|)`` as for single weights, 1 if not ``saturated``.  Rows
-    whose preconditioner is so large that they would overshoot zero (their gradient is zero) are slowed down alone.
+    ``t_j = 1 / max(metric_j, metric_scale, decay_j + pull_j)`` as for single weights, 1 if not ``saturated``; the pull
+    is the step relative to the factor.  Rows whose preconditioner is so large that they would overshoot zero (because
+    they have no gradient) are slowed down alone.
     """
     norm_u, norm_v = column_norms(u), column_norms(v)
-    fastest = torch.as_tensor(decay, dtype=u.dtype, device=u.device)
+    metric = norm_u**2 + norm_v**2
+    decay = torch.as_tensor(decay, dtype=u.dtype, device=u.device)
     floor = metric_scale if saturated else torch.ones_like(metric_scale)
-    rows = []
-    for delta, gain in ((delta_u, gains[0]), (delta_v, gains[1])):
-        if isinstance(gain, Tensor) and gain.numel() > 1:
-            slow = 1 / (gain * fastest.max() / floor).clamp(min=1)
-            rows.append(((slow * gain).unsqueeze(1), delta * slow.unsqueeze(1)))
-        else:
-            rows.append((torch.as_tensor(gain, dtype=u.dtype, device=u.device), delta))
-    (gain_u, delta_u), (gain_v, delta_v) = rows
-    top = fastest * torch.maximum(gain_u.max(), gain_v.max())
+    steps, rows = [], []
+    for delta, gain, other in ((delta_u, gains[0], v), (delta_v, gains[1], u)):
+        step = delta * scale_of(other)
+        gain = torch.as_tensor(gain, dtype=u.dtype, device=u.device)
+        if gain.numel() > 1:
+            slow = 1 / (gain * decay.max() / floor).clamp(min=1)
+            gain, step = (slow * gain).unsqueeze(1), step * slow.unsqueeze(1)
+        steps.append(step)
+        rows.append(gain)
+    top = decay * torch.maximum(rows[0].max(), rows[1].max())
     if saturated:
-        pull = torch.maximum(column_norms(delta_u), column_norms(delta_v))
-        t = 1 / torch.maximum(norm_u**2 + norm_v**2, torch.maximum(metric_scale, top + pull))
+        pull = torch.maximum(*(column_norms(step) for step in steps)) / (metric / 2).sqrt().clamp(min=_tiny(u))
+        t = 1 / torch.maximum(metric, torch.maximum(metric_scale, top + pull))
     else:
-        t = 1 / (torch.ones_like(norm_u) * top).clamp(min=1)
-    decay = t * fastest
-    return (1 - decay * gain_u) * u - delta_u * (t * norm_v), (1 - decay * gain_v) * v - delta_v * (t * norm_u)
+        t = 1 / (torch.ones_like(metric) * top).clamp(min=1)
+    decay = t * decay
+    return (1 - decay * rows[0]) * u - steps[0] * t, (1 - decay * rows[1]) * v - steps[1] * t
 
 
 def align(u: Tensor, v: Tensor, *, balance: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -100,19 +106,20 @@ def align(u: Tensor, v: Tensor, *, balance: bool = True) -> tuple[Tensor, Tensor
 
     The rotation diagonalises ``U^T U + V^T V`` (r x r), whose eigenvectors are the singular directions once both parts
     are equal, which a decay of both factors brings about.  ``balance`` then gives ``u_j`` and ``v_j`` equal norms; it
-    must not where the trajectory shall be that of the factors to the letter.  Returns ``U, V`` and two r x r matrices
-    that take what was pulled back by the old unit columns of V and of U to the new ones.
+    must not where the trajectory shall be that of the factors to the letter.  Returns ``U, V`` and two r x r matrices:
+    ``new_u = u @ turn_u``, ``new_v = v @ turn_v``.
     """
     gram = u.mT @ u + v.mT @ v
     turn = torch.linalg.eigh(gram.double()).eigenvectors.flip(1).to(u.dtype)
-    new_u, new_v = u @ turn, v @ turn
-    tiny = torch.finfo(u.dtype).tiny
-    old = [column_norms(f) for f in (u, v)]
-    now = [column_norms(f).clamp(min=tiny) for f in (new_u, new_v)]
-    to_u, to_v = (before.unsqueeze(1) * turn / after for before, after in zip(old, now, strict=True))
-    if balance:
-        ratio = torch.where((new_u != 0).any(0) & (new_v != 0).any(0), (now[1] / now[0]).sqrt(), 1.0)
-        new_u, new_v = new_u * ratio, new_v / ratio
-        order = (now[0] * now[1]).argsort(descending=True)
-        new_u, new_v, to_u, to_v = (x[:, order] for x in (new_u, new_v, to_u, to_v))
-    return new_u, new_v, to_v, to_u
+    if not balance:
+        return u @ turn, v @ turn, turn, turn
+    norm_u, norm_v = column_norms(u @ turn), column_norms(v @ turn)
+    order = (norm_u * norm_v).argsort(descending=True)
+    live = (norm_u > 0) & (norm_v > 0)
+    ratio = torch.where(live, (norm_v / norm_u.clamp(min=_tiny(u))).sqrt(), 1.0)
+    turn_u, turn_v = (turn * ratio)[:, order], (turn / ratio)[:, order]
+    return u @ turn_u, v @ turn_v, turn_u, turn_v
+
+
+def _tiny(f: Tensor) -> float:
+    return torch.finfo(f.dtype).tiny

@@ -73,12 +73,14 @@ def test_pullback_penalty_and_mirror(row):
 def test_alignment_changes_the_gauge_and_nothing_else():
     u, v = kernel.factorize(randn(9, 6))
     turn = torch.linalg.qr(randn(6, 6, seed=3))[0]
-    grad = randn(9, 6, seed=4)
-    new_u, new_v, to_u, to_v = kernel.align(u @ turn, v @ turn)
+    new_u, new_v, turn_u, turn_v = kernel.align(3 * u @ turn, v @ turn / 3)
     close(new_u @ new_v.T, u @ v.T, scale=10)
+    close(kernel.column_norms(new_u), kernel.column_norms(new_v))
+    close(3 * u @ turn @ turn_u, new_u, scale=10)
+    close(v @ turn / 3 @ turn_v, new_v, scale=10)
+    for _ in range(3):  # exact at once if U^T U = V^T V
+        new_u, new_v, *_ = kernel.align(new_u, new_v)
     close(kernel.column_sizes(new_u, new_v), torch.linalg.svdvals(u @ v.T), scale=10)
-    close(grad @ kernel.unit_columns(v @ turn) @ to_u, grad @ kernel.unit_columns(new_v), scale=100)
-    close(grad.T @ kernel.unit_columns(u @ turn) @ to_v, grad.T @ kernel.unit_columns(new_u), scale=100)
 
 
 # -- the step ----------------------------------------------------------------------------------------------------------
@@ -114,21 +116,22 @@ class Explicit:
         self.count += 1
         g = (-grad if self.row.options.get("maximize") else grad).flatten(1)
         u, v = factors
-        a, b = u.norm(dim=0), v.norm(dim=0)
+        metric = u.square().sum(0) + v.square().sum(0)
+        a, b = (f.norm() / f.shape[1] ** 0.5 for f in (u, v))
         (du, own_u), (dv, own_v) = (
             self.direction(x, s) for x, s in zip((g @ v / b, g.T @ u / a), self.moments, strict=True)
         )
-        du, dv = self.lr * du, self.lr * dv
+        du, dv = self.lr * b * du, self.lr * a * dv
         assert self.lr * self.strength * torch.as_tensor(own_u).max() < scale  # no row needs slowing down here
         t = 1.0
         if saturated:
             decay = self.lr * self.strength * max(torch.as_tensor(own).max() for own in (own_u, own_v))
             if isinstance(own_u, Tensor):
                 decay = self.lr * self.strength * max(own_u.max(), own_v.max())
-            reach = decay + torch.maximum(du.norm(dim=0), dv.norm(dim=0))
-            t = 1 / torch.maximum(torch.maximum(a**2 + b**2, reach), scale)
+            reach = decay + torch.maximum(du.norm(dim=0), dv.norm(dim=0)) / (metric / 2).sqrt()
+            t = 1 / torch.maximum(torch.maximum(metric, reach), scale)
         rho = [1 - t * self.lr * self.strength * own for own in (own_u, own_v)]
-        return rho[0] * u - t * b * du, rho[1] * v - t * a * dv
+        return rho[0] * u - t * du, rho[1] * v - t * dv
 
 
 def follow(row, opt_row, time_scale):
@@ -202,20 +205,11 @@ def test_the_step_cannot_see_a_rotation_of_the_factors(opt_row):
             if turned and k == 2:
                 turn = torch.linalg.qr(randn(5, 5, seed=5))[0]
                 state = opt.state[p]
-                frames = {"u": state["factor_v"], "v": state["factor_u"]}
-                for side, frame in frames.items():
-                    # The gauge is left for another orthogonal one: what was pulled back turns with the unit columns.
-                    to = frame.norm(dim=0)[:, None] * turn / (frame @ turn).norm(dim=0)
-                    for key, value in state.items():
-                        if key.startswith(f"factor_{side}_") and value.dim() == 2:
-                            state[key] = value @ to
-                for side in "uv":
-                    state[f"factor_{side}"] = state[f"factor_{side}"] @ turn
+                for key, value in state.items():
+                    if key.startswith("factor_") and value.dim() == 2:
+                        state[key] = value @ turn
         ends.append(p.detach())
-    if opt_row.torch_cls is torch.optim.SGD:
-        close(*ends, "factor step", scale=10)
-    else:  # the mean over a row's columns weighs unit columns alike, which is a rotation's invariant to first order
-        assert float((ends[0] - ends[1]).norm() / ends[0].norm()) < 0.02
+    close(*ends, "factor step", scale=10)
 
 
 # -- optima ------------------------------------------------------------------------------------------------------------
@@ -240,7 +234,7 @@ def test_denoising_is_the_soft_thresholded_svd(name):
     opt = {
         "sgd": lambda: symopt.SGD(module, lr=0.3),
         "momentum": lambda: symopt.SGD(module, lr=0.1, momentum=0.8),
-        "adam": lambda: symopt.Adam(module, lr=0.1, betas=(0.5, 0.999)),
+        "adam": lambda: symopt.Adam(module, lr=0.3, betas=(0.5, 0.999)),
     }[name]()
     for _ in range(1500):
         p.grad = p.detach() - a
@@ -277,7 +271,7 @@ def test_matrix_completion_ends_where_a_proximal_solver_does(name):
     assert kkt(best, mask * (best - a), strength) < 1e-6
     module = parameter(randn(20, 15, seed=4), symopt.LowRank(strength))
     p = module.weight
-    opt = symopt.SGD(module, lr=0.5) if name == "sgd" else symopt.Adam(module, lr=0.05, betas=(0.5, 0.999))
+    opt = symopt.SGD(module, lr=0.5) if name == "sgd" else symopt.Adam(module, lr=0.2, betas=(0.5, 0.999))
     for _ in range(3000):
         p.grad = mask * (p.detach() - a)
         opt.step()
@@ -296,7 +290,8 @@ def test_rows_and_columns_without_a_gradient_do_not_blow_up():
     for _ in range(400):
         p.grad = mask * (p.detach() - a)
         opt.step()
-    assert float(p[2].abs().max()) == 0 or float(p[2].abs().max()) < 1e-6
+    p = p.detach()
+    assert float(p[2].abs().max()) < 1e-6
     assert float(p[:, 5].abs().max()) < 1e-6
     assert float((mask * (p.detach() - a)).norm()) < 0.2 * float(a.norm())
 
@@ -471,6 +466,7 @@ def test_a_weight_changed_from_outside_is_noticed(change, dtype):
     close(made.to(dtype), p.detach(), "backends, fp32")
 
 
+@pytest.mark.filterwarnings("ignore:.*too few to ramp")
 def test_a_change_does_not_undo_a_committed_rank():
     module = parameter(randn(8, 6), symopt.LowRank(rank=2))
     opt = symopt.AdamW(module, lr=0.05)

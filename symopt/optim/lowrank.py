@@ -65,22 +65,18 @@ def ready(opt: ConstrainedOptimizer, group: dict[str, Any], state: dict[str, Any
     elif not _holds(state, p, matrix):
         old = _factors(state)
         new = kernel.factorize(matrix, 0.0, c.most if is_cut(state) else c.max_rank)
-        for side, before, after in zip(_SIDES, old[::-1], new[::-1], strict=True):
-            turn = kernel.unit_columns(before).mT @ kernel.unit_columns(after)
-            for key, value in _moments(state, side).items():
-                if value.dim() == 2:
-                    state[f"factor_{side}_{key}"] = value @ turn
-        state["factor_u"], state["factor_v"] = new
+        _move(state, new, *(torch.linalg.pinv(before) @ after for before, after in zip(old[::-1], new[::-1], strict=True)))
     if "factor_age" not in state:
         state["factor_age"] = torch.zeros(())
-    frames = {"u": kernel.unit_columns(state["factor_v"]), "v": kernel.unit_columns(state["factor_u"])}
+    u, v = _factors(state)
+    frames = {"u": v / kernel.scale_of(v), "v": u / kernel.scale_of(u)}
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"):
         plain = state.pop(key, None)  # as torch.optim and other constraints keep it
         for side in _SIDES:
             if plain is not None and f"factor_{side}_{key}" not in state and plain.shape == p.shape:
                 full = plain.flatten(1) if side == "u" else plain.flatten(1).mT
                 state[f"factor_{side}_{key}"] = full.mean(1) if key.endswith("_sq") else full @ frames[side]
-    for side, factor in zip(_SIDES, _factors(state), strict=True):
+    for side, factor in zip(_SIDES, (u, v), strict=True):
         sub = _moments(state, side) | ({"step": state["step"]} if "step" in state else {})
         opt._init_moments(group, sub, factor, _rows(factor))
         if "step" in sub:
@@ -103,11 +99,12 @@ def _holds(state: dict[str, Any], p: Tensor, matrix: Tensor) -> bool:
     return bool(((matrix - made).abs() <= slack).all())
 
 
-def per_weight(state: dict[str, Any]) -> dict[str, Tensor]:
+def per_weight(state: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
     """The moments as a plain optimizer of W would have them, from what the two factors know of them."""
     if "factor_u" not in state:
         return {}
-    u, v = (kernel.unit_columns(f) for f in _factors(state))
+    u, v = _factors(state)
+    left, right = torch.linalg.pinv(u), torch.linalg.pinv(v)
     mine, theirs = (_moments(state, side) for side in _SIDES)
     full: dict[str, Tensor] = {}
     for key in mine:
@@ -115,8 +112,10 @@ def per_weight(state: dict[str, Any]) -> dict[str, Tensor]:
             a, b = mine[key], theirs[key]
             full[key] = torch.outer(a, b) / (a.mean() * b.mean()).sqrt().clamp(min=torch.finfo(a.dtype).tiny)
         elif key != "age":
-            full[key] = (mine[key] @ v.mT + u @ theirs[key].mT) / 2
-    return full
+            # G on the tangent space, G Q Q^T + P P^T G - P P^T G Q Q^T.
+            from_u, from_v = mine[key] * kernel.scale_of(v), theirs[key] * kernel.scale_of(u)
+            full[key] = from_u @ right + (from_v @ left - right.mT @ (v.mT @ (from_v @ left))).mT
+    return {key: value.reshape(p.shape) for key, value in full.items()}
 
 
 def sizes(state: dict[str, Any], p: Tensor, c: LowRank) -> Tensor:
@@ -182,11 +181,12 @@ def step(opt: ConstrainedOptimizer, group: dict[str, Any], p: Tensor, c: LowRank
         return
     if all(torch.equal(a, b) for a, b in zip(factors, new, strict=True)):
         return  # a step with lr 0 changes no bit, and a product rounds
-    state["factor_u"].copy_(new[0])
-    state["factor_v"].copy_(new[1])
+    due = max(EVERY, factors[0].shape[1] // COLUMNS)
+    state["factor_u"], state["factor_v"] = new
     state["factor_age"] += 1
-    if state["factor_age"] >= max(EVERY, new[0].shape[1] // COLUMNS):
-        _align(state, saturated, deltas, decay)
+    if state["factor_age"] >= due:
+        snaps = saturated and bool(torch.as_tensor(decay).max() > 0)
+        _align(state, saturated, factors if snaps else None)
     _write(state, p)
 
 
@@ -196,36 +196,40 @@ def _write(state: dict[str, Any], p: Tensor) -> None:
     _probes[u] = _probe(p)
 
 
-def _align(state: dict[str, Any], balance: bool, deltas: list[Tensor], decay: Tensor | float) -> None:
-    """Turn columns into singular directions; with the step just taken at hand, drop the dead."""
-    u, v, to_u, to_v = kernel.align(*_factors(state), balance=balance)
+def _align(state: dict[str, Any], balance: bool, before: tuple[Tensor, Tensor] | None) -> None:
+    """Turn columns into singular directions; seen from where the last step began, drop those that still shrink to 0."""
+    u, v, turn_u, turn_v = kernel.align(*_factors(state), balance=balance)
     size = kernel.column_sizes(u, v)
     dead = size == 0
-    if deltas:
-        # What the step adds to a direction's own size: less than its decay takes away, so it is still attracted.
-        grows = -sum((kernel.unit_columns(f) * (d @ t)).sum(0) for f, d, t in ((u, deltas[0], to_u), (v, deltas[1], to_v)))
-        most = torch.as_tensor(decay).max()
-        dead |= (size <= SNAP * state["metric_scale"]) & (grows / 2 < most) if balance else dead
-    for side, turn in (("u", to_u), ("v", to_v)):
-        for key, value in _moments(state, side).items():
-            if value.dim() == 2:
-                state[f"factor_{side}_{key}"] = value @ turn
-    state["factor_u"], state["factor_v"] = u, v
+    if before is not None:
+        shrinks = size < kernel.column_sizes(before[0] @ turn_u, before[1] @ turn_v)
+        dead |= (size <= SNAP * state["metric_scale"]) & shrinks
+    _move(state, (u, v), turn_v, turn_u)
     state["factor_age"].zero_()
     if bool(dead.any()):
         _keep(state, ~dead)
 
 
+def _move(state: dict[str, Any], new: tuple[Tensor, Tensor], for_u: Tensor, for_v: Tensor) -> None:
+    """Take other factors, and moments along: what V pulled back times ``for_u`` is what the new V would have."""
+    for side, turn, old, now in (("u", for_u, "factor_v", new[1]), ("v", for_v, "factor_u", new[0])):
+        ratio = kernel.scale_of(state[old]) / kernel.scale_of(now)
+        for key, value in _moments(state, side).items():
+            if value.dim() == 2:
+                state[f"factor_{side}_{key}"] = value @ (turn * ratio)
+    state["factor_u"], state["factor_v"] = new
+
+
 def _keep(state: dict[str, Any], live: Tensor) -> None:
-    for key, value in state.items():
-        if key.startswith("factor_") and value.dim() == 2:
-            state[key] = value[:, live].contiguous()
+    """Drop all other columns."""
+    eye = torch.eye(len(live), dtype=state["factor_u"].dtype, device=live.device)[:, live]
+    _move(state, tuple(f[:, live].contiguous() for f in _factors(state)), eye, eye)
 
 
 def align(group: dict[str, Any], state: dict[str, Any], p: Tensor) -> None:
     """Singular directions as of now, for a budget that is about to choose among them."""
     if "factor_u" in state and float(state["factor_age"]) > 0 and not group["differentiable"]:
-        _align(state, group["time_scale"] == "saturated", [], 0.0)
+        _align(state, group["time_scale"] == "saturated", None)
         _write(state, p)
 
 

@@ -52,7 +52,7 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
     def _per_weight(self, p: Tensor, constraint: Constraint) -> dict[str, Tensor]:
         """Second moments that a group shares, written out for every weight."""
         if isinstance(constraint, LowRank):
-            return lowrank.per_weight(self.state[p])
+            return lowrank.per_weight(self.state[p], p)
         groups = self.groups(p, constraint)
         shared = [k for k in ("exp_avg_sq", "max_exp_avg_sq") if groups is not None and k in self.state[p]]
         return {k: groups.expand(self.state[p][k]).reshape(p.shape).contiguous() for k in shared if groups}
