@@ -42,7 +42,8 @@ def column_sizes(u: Tensor, v: Tensor) -> Tensor:
 
 def scale_of(f: Tensor) -> Tensor:
     """Root mean square of the norms of the columns; no rotation changes it."""
-    return ((f * f).sum() / max(1, f.shape[1])).sqrt().clamp(min=torch.finfo(f.dtype).tiny)
+    flat = f.reshape(-1)
+    return (flat.dot(flat) / max(1, f.shape[1])).sqrt().clamp(min=_tiny(f))
 
 
 def pull_back(grad: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,10 +68,10 @@ def lowrank(
 ) -> tuple[Tensor, Tensor]:
     """One gradient step on both factors at once, with one time scale ``t_j`` per column:
 
-        u_j' = (1 - t_j decay_j D) u_j - t_j s delta_u,j,       v_j' = (1 - t_j decay_j E) v_j - t_j s delta_v,j.
+        u_j' = (1 - t_j decay_j D) u_j - t_j delta_u,j,       v_j' = (1 - t_j decay_j E) v_j - t_j delta_v,j.
 
-    ``delta`` is lr times the direction of what :func:`pull_back` gives, whose scale s comes back here.  ``decay`` is a
-    number or one per column; ``gains`` are the diagonals of the preconditioners D and E, one number per row, if the
+    ``delta`` is lr times the direction of what :func:`pull_back` gives, times its s again.  ``decay`` is a number or
+    one per column; ``gains`` are the diagonals of the preconditioners D and E, one number per row, if the
     strength passes through them.  A preconditioner from the left commutes with the rotation, so fixed points are those
     of loss + strength * nuclear norm: ``G v_j = -strength u_j``.
 
@@ -82,23 +83,23 @@ def lowrank(
     metric = norm_u**2 + norm_v**2
     decay = torch.as_tensor(decay, dtype=u.dtype, device=u.device)
     floor = metric_scale if saturated else torch.ones_like(metric_scale)
-    steps, rows = [], []
-    for delta, gain, other in ((delta_u, gains[0], v), (delta_v, gains[1], u)):
-        step = delta * scale_of(other)
+    deltas, rows = [], []
+    for delta, gain in ((delta_u, gains[0]), (delta_v, gains[1])):
         gain = torch.as_tensor(gain, dtype=u.dtype, device=u.device)
         if gain.numel() > 1:
             slow = 1 / (gain * decay.max() / floor).clamp(min=1)
-            gain, step = (slow * gain).unsqueeze(1), step * slow.unsqueeze(1)
-        steps.append(step)
+            gain, delta = (slow * gain).unsqueeze(1), delta * slow.unsqueeze(1)
+        deltas.append(delta)
         rows.append(gain)
     top = decay * torch.maximum(rows[0].max(), rows[1].max())
     if saturated:
-        pull = torch.maximum(*(column_norms(step) for step in steps)) / (metric / 2).sqrt().clamp(min=_tiny(u))
+        pull = torch.maximum(*(column_norms(delta) for delta in deltas)) / (metric / 2).sqrt().clamp(min=_tiny(u))
         t = 1 / torch.maximum(metric, torch.maximum(metric_scale, top + pull))
     else:
         t = 1 / (torch.ones_like(metric) * top).clamp(min=1)
     decay = t * decay
-    return (1 - decay * rows[0]) * u - steps[0] * t, (1 - decay * rows[1]) * v - steps[1] * t
+    new = (torch.addcmul((1 - decay * row) * f, d, t, value=-1) for f, d, row in zip((u, v), deltas, rows, strict=True))
+    return next(new), next(new)
 
 
 def align(u: Tensor, v: Tensor, *, balance: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:

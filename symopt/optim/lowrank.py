@@ -155,14 +155,14 @@ def step(opt: ConstrainedOptimizer, group: dict[str, Any], p: Tensor, c: LowRank
     lr, strength = (
         x.to(grad) if isinstance(x, Tensor) else x for x in (group["lr"], opt.strength(group, c))
     )
-    for side, factor, g in zip(_SIDES, factors, pulled, strict=True):
+    for side, factor, other, g in zip(_SIDES, factors, factors[::-1], pulled, strict=True):
         sub = _moments(state, side)
         if "step" in state:
             sub["step"] = state["step"] if side == "v" else state["step"].clone()  # one step, not two
         update, row_gain = opt._direction({**group, "decoupled_weight_decay": decoupled}, sub, factor, g, _rows(factor))
         sub.pop("step", None)
         state.update({f"factor_{side}_{key}": value for key, value in sub.items()})
-        deltas.append(lr * update)
+        deltas.append((lr * kernel.scale_of(other)) * update)
         gains.append(row_gain)
     if decoupled and "step" in state:
         gains = [1.0, 1.0]
@@ -179,8 +179,8 @@ def step(opt: ConstrainedOptimizer, group: dict[str, Any], p: Tensor, c: LowRank
         state["factor_u"], state["factor_v"] = new
         p.copy_((new[0] @ new[1].mT).reshape(p.shape))
         return
-    if all(torch.equal(a, b) for a, b in zip(factors, new, strict=True)):
-        return  # a step with lr 0 changes no bit, and a product rounds
+    if float(lr) == 0:
+        return  # such a step changes no bit, and a product rounds
     due = max(EVERY, factors[0].shape[1] // COLUMNS)
     state["factor_u"], state["factor_v"] = new
     state["factor_age"] += 1
