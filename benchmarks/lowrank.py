@@ -5,7 +5,7 @@ python -m benchmarks.lowrank [--size 1024] [--ranks 1024 256 64] [--threads 1] [
 One square weight in fp32 and a fixed gradient.  PAT takes fused torch AdamW and then the proximal map of the nuclear
 norm, by a singular value decomposition in every step; symopt takes AdamW with ``LowRank(max_rank=r)``.  Its time is the
 mean over a whole period between two alignments, one of which it contains.  Before anything is timed, symopt's step is
-compared with the same one in fp64 and its weight with its factors, and PAT's singular values with soft-thresholded ones.
+compared with the same one in fp64, its weight with its factors, and PAT's singular values with soft-thresholded ones.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _check(size: int, rank: int) -> None:
     opt.step()
     before, after = (torch.linalg.svdvals(m.w.detach()) for m in (plain, net))
     shrunk = before - after
-    if not (0 < float(shrunk[0]) and torch.allclose(after, (before - shrunk[0]).clamp(min=0), atol=1e-3)):
+    if not (float(shrunk[0]) > 0 and torch.allclose(after, (before - shrunk[0]).clamp(min=0), atol=1e-3)):
         raise AssertionError("PAT does not soft-threshold the singular values")
 
 
@@ -99,9 +99,7 @@ def main(argv: list[str] | None = None) -> int:
             ratio = timing.summarize([b / a for a, b in zip(mine, theirs, strict=True)])
             assert _rank(opt.state[net.w]) == rank, "the rank fell while it was timed"
             a, b = timing.summarize(mine).median, timing.summarize(theirs).median
-            print(
-                f"| {rank} | {a:.1f} | {b:.0f} | {ratio.median:.1f} ({ratio.low:.1f}-{ratio.high:.1f}) |", flush=True
-            )
+            print(f"| {rank} | {a:.1f} | {b:.0f} | {ratio.median:.1f} ({ratio.low:.1f}-{ratio.high:.1f}) |", flush=True)
     return 0
 
 

@@ -30,17 +30,19 @@ def fold(model: M, example_inputs: Tensor | tuple[Any, ...] | None = None) -> M:
     *nobody reads*, because all its outgoing weights are zero; with it go its bias, BatchNorm channels and the matching
     inputs of the layers that read it, whose biases take over its constant.  What survives keeps its weights bit for
     bit, exact zeros included.  A Linear or Conv whose weight :class:`symopt.LowRank` binds becomes a Sequential of two
-    thin layers (a Conv and one of kernel size 1), where these have fewer parameters.  Who reads what is established by a ``torch.fx`` trace of ``forward`` through Linear,
-    Conv1d-3d (depthwise too), BatchNorm, activations, pooling, flatten, dropout and identity.  Wherever it cannot be
-    established (residual sums, concatenation, layers that are shared, hooked or parametrized, sizes written into
-    ``forward``, ...), for the model's own outputs, and for all layers if ``forward`` cannot be traced, shapes are kept.
+    thin layers (a Conv and one of kernel size 1), where these have fewer parameters.  Who reads what is shown by a
+    ``torch.fx`` trace of ``forward`` through Linear, Conv1d-3d (depthwise too), BatchNorm, activations, pooling,
+    flatten, dropout and identity.  Wherever it cannot be established (residual sums, concatenation, layers that are
+    shared, hooked or parametrized, sizes written into ``forward``, ...), for the model's own outputs, and for all
+    layers if ``forward`` cannot be traced, shapes are kept.
 
     The original is not touched.  Training mode, ``requires_grad``, dtypes and devices carry over; parameters are new
     objects, so the result needs a new optimizer.  No symopt class remains in it: it can be pickled, exported and
     trained where symopt is not installed.  Its attribute ``fold_config``, a dict fit for JSON, lists under ``"layers"``
     the type and sizes of each layer before and after, under ``"parameters"`` their number, under ``"cut"`` how many
     nonzero weights (singular values) of each budget had to go (0 once :class:`symopt.Anneal` has committed), under
-    ``"ranks"`` which layers became two of that rank, and under ``"kept"`` which layers kept their shape and why; with it :func:`resize` and a ``state_dict`` rebuild the result.
+    ``"ranks"`` which layers became two of that rank, and under ``"kept"`` which layers kept their shape and why; with
+    it :func:`resize` and a ``state_dict`` rebuild the result.
 
     Args:
         model: any module.

@@ -57,9 +57,7 @@ def test_pullback_penalty_and_mirror(row):
     factors = tuple(randn(*f.shape, seed=i).requires_grad_() for i, f in enumerate(constraint.split(randn(*row.shape))))
     grad = randn(*row.shape, seed=7)
     w = constraint.compose(factors)
-    for mine, theirs in zip(
-        constraint.pullback(factors, grad), torch.autograd.grad(w, factors, grad), strict=True
-    ):
+    for mine, theirs in zip(constraint.pullback(factors, grad), torch.autograd.grad(w, factors, grad), strict=True):
         close(mine.detach(), theirs, scale=10)
     factors, w = tuple(f.detach() for f in factors), w.detach()
     close(constraint.compose(constraint.mirror(factors)), w, scale=10)
@@ -101,7 +99,9 @@ class Explicit:
             if momentum == 0:
                 return g, 1.0
             state["b"] = g if "b" not in state else momentum * state["b"] + (1 - dampening) * g
-            return g + momentum * state["b"] if options.get("nesterov") else state["b"], (1 - dampening) / (1 - momentum)
+            return g + momentum * state["b"] if options.get("nesterov") else state["b"], (1 - dampening) / (
+                1 - momentum
+            )
         beta1, beta2 = options.get("betas", (0.9, 0.999))
         state["m"] = beta1 * state.get("m", 0 * g) + (1 - beta1) * g
         state["v"] = beta2 * state.get("v", 0 * g[:, :1]) + (1 - beta2) * (g * g).mean(1, keepdim=True)
@@ -347,7 +347,7 @@ def test_without_anneal_a_budget_is_refused():
     module = parameter(randn(5, 4), symopt.LowRank(rank=2))
     opt = symopt.AdamW(module)
     module.weight.grad = randn(5, 4)
-    with pytest.raises(RuntimeError, match="create symopt.Anneal"):
+    with pytest.raises(RuntimeError, match=r"create symopt\.Anneal"):
         opt.step()
 
 
@@ -508,7 +508,11 @@ def test_fold_makes_two_thin_layers_and_resize_rebuilds_them():
         ).double()
 
     net, x = build(), randn(5, 3, 8, 8)
-    patterns = {"0.weight": symopt.LowRank(max_rank=2), "3.weight": symopt.LowRank(max_rank=4), "5.weight": symopt.LowRank()}
+    patterns = {
+        "0.weight": symopt.LowRank(max_rank=2),
+        "3.weight": symopt.LowRank(max_rank=4),
+        "5.weight": symopt.LowRank(),
+    }
     symopt.constrain(net, patterns)
     opt = symopt.AdamW(net, lr=1e-3)
     for _ in range(3):

@@ -151,7 +151,8 @@ class LowRank(Constraint):
         return torch.zeros_like(w.flatten()[0]), 2 * w.norm() / math.sqrt(side)
 
     def penalty(self, w: Tensor) -> Tensor:
-        return torch.linalg.svdvals(w.flatten(1)).sum()
+        total: Tensor = torch.linalg.svdvals(w.flatten(1)).sum()
+        return total
 
     def size(self, w: Tensor, groups: Groups | None = None) -> Tensor:
         """Singular values; those that only rounding makes nonzero are 0."""
@@ -184,4 +185,3 @@ class LowRank(Constraint):
         pulls its column of U by ``r sqrt(m)`` and that of V by ``r sqrt(n)``.
         """
         return (math.sqrt(w.shape[0]) + math.sqrt(w[0].numel())) / 2
-

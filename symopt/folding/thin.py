@@ -29,8 +29,8 @@ def split_layers(model: nn.Module, weights: Mapping[str, Thin]) -> tuple[dict[st
         return {}, []
     try:
         obstacles = obstacles_of(trace(model))
-    except Opaque as why:
-        return {}, [f"{name.rpartition('.')[0] or 'model'}: {why}, not split in two" for name in weights]
+    except Opaque as opaque:
+        return {}, [f"{name.rpartition('.')[0] or 'model'}: {opaque}, not split in two" for name in weights]
     ranks: dict[str, int] = {}
     kept: list[str] = []
     for full, thin in weights.items():
@@ -65,7 +65,8 @@ def make_thin(model: nn.Module, name: str, rank: int) -> None:
     bias = layer.bias is not None
     if isinstance(layer, nn.Linear):
         pair = nn.Sequential(
-            nn.Linear(layer.in_features, rank, bias=False, **made), nn.Linear(rank, layer.out_features, bias=bias, **made)
+            nn.Linear(layer.in_features, rank, bias=False, **made),
+            nn.Linear(rank, layer.out_features, bias=bias, **made),
         )
     else:
         assert isinstance(layer, _CONVOLUTIONS)
@@ -89,4 +90,3 @@ def _unsuitable(layer: nn.Module, own: str) -> str | None:
     if getattr(layer, "groups", 1) != 1:
         return "is a grouped convolution"
     return None
-

@@ -8,7 +8,7 @@ with the rotation, which acts from the right.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from symopt.optim.options import is_cut
 from symopt_kernels import lowrank as kernel
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import SNAP, math_dtype
-
-if TYPE_CHECKING:
-    from symopt.optim.base import ConstrainedOptimizer
 
 __all__ = ["align", "cut", "gain", "per_weight", "ready", "sizes", "step"]
 
@@ -57,7 +54,7 @@ def _probe(p: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- state
 
 
-def ready(opt: ConstrainedOptimizer, group: dict[str, Any], state: dict[str, Any], p: Tensor, c: LowRank) -> None:
+def ready(opt: Any, group: dict[str, Any], state: dict[str, Any], p: Tensor, c: LowRank) -> None:
     """Factors that compose to the weight and moments for them; where the weight was changed from outside, anew."""
     matrix = p.detach().flatten(1).to(math_dtype(p))
     if "factor_u" not in state or "factor_v" not in state:
@@ -65,7 +62,9 @@ def ready(opt: ConstrainedOptimizer, group: dict[str, Any], state: dict[str, Any
     elif not _holds(state, p, matrix):
         old = _factors(state)
         new = kernel.factorize(matrix, 0.0, c.most if is_cut(state) else c.max_rank)
-        _move(state, new, *(torch.linalg.pinv(before) @ after for before, after in zip(old[::-1], new[::-1], strict=True)))
+        _move(
+            state, new, *(torch.linalg.pinv(before) @ after for before, after in zip(old[::-1], new[::-1], strict=True))
+        )
     if "factor_age" not in state:
         state["factor_age"] = torch.zeros(())
     u, v = _factors(state)
@@ -125,20 +124,21 @@ def sizes(state: dict[str, Any], p: Tensor, c: LowRank) -> Tensor:
     return torch.nn.functional.pad(found, (0, side - len(found)))
 
 
-def gain(opt: ConstrainedOptimizer, group: dict[str, Any], p: Tensor, c: LowRank) -> Tensor | float | None:
+def gain(opt: Any, group: dict[str, Any], p: Tensor, c: LowRank) -> Tensor | float | None:
     """What multiplies ``lr * strength``: one number, the mean over the rows where each has its own."""
     if opt.decoupled(group) or c.budget is not None:
         return c.loudness(p)
     peak = opt.state.get(p, {}).get("factor_u_max_exp_avg_sq" if group["amsgrad"] else "factor_u_exp_avg_sq")
     if peak is None:
         return None
-    return 1 / ((peak.mean() / (1 - group["betas"][1] ** opt.state[p]["step"])).sqrt() + group["eps"])
+    preconditioner: Tensor = 1 / ((peak.mean() / (1 - group["betas"][1] ** opt.state[p]["step"])).sqrt() + group["eps"])
+    return preconditioner
 
 
 # -------------------------------------------------------------------------------------------------------------- step
 
 
-def step(opt: ConstrainedOptimizer, group: dict[str, Any], p: Tensor, c: LowRank) -> None:
+def step(opt: Any, group: dict[str, Any], p: Tensor, c: LowRank) -> None:
     """One step of both factors, and of the weight as their product."""
     state = opt._ready(group, p, c)
     factors, saturated = _factors(state), group["time_scale"] == "saturated"
@@ -152,9 +152,7 @@ def step(opt: ConstrainedOptimizer, group: dict[str, Any], p: Tensor, c: LowRank
     pulled = kernel.pull_back(grad, *factors)
     decoupled = opt.decoupled(group) or c.budget is not None
     deltas, gains = [], []
-    lr, strength = (
-        x.to(grad) if isinstance(x, Tensor) else x for x in (group["lr"], opt.strength(group, c))
-    )
+    lr, strength = (x.to(grad) if isinstance(x, Tensor) else x for x in (group["lr"], opt.strength(group, c)))
     for side, factor, other, g in zip(_SIDES, factors, factors[::-1], pulled, strict=True):
         sub = _moments(state, side)
         if "step" in state:
@@ -172,9 +170,9 @@ def step(opt: ConstrainedOptimizer, group: dict[str, Any], p: Tensor, c: LowRank
         strength = torch.where(kernel.column_sizes(*factors) <= threshold, outside, inside)
         strength = strength * (c.loudness(p) if "step" in state else 1.0)
     decay = lr * strength
-    new = kernel.lowrank(
-        *factors, *deltas, decay, state["metric_scale"], gains=(gains[0], gains[1]), saturated=saturated
-    )
+    (u, v), scale = factors, state["metric_scale"]
+    both = (gains[0], gains[1])
+    new = kernel.lowrank(u, v, deltas[0], deltas[1], decay, scale, gains=both, saturated=saturated)
     if group["differentiable"]:
         state["factor_u"], state["factor_v"] = new
         p.copy_((new[0] @ new[1].mT).reshape(p.shape))
@@ -223,7 +221,8 @@ def _move(state: dict[str, Any], new: tuple[Tensor, Tensor], for_u: Tensor, for_
 def _keep(state: dict[str, Any], live: Tensor) -> None:
     """Drop all other columns."""
     eye = torch.eye(len(live), dtype=state["factor_u"].dtype, device=live.device)[:, live]
-    _move(state, tuple(f[:, live].contiguous() for f in _factors(state)), eye, eye)
+    u, v = _factors(state)
+    _move(state, (u[:, live].contiguous(), v[:, live].contiguous()), eye, eye)
 
 
 def align(group: dict[str, Any], state: dict[str, Any], p: Tensor) -> None:
@@ -238,4 +237,3 @@ def cut(state: dict[str, Any], p: Tensor, gone: Tensor) -> None:
     if "factor_u" in state:
         _keep(state, ~gone[: state["factor_u"].shape[1]])
         _write(state, p)
-
