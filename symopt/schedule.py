@@ -36,6 +36,8 @@ class Plan:
     """The imbalance has decayed by ``exp(-plasticity)`` at the commit, which then ends it."""
     every: int = 20
     """Steps between two selections."""
+    begin: float = 0.0
+    """Share of training at which the ramp begins."""
 
 
 LOW_RANK = Plan(ramp=0.1, commit=0.12, inside=0.006, outside=0.6)
@@ -161,8 +163,8 @@ class Anneal:
                 for m, outside in zip(pool.members, pool.outside(), strict=True):
                     self._cut(held[m][1], m.constraint.units(outside, m.w, m.groups))
                 continue
-            full = last * plan.ramp / plan.commit
-            left = max(0.0, 1 - self.last_step / full) ** 3
+            first, full = (last * share / plan.commit for share in (plan.begin, plan.ramp))
+            left = min(1.0, max(0.0, 1 - (self.last_step - first) / (full - first))) ** 3
             for m, limit in zip(pool.members, pool.thresholds(pool.at(left)), strict=True):
                 self._trim(*held[m], m, pool.share, limit, left)
 

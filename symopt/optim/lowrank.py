@@ -121,7 +121,7 @@ def sizes(state: dict[str, Any], p: Tensor, c: LowRank) -> Tensor:
     """Size of every singular direction, zeros for those that are gone, as many as the smaller side of W has."""
     side = min(p.shape[0], p[0].numel())
     found = kernel.column_sizes(*_factors(state)) if "factor_u" in state else c.size(p.detach())[: c.max_rank]
-    return torch.nn.functional.pad(found, (0, side - len(found)))
+    return torch.cat([found, found.new_zeros(side - len(found))])
 
 
 def gain(opt: Any, group: dict[str, Any], p: Tensor, c: LowRank) -> Tensor | float | None:
