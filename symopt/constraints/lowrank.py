@@ -13,6 +13,7 @@ from symopt.constraints.base import Constraint, Factors, Outs
 from symopt.constraints.budget import Budget
 from symopt_kernels.groups import Groups
 from symopt_kernels.lowrank import factorize
+from symopt_kernels.reference import math_dtype
 
 __all__ = ["LowRank"]
 
@@ -156,12 +157,12 @@ class LowRank(Constraint):
 
     def size(self, w: Tensor, groups: Groups | None = None) -> Tensor:
         """Singular values; those that only rounding makes nonzero are 0."""
-        matrix = w.flatten(1)
-        eps = torch.finfo(matrix.dtype).eps
-        matrix = matrix.float() if eps > 1e-4 else matrix
+        matrix = w.flatten(1).to(math_dtype(w))
         sizes = torch.linalg.svdvals(matrix)
-        # Products of factors in half precision are rounded entry by entry: noise of eps |W| sqrt(m + n) / sqrt(m n).
-        return torch.where(sizes > max(matrix.shape) ** 0.5 * 4 * eps * sizes[:1], sizes, 0.0)
+        # A product of factors is rounded along its sums, and once more to the weight's own precision, entry by entry:
+        # independent errors of eps |W_ij| / 4 have singular values of about eps |W|_F / (2 sqrt(min(m, n))).
+        relative = max(4 * math.sqrt(max(matrix.shape)) * torch.finfo(matrix.dtype).eps, 2 * torch.finfo(w.dtype).eps)
+        return torch.where(sizes > relative * sizes[:1], sizes, 0.0)
 
     def fold(self, w: Tensor) -> Tensor:
         """The best approximation of the rank allowed, without what rounding adds to it."""

@@ -1,9 +1,6 @@
 """The step of LowRank: the gradient is pulled back to U and V, and each has the optimizer's direction with row moments.
 
-State, beside torch's ``step`` and what every constrained weight has, all of it in flat tensors: ``factor_u`` (m x r),
-``factor_v`` (n x r), their moments ``factor_u_exp_avg`` (m x r), ``factor_u_exp_avg_sq`` (m, one number per row), ...,
-and ``factor_age``, the steps since columns were last aligned.  A second moment per *row* is the finest that commutes
-with the rotation, which acts from the right.
+A second moment per *row* is the finest that commutes with the rotation, which acts from the right.
 """
 
 from __future__ import annotations
@@ -12,46 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from symopt.constraints import LowRank
+from symopt.optim.factors import SIDES, align, cut, holds, moments, move, pair, rows, sizes, turn, write
 from symopt.optim.options import is_cut
 from symopt_kernels import lowrank as kernel
-from symopt_kernels.groups import Groups
-from symopt_kernels.reference import SNAP, math_dtype
+from symopt_kernels.reference import math_dtype
 
-__all__ = ["align", "cut", "gain", "per_weight", "ready", "sizes", "step"]
+__all__ = ["COLUMNS", "EVERY", "align", "cut", "gain", "per_weight", "ready", "sizes", "step"]
 
 EVERY, COLUMNS = 20, 16
 """Steps between two alignments: 20, and one per 16 columns where there are many, as an alignment costs r**3."""
-
-_SIDES = ("u", "v")
-_probes = WeakTensorKeyDictionary()
-"""factor_u -> the weight it last composed, seen through one vector: cheap to compare with the weight of now."""
-
-
-def _factors(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    return state["factor_u"], state["factor_v"]
-
-
-def _moments(state: dict[str, Any], side: str) -> dict[str, Tensor]:
-    """The state of one factor under torch's keys."""
-    prefix = f"factor_{side}_"
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
-def _rows(factor: Tensor) -> Groups:
-    return Groups(factor.shape[0], tuple(factor.shape), (1,))
-
-
-def _probe(p: Tensor) -> Tensor:
-    matrix = p.detach().flatten(1)
-    matrix = matrix if matrix.dtype == math_dtype(p) else matrix.float()
-    x = torch.linspace(1, 2, matrix.shape[1], dtype=matrix.dtype, device=matrix.device).cos()
-    return matrix @ x
-
-
-# ------------------------------------------------------------------------------------------------------------- state
 
 
 def ready(opt: Any, group: dict[str, Any], state: dict[str, Any], p: Tensor, c: LowRank) -> None:
@@ -59,52 +27,37 @@ def ready(opt: Any, group: dict[str, Any], state: dict[str, Any], p: Tensor, c: 
     matrix = p.detach().flatten(1).to(math_dtype(p))
     if "factor_u" not in state or "factor_v" not in state:
         state["factor_u"], state["factor_v"] = kernel.factorize(matrix, 0.0, c.most if is_cut(state) else c.max_rank)
-    elif not _holds(state, p, matrix):
-        old = _factors(state)
+    elif not holds(state, p, matrix):
+        old = pair(state)
         new = kernel.factorize(matrix, 0.0, c.most if is_cut(state) else c.max_rank)
-        _move(
+        move(
             state, new, *(torch.linalg.pinv(before) @ after for before, after in zip(old[::-1], new[::-1], strict=True))
         )
     if "factor_age" not in state:
         state["factor_age"] = torch.zeros(())
-    u, v = _factors(state)
+    u, v = pair(state)
     frames = {"u": v / kernel.scale_of(v), "v": u / kernel.scale_of(u)}
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"):
         plain = state.pop(key, None)  # as torch.optim and other constraints keep it
-        for side in _SIDES:
+        for side in SIDES:
             if plain is not None and f"factor_{side}_{key}" not in state and plain.shape == p.shape:
                 full = plain.flatten(1) if side == "u" else plain.flatten(1).mT
                 state[f"factor_{side}_{key}"] = full.mean(1) if key.endswith("_sq") else full @ frames[side]
-    for side, factor in zip(_SIDES, (u, v), strict=True):
-        sub = _moments(state, side) | ({"step": state["step"]} if "step" in state else {})
-        opt._init_moments(group, sub, factor, _rows(factor))
+    for side, factor in zip(SIDES, (u, v), strict=True):
+        sub = moments(state, side) | ({"step": state["step"]} if "step" in state else {})
+        opt._init_moments(group, sub, factor, rows(factor))
         if "step" in sub:
             state["step"] = sub.pop("step")
         state.update({f"factor_{side}_{key}": value for key, value in sub.items()})
-
-
-def _holds(state: dict[str, Any], p: Tensor, matrix: Tensor) -> bool:
-    """Whether the factors still compose to the weight, up to rounding."""
-    u, v = _factors(state)
-    if u.shape[0] != matrix.shape[0] or v.shape[0] != matrix.shape[1] or u.shape[1] != v.shape[1]:
-        return False
-    known = _probes.get(u)
-    if known is not None and torch.equal(known, _probe(p)):
-        return True
-    made = u @ v.mT
-    # Entry (i, j) of a product rounds by eps |u_i| |v_j|, on another machine differently.
-    slack = 4 * torch.finfo(u.dtype).eps * u.norm(dim=1, keepdim=True) * v.norm(dim=1)
-    slack += torch.finfo(p.dtype).eps * made.abs()
-    return bool(((matrix - made).abs() <= slack).all())
 
 
 def per_weight(state: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
     """The moments as a plain optimizer of W would have them, from what the two factors know of them."""
     if "factor_u" not in state:
         return {}
-    u, v = _factors(state)
+    u, v = pair(state)
     left, right = torch.linalg.pinv(u), torch.linalg.pinv(v)
-    mine, theirs = (_moments(state, side) for side in _SIDES)
+    mine, theirs = (moments(state, side) for side in SIDES)
     full: dict[str, Tensor] = {}
     for key in mine:
         if key.endswith("_sq"):  # rows times columns over the mean (Shazeer & Stern, ICML 2018)
@@ -115,13 +68,6 @@ def per_weight(state: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
             from_u, from_v = mine[key] * kernel.scale_of(v), theirs[key] * kernel.scale_of(u)
             full[key] = from_u @ right + (from_v @ left - right.mT @ (v.mT @ (from_v @ left))).mT
     return {key: value.reshape(p.shape) for key, value in full.items()}
-
-
-def sizes(state: dict[str, Any], p: Tensor, c: LowRank) -> Tensor:
-    """Size of every singular direction, zeros for those that are gone, as many as the smaller side of W has."""
-    side = min(p.shape[0], p[0].numel())
-    found = kernel.column_sizes(*_factors(state)) if "factor_u" in state else c.size(p.detach())[: c.max_rank]
-    return torch.cat([found, found.new_zeros(side - len(found))])
 
 
 def gain(opt: Any, group: dict[str, Any], p: Tensor, c: LowRank) -> Tensor | float | None:
@@ -135,13 +81,10 @@ def gain(opt: Any, group: dict[str, Any], p: Tensor, c: LowRank) -> Tensor | flo
     return preconditioner
 
 
-# -------------------------------------------------------------------------------------------------------------- step
-
-
 def step(opt: Any, group: dict[str, Any], p: Tensor, c: LowRank) -> None:
     """One step of both factors, and of the weight as their product."""
     state = opt._ready(group, p, c)
-    factors, saturated = _factors(state), group["time_scale"] == "saturated"
+    factors, saturated = pair(state), group["time_scale"] == "saturated"
     if factors[0].shape[1] == 0:
         return  # nothing is left that could move
     assert p.grad is not None
@@ -153,11 +96,11 @@ def step(opt: Any, group: dict[str, Any], p: Tensor, c: LowRank) -> None:
     decoupled = opt.decoupled(group) or c.budget is not None
     deltas, gains = [], []
     lr, strength = (x.to(grad) if isinstance(x, Tensor) else x for x in (group["lr"], opt.strength(group, c)))
-    for side, factor, other, g in zip(_SIDES, factors, factors[::-1], pulled, strict=True):
-        sub = _moments(state, side)
+    for side, factor, other, g in zip(SIDES, factors, factors[::-1], pulled, strict=True):
+        sub = moments(state, side)
         if "step" in state:
             sub["step"] = state["step"] if side == "v" else state["step"].clone()  # one step, not two
-        update, row_gain = opt._direction({**group, "decoupled_weight_decay": decoupled}, sub, factor, g, _rows(factor))
+        update, row_gain = opt._direction({**group, "decoupled_weight_decay": decoupled}, sub, factor, g, rows(factor))
         sub.pop("step", None)
         state.update({f"factor_{side}_{key}": value for key, value in sub.items()})
         deltas.append((lr * kernel.scale_of(other)) * update)
@@ -184,56 +127,5 @@ def step(opt: Any, group: dict[str, Any], p: Tensor, c: LowRank) -> None:
     state["factor_age"] += 1
     if state["factor_age"] >= due:
         snaps = saturated and bool(torch.as_tensor(decay).max() > 0)
-        _align(state, saturated, factors if snaps else None)
-    _write(state, p)
-
-
-def _write(state: dict[str, Any], p: Tensor) -> None:
-    u, v = _factors(state)
-    p.copy_((u @ v.mT).reshape(p.shape))
-    _probes[u] = _probe(p)
-
-
-def _align(state: dict[str, Any], balance: bool, before: tuple[Tensor, Tensor] | None) -> None:
-    """Turn columns into singular directions; seen from where the last step began, drop those that still shrink to 0."""
-    u, v, turn_u, turn_v = kernel.align(*_factors(state), balance=balance)
-    size = kernel.column_sizes(u, v)
-    dead = size == 0
-    if before is not None:
-        shrinks = size < kernel.column_sizes(before[0] @ turn_u, before[1] @ turn_v)
-        dead |= (size <= SNAP * state["metric_scale"]) & shrinks
-    _move(state, (u, v), turn_v, turn_u)
-    state["factor_age"].zero_()
-    if bool(dead.any()):
-        _keep(state, ~dead)
-
-
-def _move(state: dict[str, Any], new: tuple[Tensor, Tensor], for_u: Tensor, for_v: Tensor) -> None:
-    """Take other factors, and moments along: what V pulled back times ``for_u`` is what the new V would have."""
-    for side, turn, old, now in (("u", for_u, "factor_v", new[1]), ("v", for_v, "factor_u", new[0])):
-        ratio = kernel.scale_of(state[old]) / kernel.scale_of(now)
-        for key, value in _moments(state, side).items():
-            if value.dim() == 2:
-                state[f"factor_{side}_{key}"] = value @ (turn * ratio)
-    state["factor_u"], state["factor_v"] = new
-
-
-def _keep(state: dict[str, Any], live: Tensor) -> None:
-    """Drop all other columns."""
-    eye = torch.eye(len(live), dtype=state["factor_u"].dtype, device=live.device)[:, live]
-    u, v = _factors(state)
-    _move(state, (u[:, live].contiguous(), v[:, live].contiguous()), eye, eye)
-
-
-def align(group: dict[str, Any], state: dict[str, Any], p: Tensor) -> None:
-    """Singular directions as of now, for a budget that is about to choose among them."""
-    if "factor_u" in state and float(state["factor_age"]) > 0 and not group["differentiable"]:
-        _align(state, group["time_scale"] == "saturated", None)
-        _write(state, p)
-
-
-def cut(state: dict[str, Any], p: Tensor, gone: Tensor) -> None:
-    """Drop the directions that are outside the budget."""
-    if "factor_u" in state:
-        _keep(state, ~gone[: state["factor_u"].shape[1]])
-        _write(state, p)
+        turn(state, saturated, factors if snaps else None)
+    write(state, p)
