@@ -131,7 +131,7 @@ def _grid(**axes: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
 
 
 METHODS: dict[str, tuple[Callable[..., nn.Module], tuple[dict[str, Any], ...]]] = {
-    "symopt AdamW": (ours, ({"lr": 3e-3},)),
+    "symopt AdamW": (ours, ({"lr": 5e-3},)),
     "truncated SVD": (truncated, _grid(lr=(1.5e-3, 3e-3, 6e-3), dense=(0.05, 0.1, 0.2, 0.4))),
     "factored": (factored, _grid(lr=(1.5e-3, 3e-3, 6e-3), same_norm=(False, True))),
     "dense": (dense, _grid(lr=(1e-3, 3e-3))),

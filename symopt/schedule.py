@@ -40,8 +40,8 @@ class Plan:
     """Share of training at which the ramp begins."""
 
 
-LOW_RANK = Plan(ramp=0.1, commit=0.12, inside=0.006, outside=0.6)
-"""Directions can be chosen early and want a long training at the final rank (docs/lowrank.md)."""
+LOW_RANK = Plan(begin=0.1, ramp=0.12, commit=0.14, inside=0.006, outside=6.0)
+"""Directions show early, once what is learned stands out of the random start, and want long training at the end."""
 
 
 _RATE = 25.0  # exp(-25 k / N) passes SNAP after 55 % of training: the rest settles what is left with zeros permanent
@@ -58,12 +58,13 @@ class Anneal:
     With ``commit``, structure found by then is final: from that share of training on the strength is 0, so what is zero
     stays zero and what lives trains without shrinkage (no bias, but no longer the optimum of loss + penalty).
 
-    Weights with a budget (``Sparse(density=)``, ``Sparse(pattern=)``, ``GroupSparse(keep=)``) need an Anneal.  Of their
-    units those outside the budget, the smallest, decay quickly, those inside hardly.  The budget tightens by a cubic
-    ramp until 45 % of training; at the ``commit``, for them 60 % if None, what is outside becomes exactly zero, and the
-    rest trains on at the fixed support without any decay.  Until then a zero may come back.  Units are selected anew
-    every 20 steps, exactly.  Under :class:`symopt.SGD`, which has no second moments, strengths are in units of the
-    gradient's root mean square.
+    Weights with a budget (``Sparse(density=)``, ``Sparse(pattern=)``, ``GroupSparse(keep=)``, ``LowRank(rank=)``) need
+    an Anneal.  Of their units those outside the budget, the smallest, decay quickly, those inside hardly.  The budget
+    tightens by a cubic ramp until 45 % of training; at the ``commit``, for them 60 % if None, what is outside becomes
+    exactly zero, and the rest trains on at the fixed support without any decay.  Until then a zero may come back.
+    Units are selected anew every 20 steps, exactly.  For ``LowRank`` the ramp runs from 10 to 12 % of training, the
+    commit is at 14 %, and no direction comes back.  Under :class:`symopt.SGD`, which has no second moments, strengths
+    are in units of the gradient's root mean square.
 
     Before the first step it warns if ``lr * steps * strength`` is too small to bring even the median weight of some
     tensor to zero, and says what would do.  It knows the steps with strength (up to ``commit``) and the largest lr the
