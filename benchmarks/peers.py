@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 import symopt
 from benchmarks.cases import BLOCK, OPTIMIZERS, Case
 
-__all__ = ["PEERS", "Ours", "Peer", "Variant"]
+__all__ = ["PEERS", "Ours", "Peer", "Variant", "load_pat"]
 
 
 class Variant(ABC):
@@ -144,20 +144,20 @@ class Pat(Plain):
         groups = [{"params": self.params, "prox_type": prox, "group_type": grouper}]
         base = make(groups, **case.options, **_fused(case))
         # Its threshold grows by lr * reg_lambda in every step.
-        self.opt = _pat().PruneOptimizer(base, reg_lambda=self.threshold / case.options["lr"])
+        self.opt = load_pat().PruneOptimizer(base, reg_lambda=self.threshold / case.options["lr"])
 
     @classmethod
     def why_not(cls, case: Case) -> str | None:
         if case.constraint not in cls.groupers:
             return "has no grouper for blocks of a matrix"
         try:
-            _pat()
+            load_pat()
         except ImportError as error:
             return f"not installed ({error})"
         return None
 
 
-def _pat() -> Any:
+def load_pat() -> Any:
     # On import torchao logs a warning for every GPU library it cannot load.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from symopt.annotation import Factored
-from symopt.constraints import Constraint
+from symopt.constraints import Constraint, LowRank
 from symopt.constraints.base import check_number
 
 __all__ = ["INITS", "Explicit", "attach", "check_init", "detach", "explicit", "plain_state_dict"]
@@ -129,6 +129,11 @@ def factors_of(constraint: Constraint, weight: Tensor, init: str | float) -> tup
         return constraint.split(weight)
     if init == "imbalanced":
         return constraint.split(weight, constraint.imbalance(weight, 1.0))
+    if isinstance(constraint, LowRank):
+        raise ValueError(
+            f"constrain: init={init!r} draws factors of the weight's own shape, which LowRank's are not; use "
+            "'imbalanced', 'balanced' or a number"
+        )
     balanced = constraint.split(weight)
     gates = balanced[:-1]
     if init == "gates":

@@ -12,9 +12,11 @@ from torch.utils import _pytree as pytree
 
 from symopt.budgets import Member, pools
 from symopt.constrain import bundles, release
+from symopt.constraints import LowRank
 from symopt.constraints.plane import flat
 from symopt.folding.analysis import Opaque, Traced, analyse, same_graph, shapes_of, trace
 from symopt.folding.surgery import carry_out, cut_to, sizes_of
+from symopt.folding.thin import Thin, make_thin, split_layers
 
 __all__ = ["fold", "resize"]
 
@@ -28,18 +30,20 @@ def fold(model: M, example_inputs: Tensor | tuple[Any, ...] | None = None) -> M:
     feature of a linear layer, channel of a convolution) goes that is *constant*, because all its incoming weights or
     its BatchNorm scale are zero, or that *nobody reads*, because all its outgoing weights are zero; with it go its
     bias, BatchNorm channels and the matching inputs of the layers that read it, whose biases take over its constant.
-    What survives keeps its weights bit for bit, exact zeros included. Who reads what is established by a ``torch.fx``
-    trace of ``forward`` through Linear, Conv1d-3d (depthwise too), BatchNorm, activations, pooling, flatten, dropout
-    and identity. Wherever it cannot be established (residual sums, concatenation, layers that are shared, hooked or
-    parametrized, sizes written into ``forward``, ...), for the model's own outputs, and for all layers if ``forward``
-    cannot be traced, shapes are kept.
+    What survives keeps its weights bit for bit, exact zeros included.  A Linear or Conv whose weight
+    :class:`symopt.LowRank` binds becomes a Sequential of two thin layers (a Conv and one of kernel size 1), where these
+    have fewer parameters.  Who reads what is established by a ``torch.fx`` trace of ``forward`` through Linear,
+    Conv1d-3d (depthwise too), BatchNorm, activations, pooling, flatten, dropout and identity.  Wherever it cannot be
+    established (residual sums, concatenation, layers that are shared, hooked or parametrized, sizes written into
+    ``forward``, ...), for the model's own outputs, and for all layers if ``forward`` cannot be traced, shapes are kept.
 
     The original is not touched.  Training mode, ``requires_grad``, dtypes and devices carry over; parameters are new
     objects, so the result needs a new optimizer.  No symopt class remains in it: it can be pickled, exported and
     trained where symopt is not installed.  Its attribute ``fold_config``, a dict fit for JSON, lists under ``"layers"``
     the type and sizes of each layer before and after, under ``"parameters"`` their number, under ``"cut"`` how many
-    nonzero weights of each budget had to go (0 once :class:`symopt.Anneal` has committed), and under ``"kept"`` which
-    layers kept their shape and why; with it :func:`resize` and a ``state_dict`` rebuild the result.
+    nonzero weights (singular values) of each budget had to go (0 once :class:`symopt.Anneal` has committed), under
+    ``"ranks"`` which layers became two of that rank, and under ``"kept"`` which layers kept their shape and why; with
+    it :func:`resize` and a ``state_dict`` rebuild the result.
 
     Args:
         model: any module.
@@ -83,17 +87,22 @@ def fold(model: M, example_inputs: Tensor | tuple[Any, ...] | None = None) -> M:
             f"fold: example_inputs must be a tensor or a tuple of the arguments of forward, got "
             f"{type(example_inputs).__name__}"
         )
-    plain, cut, count = _plain(model)
+    plain, cut, low, count = _plain(model)
     expected = None if example_inputs is None else _expected(plain, example_inputs)
     try:
         small, kept = _smaller(plain, example_inputs)
     except Opaque as why:
         small, kept = plain, [f"model: {why}, nothing removed"]
+    config = _config(model, plain, small, kept, count) | {"cut": cut}
+    if low:
+        config["ranks"], whole = split_layers(small, low)
+        kept += whole
+        config["parameters"]["after"] = sum(p.numel() for p in small.parameters())
     if example_inputs is not None and expected is not None:
         _compare(expected, _outputs(small, example_inputs))
     elif example_inputs is not None:
         kept.append("model: outputs are random even in eval mode, so they were not compared")
-    vars(small)["fold_config"] = _config(model, plain, small, kept, count) | {"cut": cut}
+    vars(small)["fold_config"] = config
     return small
 
 
@@ -131,9 +140,15 @@ def resize(module: M, config: Mapping[str, Any]) -> M:
     modules = dict(module.named_modules())
     for name, entry in config["layers"].items():
         _check_entry(name, entry, modules.get(name))
+    ranks = config.get("ranks", {})
+    for name, rank in ranks.items():
+        if name not in config["layers"] or isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"resize: config['ranks'][{name!r}] must be the rank of one of its layers, got {rank!r}")
     for name, entry in config["layers"].items():
         if entry["before"] != entry["after"]:
             cut_to(modules[name], entry["after"])
+    for name, rank in ranks.items():
+        make_thin(module, name, rank)
     vars(release(module))["fold_config"] = copy.deepcopy(dict(config))
     return module
 
@@ -141,9 +156,12 @@ def resize(module: M, config: Mapping[str, Any]) -> M:
 # -- making the smaller module -----------------------------------------------------------------------------------------
 
 
-def _plain(model: M) -> tuple[M, dict[str, int], int]:
-    """The model without constraints but with their structure exact, how many weights each budget had to cut, and the
-    number of parameters before tied ones were shared."""
+def _plain(model: M) -> tuple[M, dict[str, int], dict[str, Thin], int]:
+    """The model without constraints but with their structure exact, what budgets had to cut, the low-rank weights, and
+    the number of parameters before tied ones were shared.
+
+    A budget of zeros cuts weights, one of ranks singular values; both are counted where they were not zero.
+    """
     plain = copy.deepcopy(model)
     bound = bundles(plain)
     release(plain)
@@ -152,6 +170,8 @@ def _plain(model: M) -> tuple[M, dict[str, int], int]:
         count = sum(p.numel() for p in plain.parameters())
         for names, constraint in bound:
             weights = [plain.get_parameter(name).detach() for name in names]
+            if isinstance(constraint, LowRank) and constraint.rank is not None:
+                cut[names[0]] = max(0, int((constraint.size(weights[0]) > 0).sum()) - constraint.rank)
             folded = constraint.fold(flat(tuple(weights)))
             for w, part in zip(weights, folded.flatten().split([w.numel() for w in weights]), strict=True):
                 w.copy_(part.reshape(w.shape))
@@ -159,13 +179,18 @@ def _plain(model: M) -> tuple[M, dict[str, int], int]:
                 for name in names[1:]:
                     parent, _, child = name.rpartition(".")
                     plain.get_submodule(parent).register_parameter(child, plain.get_parameter(names[0]))
-        single = [(names[0], plain.get_parameter(names[0]).detach(), c) for names, c in bound if c.budget is not None]
+        low: dict[str, Thin] = {names[0]: c.thin for names, c in bound if isinstance(c, LowRank)}
+        single = [
+            (names[0], plain.get_parameter(names[0]).detach(), c)
+            for names, c in bound
+            if c.budget is not None and names[0] not in low
+        ]
         for pool in pools(Member(n, w, c, c.partition(w)) for n, w, c in single):
             for m, outside in zip(pool.members, pool.outside(), strict=True):
                 gone = m.constraint.units(outside, m.w, m.groups)
                 cut[m.name] = int((gone & (m.w != 0)).sum())
                 m.w.masked_fill_(gone, 0.0)
-    return plain, cut, count
+    return plain, cut, low, count
 
 
 def _smaller(plain: M, inputs: tuple[Any, ...] | None) -> tuple[M, list[str]]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from symopt.budgets import Member, pools
-from symopt.constraints import Composed
-from symopt.optim import ConstrainedOptimizer
+from symopt.constraints import Composed, Constraint, LowRank
+from symopt.optim import ConstrainedOptimizer, lowrank
 from symopt.optim.options import is_cut
 from symopt_kernels.reference import math_dtype
 
@@ -36,6 +36,12 @@ class Plan:
     """The imbalance has decayed by ``exp(-plasticity)`` at the commit, which then ends it."""
     every: int = 20
     """Steps between two selections."""
+    begin: float = 0.0
+    """Share of training at which the ramp begins."""
+
+
+LOW_RANK = Plan(begin=0.1, ramp=0.12, commit=0.14, inside=0.006, outside=6.0)
+"""Directions show early, once what is learned stands out of the random start, and want long training at the end."""
 
 
 _RATE = 25.0  # exp(-25 k / N) passes SNAP after 55 % of training: the rest settles what is left with zeros permanent
@@ -52,12 +58,13 @@ class Anneal:
     With ``commit``, structure found by then is final: from that share of training on the strength is 0, so what is zero
     stays zero and what lives trains without shrinkage (no bias, but no longer the optimum of loss + penalty).
 
-    Weights with a budget (``Sparse(density=)``, ``Sparse(pattern=)``, ``GroupSparse(keep=)``) need an Anneal.  Of their
-    units those outside the budget, the smallest, decay quickly, those inside hardly.  The budget tightens by a cubic
-    ramp until 45 % of training; at the ``commit``, for them 60 % if None, what is outside becomes exactly zero, and the
-    rest trains on at the fixed support without any decay.  Until then a zero may come back.  Units are selected anew
-    every 20 steps, exactly.  Under :class:`symopt.SGD`, which has no second moments, strengths are in units of the
-    gradient's root mean square.
+    Weights with a budget (``Sparse(density=)``, ``Sparse(pattern=)``, ``GroupSparse(keep=)``, ``LowRank(rank=)``) need
+    an Anneal.  Of their units those outside the budget, the smallest, decay quickly, those inside hardly.  The budget
+    tightens by a cubic ramp until 45 % of training; at the ``commit``, for them 60 % if None, what is outside becomes
+    exactly zero, and the rest trains on at the fixed support without any decay.  Until then a zero may come back.
+    Units are selected anew every 20 steps, exactly.  For ``LowRank`` the ramp runs from 10 to 12 % of training, the
+    commit is at 14 %, and no direction comes back.  Under :class:`symopt.SGD`, which has no second moments, strengths
+    are in units of the gradient's root mean square.
 
     Before the first step it warns if ``lr * steps * strength`` is too small to bring even the median weight of some
     tensor to zero, and says what would do.  It knows the steps with strength (up to ``commit``) and the largest lr the
@@ -113,7 +120,7 @@ class Anneal:
         self.total_steps = total_steps
         self.commit = commit
         self.last_step = 0
-        self.plan = _plan or Plan()
+        self.plan = _plan
         self._warned: set[int] = set()
         self._dead: set[int] = set()
         self._set()
@@ -129,39 +136,48 @@ class Anneal:
 
     # -- budgets -----------------------------------------------------------------------------------------------------
 
-    @property
-    def _last(self) -> int:
-        """The step after which what is outside a budget is cut."""
-        return max(1, round((self.plan.commit if self.commit is None else self.commit) * self.total_steps))
+    def _plan_of(self, constraint: Constraint) -> tuple[Plan, int]:
+        """The plan of a budget, and the step after which what is outside is cut."""
+        plan = self.plan or (LOW_RANK if isinstance(constraint, LowRank) else Plan())
+        return plan, max(1, round((plan.commit if self.commit is None else self.commit) * self.total_steps))
+
+    def _member(self, p: Tensor, name: str, constraint: Constraint) -> Member:
+        state = self.optimizer.state.get(p, {})
+        if isinstance(constraint, LowRank):
+            return Member(name, lowrank.sizes(state, p, constraint), constraint, None)
+        return Member(name, state.get("master", p.detach()), constraint, self.optimizer.groups(p, constraint))
 
     @torch.no_grad()
     def _impose(self) -> None:
         """Give every weight with a budget its strengths and threshold; from the commit on, cut what is outside."""
-        if self.last_step % self.plan.every and self.last_step not in (1, self._last):
-            return
         held: dict[Member, tuple[dict[str, Any], Tensor]] = {}
         for group, p, name, constraint in self.optimizer.constrained():
-            state = self.optimizer.state.get(p, {})
-            if constraint.budget is not None and not is_cut(state):
-                w = state.get("master", p.detach())
-                held[Member(name, w, constraint, self.optimizer.groups(p, constraint))] = group, p
+            if constraint.budget is None or is_cut(self.optimizer.state.get(p, {})):
+                continue
+            plan, last = self._plan_of(constraint)
+            if self.last_step % plan.every == 0 or self.last_step in (1, last):
+                if isinstance(constraint, LowRank):
+                    lowrank.align(group, self.optimizer.state.get(p, {}), p)
+                held[self._member(p, name, constraint)] = group, p
         for pool in pools(held):
-            if self.last_step >= self._last:
+            plan, last = self._plan_of(pool.members[0].constraint)
+            if self.last_step >= last:
                 for m, outside in zip(pool.members, pool.outside(), strict=True):
                     self._cut(held[m][1], m.constraint.units(outside, m.w, m.groups))
                 continue
-            full = self._last * self.plan.ramp / self.plan.commit
-            left = max(0.0, 1 - self.last_step / full) ** 3
+            first, full = (last * share / plan.commit for share in (plan.begin, plan.ramp))
+            left = min(1.0, max(0.0, 1 - (self.last_step - first) / (full - first))) ** 3
             for m, limit in zip(pool.members, pool.thresholds(pool.at(left)), strict=True):
                 self._trim(*held[m], m, pool.share, limit, left)
 
     def _trim(self, group: dict[str, Any], p: Tensor, m: Member, share: float, limit: float, left: float) -> None:
         unit = self._unit(group, p, m)
         own = group["strength"] if group["strength"] is not None else m.constraint.strength
-        inside = self.plan.inside * math.log(1 / share) if own is None else float(own)
+        plan, last = self._plan_of(m.constraint)
+        inside = plan.inside * math.log(1 / share) if own is None else float(own)
         # A pattern has no threshold that could let its losers go one after the other: their strength grows instead.
-        outside = self.plan.outside * (1 - left if limit == math.inf else 1)
-        keep = math.exp(-self.plan.plasticity / self._last)
+        outside = plan.outside * (1 - left if limit == math.inf else 1)
+        keep = math.exp(-plan.plasticity / last)
         trim = torch.tensor([inside * unit, outside * unit, limit, keep], dtype=torch.float64)
         self._write(p, trim)
 
@@ -181,13 +197,16 @@ class Anneal:
         if grad is None:
             return 0.0
         rms = grad.detach().to(math_dtype(p)).square().mean().sqrt()
-        return float(rms) * math.sqrt(m.w.numel() / m.units)
+        return float(rms) * math.sqrt(p.numel() / m.units)
 
     def _cut(self, p: Tensor, gone: Tensor) -> None:
         state = self.optimizer.state[p]
-        for w in (p, state.get("master")):
-            if w is not None:
-                w.masked_fill_(gone, 0.0)
+        if "factor_u" in state:
+            lowrank.cut(state, p, gone)
+        else:
+            for w in (p, state.get("master")):
+                if w is not None:
+                    w.masked_fill_(gone, 0.0)
         self._write(p, torch.tensor([0.0, 0.0, -1.0, 0.0], dtype=torch.float64))
         if "imbalance" in state:
             state["imbalance"].zero_()
@@ -232,11 +251,12 @@ class Anneal:
             active = self.total_steps if self.commit is None else self.commit * self.total_steps
             budget = constraint.budget is not None
             if budget:  # what leaves the budget last has from the end of the ramp to the commit
-                active = max(1, round(self._last * (1 - self.plan.ramp / self.plan.commit)))
-                unit = self._unit(group, p, Member(name, p.detach(), constraint, self.optimizer.groups(p, constraint)))
+                plan, last = self._plan_of(constraint)
+                active = max(1, round(last * (1 - plan.ramp / plan.commit)))
+                unit = self._unit(group, p, self._member(p, name, constraint))
                 if unit == 0:
                     continue  # SGD before its first gradient
-                rule |= {"decoupled_weight_decay": True, "strength": self.plan.outside * unit}
+                rule |= {"decoupled_weight_decay": True, "strength": plan.outside * unit}
             needed = collapse_steps(self.optimizer, rule, p, constraint)
             if self.optimizer.members(p)[0] is not p:
                 continue  # one warning for all members of a joint constraint

@@ -143,6 +143,13 @@ PLANES = [
     ),
 ]
 
+MATRICES = [
+    ConstraintRow("lowrank", lambda k: symopt.LowRank(k), (6, 5)),
+    ConstraintRow("lowrank-wide", lambda k: symopt.LowRank(k), (4, 9)),
+    ConstraintRow("lowrank-conv", lambda k: symopt.LowRank(k), (5, 2, 3, 2)),
+]
+"""Constraints that see a weight as a matrix; their units are not weights or groups of them (test_lowrank.py)."""
+
 OPTIMIZERS = [
     OptimizerRow("sgd", symopt.SGD, torch.optim.SGD, 0.05),
     OptimizerRow("sgd-momentum", symopt.SGD, torch.optim.SGD, 0.01, {"momentum": 0.9}),

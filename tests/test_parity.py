@@ -660,7 +660,9 @@ def test_differentiable_plain_steps_as_in_torch(row: OptimizerRow) -> None:
     assert hyper[0].abs().min() > 0 and torch.equal(hyper[0], hyper[1])
 
 
-@pytest.mark.parametrize("constraint", [symopt.Sparse(0.3), symopt.GroupSparse("out", 0.3)], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "constraint", [symopt.Sparse(0.3), symopt.GroupSparse("out", 0.3), symopt.LowRank(0.3)], ids=lambda c: c.name
+)
 @optimizers
 def test_differentiable_constrained_steps(row: OptimizerRow, constraint: symopt.Constraint) -> None:
     # A differentiable step is in place on a non-leaf, so the module holds that.  c and metric_scale are constants here:

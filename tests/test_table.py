@@ -10,7 +10,7 @@ from symopt.constraints import CONSTRAINTS as PUBLIC_CONSTRAINTS
 from symopt.optim import OPTIMIZERS as PUBLIC_OPTIMIZERS
 from symopt.optim import ConstrainedOptimizer
 from symopt_kernels import reference
-from table import CONSTRAINTS, OPTIMIZERS, PLANES, tolerance
+from table import CONSTRAINTS, MATRICES, OPTIMIZERS, PLANES, tolerance
 from test_steps import follow
 
 
@@ -21,7 +21,7 @@ def exported(base):
 
 def test_every_constraint_has_a_row():
     assert exported(symopt.Constraint) == set(PUBLIC_CONSTRAINTS)
-    assert {type(row.make(None)) for row in [*CONSTRAINTS, *PLANES]} == set(PUBLIC_CONSTRAINTS)
+    assert {type(row.make(None)) for row in [*CONSTRAINTS, *MATRICES, *PLANES]} == set(PUBLIC_CONSTRAINTS)
 
 
 def test_every_optimizer_has_a_row():
@@ -32,12 +32,12 @@ def test_every_optimizer_has_a_row():
 
 
 def test_rows_have_their_own_names_and_pass_the_strength_on():
-    assert max(Counter(row.id for row in [*CONSTRAINTS, *PLANES, *OPTIMIZERS]).values()) == 1
+    assert max(Counter(row.id for row in [*CONSTRAINTS, *MATRICES, *PLANES, *OPTIMIZERS]).values()) == 1
     for row in PLANES:
         assert row.make(0.25).strength == 0.25 and row.make(None).strength is None and row.make(None).fixed
-    for row in CONSTRAINTS:
+    for row in [*CONSTRAINTS, *MATRICES]:
         assert row.make(0.25).strength == 0.25 and row.make(None).strength is None
-        assert row.make(None).bind("w", torch.zeros(row.shape)) is not None  # fits its shape
+        assert row.make(None).bind("w", torch.ones(row.shape)) is not None  # fits its shape
     assert max(Counter(cls.name for cls in PUBLIC_CONSTRAINTS if not cls.fixed).values()) == 1
 
 

@@ -3,12 +3,13 @@
 from symopt.constraints.base import Constraint
 from symopt.constraints.composed import Composed
 from symopt.constraints.group import GroupSparse
+from symopt.constraints.lowrank import LowRank
 from symopt.constraints.mirror import Mirror
 from symopt.constraints.sparse import Sparse
 from symopt.constraints.ties import Circulant, Equivariant, Symmetric, Tied, ZeroMean
 
 CONSTRAINTS: tuple[type[Constraint], ...] = (
-    *(Sparse, GroupSparse),
+    *(Sparse, GroupSparse, LowRank),
     *(Mirror, Tied, Symmetric, Circulant, Equivariant, ZeroMean),
 )
 """Every public constraint; the tests fail for one without a row in their table."""
@@ -20,6 +21,7 @@ __all__ = [
     "Constraint",
     "Equivariant",
     "GroupSparse",
+    "LowRank",
     "Mirror",
     "Sparse",
     "Symmetric",

@@ -367,7 +367,7 @@ def _permutation(p: Any) -> Tensor | None:
     found: Any = torch.as_tensor(p)
     if found.dim() != 1 or found.is_floating_point() or found.dtype == torch.bool:
         raise TypeError(f"Equivariant: a permutation must be a list or 1-d tensor of integers, got {p!r}")
-    found = found.long().cpu()
-    if not torch.equal(found.sort().values, torch.arange(len(found))):
-        raise ValueError(f"Equivariant: {found.tolist()} is no permutation of 0 ... {len(found) - 1}")
-    return found
+    order: Tensor = found.long().cpu()
+    if not torch.equal(order.sort().values, torch.arange(len(order))):
+        raise ValueError(f"Equivariant: {order.tolist()} is no permutation of 0 ... {len(order) - 1}")
+    return order

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from symopt.folding.rules import IN_PLACE, SIZED, SOURCES, VIEWS, rule_of, rule_of_module
 from symopt.folding.units import Axis, Call, Keep, Layer
 
-__all__ = ["Opaque", "Plan", "Traced", "analyse", "same_graph", "shapes_of", "trace"]
+__all__ = ["Opaque", "Plan", "Traced", "analyse", "obstacles_of", "same_graph", "shapes_of", "trace"]
 
 Traced = tuple[nn.Module, fx.Graph]
 Shapes = dict[fx.Node, tuple[int, ...]]
@@ -169,6 +169,11 @@ def _find_dead(plan: Plan) -> None:
 
 def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
+
+
+def obstacles_of(traced: Traced) -> dict[str, str]:
+    """Why layers of a traced model must stay what they are, by name."""
+    return _obstacles(dict(traced[0].named_modules()), traced[1])
 
 
 def _obstacles(modules: dict[str, nn.Module], graph: fx.Graph) -> dict[str, str]:

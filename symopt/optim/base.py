@@ -16,8 +16,8 @@ from torch import Tensor
 
 from symopt import annotation
 from symopt.backends import BACKENDS, check_backend, choose, why_not
-from symopt.constraints import Constraint
-from symopt.optim import compiled, joint
+from symopt.constraints import Constraint, LowRank
+from symopt.optim import compiled, joint, lowrank
 from symopt.optim.options import DEFAULTS, OWN_STATE, check_group
 from symopt.optim.slot import Slot, gradient
 from symopt.optim.state import ConstrainedState
@@ -318,6 +318,9 @@ class ConstrainedOptimizer(ConstrainedState):
             slot.done()
 
     def _step_reference(self, group: dict[str, Any], held: tuple[Tensor, ...], constraint: Constraint) -> None:
+        if isinstance(constraint, LowRank):
+            lowrank.step(self, group, held[0], constraint)
+            return
         p, dtype = held[0], math_dtype(held[0])
         states = [self._ready(group, p, constraint)] if len(held) == 1 else self._ready_joint(group, held, constraint)
         # Several members are stepped as one flat vector; what belongs to each is written back at the end.

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symopt.constraints import Constraint
+from symopt.constraints import Constraint, LowRank
 from symopt.constraints.plane import flat
-from symopt.optim import compiled, joint
+from symopt.optim import compiled, joint, lowrank
 from symopt.optim.options import DEFAULTS, shared_moment
 from symopt.optim.slot import Slot
 from symopt_kernels.groups import Groups
@@ -61,6 +61,8 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
 
     def _per_weight(self, p: Tensor, constraint: Constraint) -> dict[str, Tensor]:
         """Second moments that a group shares, written out for every weight."""
+        if isinstance(constraint, LowRank):
+            return lowrank.per_weight(self.state[p], p)
         groups = self.groups(p, constraint)
         shared = [k for k in ("exp_avg_sq", "max_exp_avg_sq") if groups is not None and k in self.state[p]]
         members = self.members(p)
@@ -115,7 +117,10 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
         for key in ("exp_avg_sq", "max_exp_avg_sq"):
             if groups is not None and key in state and state[key].shape == p.shape != (groups.count,):
                 state[key] = shared_moment(state[key], groups)
-        self._begin(group, state, state.get("master", p.detach()), self._names[p], constraint, groups)
+        self._begin(group, state, state.get("master", p.detach().to(math_dtype(p))), self._names[p], constraint, groups)
+        if isinstance(constraint, LowRank):
+            lowrank.ready(self, group, state, p, constraint)
+            return state
         if constraint.carries_factors:
             self._ready_factors(state, p, constraint)
         self._init_moments(group, state, p, groups)
@@ -176,7 +181,7 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
                 raise ValueError(
                     f"{name} is zero everywhere, and without imbalance zeros are permanent, so it could "
                     "never train; give the optimizer imbalance > 0 or initialise the weight (at depth > 2 only "
-                    "gauge='free' has an imbalance)"
+                    "gauge='free' has an imbalance, LowRank has none)"
                 )
             state["imbalance"], state["metric_scale"] = c, scale
         if constraint.budget is None:
