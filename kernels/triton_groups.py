@@ -1,0 +1,354 @@
+"""The kernel of groups: see :mod:`symopt_kernels.triton_step`, whose other half this is."""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from symopt_kernels.triton_rules import FIELDS, SNAP, TINY, address, get
+from symopt_kernels.triton_step import (
+    ALIGNED,
+    BEGIN,
+    COUNT,
+    FIRST,
+    GROUPS,
+    PEAK_,
+    ROWS,
+    RUN,
+    SECOND,
+    TOTAL,
+    UNITS,
+    field,
+    finish,
+    load_grad,
+    load_weight,
+    settings,
+    store_weight,
+)
+
+__all__ = ["groups"]
+
+PARTS = tl.constexpr(FIELDS.index("parts"))
+LINES = tl.constexpr(FIELDS.index("lines"))
+LAG = tl.constexpr(FIELDS.index("lag"))
+ROOM = tl.constexpr(FIELDS.index("room"))
+MARKS = tl.constexpr(FIELDS.index("marks"))
+LARGEST = tl.constexpr(3.4028234663852886e38)
+NOISE = tl.constexpr(4e-6)
+
+
+@triton.jit
+def per_group(x, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
+    """Sums of a tile over its rows and over the P columns of each group: (R, C) -> (C // P,)."""
+    columns = tl.sum(x, 0)
+    return columns if P == 1 else tl.sum(tl.reshape(columns, (C // P, P)), 1)
+
+
+@triton.jit
+def per_column(x, C: tl.constexpr, P: tl.constexpr):
+    """A group's value for each of its columns: (C // P,) -> (1, C)."""
+    if P == 1:
+        return tl.expand_dims(x, 0)
+    else:
+        wide = tl.broadcast_to(tl.expand_dims(x, 1), (C // P, P))
+        return tl.expand_dims(tl.reshape(wide, (C,)), 0)
+
+
+@triton.jit
+def place(table, entry, unit, line, DTYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
+    """Where a line of a unit lies, which of it exists, and whether all of it does, at aligned addresses."""
+    rows, groups, run = field(table, entry, ROWS), field(table, entry, GROUPS), field(table, entry, RUN)
+    G: tl.constexpr = C // P
+    per_band = (groups + G - 1) // G
+    band, group = unit // per_band, (unit % per_band) * G
+    chunks = (run + P - 1) // P
+    row, member = (line // chunks) * R, (line % chunks) * P
+    fits = (row + R <= rows) & (group + G <= groups) & (member + P <= run)
+    full = fits & (field(table, entry, ALIGNED) != 0)
+    pitch = groups * run
+    base = (band * rows + row) * pitch + group * run + member
+    column = tl.arange(0, C)
+    down = tl.arange(0, R)
+    mine, inner = column // P, column % P
+    mask = (row + down < rows)[:, None] & ((group + mine < groups) & (member + inner < run))[None, :]
+    return base, pitch, run, full, mask
+
+
+@triton.jit
+def offsets(
+    base, pitch, run, DTYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
+    wide: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    column = tl.arange(0, C)
+    if FULL:
+        base, pitch = tl.multiple_of(base, wide), tl.multiple_of(pitch, wide)
+        run = tl.multiple_of(run, 1 if P == 1 else wide)
+    if P == 1 or P == C:
+        across = column.to(tl.int64)
+    else:
+        across = (column // P) * run + column % P
+    return base + (tl.arange(0, R) * pitch)[:, None] + across[None, :]
+
+
+@triton.jit
+def total_up(
+    table, live, entry, at, mask, numbers, factor,
+    LEAD: tl.constexpr, DTYPE: tl.constexpr, MASTER: tl.constexpr, ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Advance the moments of a line; return weight, update (up to a factor per group) and their four sums."""
+    w = load_weight(table, entry, at, mask, DTYPE, MASTER, FULL)
+    g = load_grad(table, live, entry, at, mask, w, factor, 0.0, DTYPE, False, FULL)
+    u = LEAD(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, FULL)
+    uu, uw, ww = per_group(u * u, R, C, P), per_group(u * w, R, C, P), per_group(w * w, R, C, P)
+    gg = per_group(g * g, R, C, P) if ADAPTIVE else uu
+    return w, u, gg, uu, uw, ww
+
+
+@triton.jit
+def move(
+    table, entry, at, mask, w, u, keep, shift, seed, number,
+    DTYPE: tl.constexpr, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """``w' = keep w - shift u``; returns how many weights are zero now."""
+    new = per_column(keep, C, P) * w - per_column(shift, C, P) * u + 0.0
+    stored = store_weight(table, entry, at, mask, new, seed, number + at, DTYPE, MASTER, STOCHASTIC, FULL)
+    gone = stored == 0 if FULL else (stored == 0) & mask
+    return tl.sum(tl.sum(gone.to(tl.float32), 1), 0)
+
+
+@triton.jit
+def recall(
+    table, live, entry, at, mask, numbers, factor,
+    DTYPE: tl.constexpr, MASTER: tl.constexpr, ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """Weight and update of a line whose moments have been advanced before."""
+    w = load_weight(table, entry, at, mask, DTYPE, MASTER, FULL)
+    if ADAPTIVE or MOMENTUM:
+        u = get(address(table, entry, FIRST, tl.float32, FULL), at, mask, FULL)
+        if NESTEROV:
+            u = load_grad(table, live, entry, at, mask, w, factor, 0.0, DTYPE, False, FULL) + numbers[0] * u
+    else:
+        u = load_grad(table, live, entry, at, mask, w, factor, 0.0, DTYPE, False, FULL)
+    return w, u
+
+
+@triton.jit
+def decide(
+    table, entry, unit, numbers, law, gg, uu, uw, ww,
+    PEAK: tl.constexpr, ADAPTIVE: tl.constexpr, TRIMMED: tl.constexpr, COUPLED: tl.constexpr,
+    SATURATED: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """The steps of a unit's groups from their four sums: a shared second moment, then ``reference.group``."""
+    rows, groups, run = field(table, entry, ROWS), field(table, entry, GROUPS), field(table, entry, RUN)
+    per_band = (groups + G - 1) // G
+    group = (unit % per_band) * G + tl.arange(0, G)
+    mask = group < groups
+    at = (unit // per_band) * groups + group
+    size = (rows * run).to(tl.float32)
+    lr, gain = law[0], 1.0
+    if ADAPTIVE:
+        second = address(table, entry, SECOND, tl.float32, False)
+        v = numbers[4] * tl.load(second + at, mask=mask, other=0.0) + numbers[5] * (gg / size)
+        tl.store(second + at, v, mask=mask)
+        if PEAK:
+            peak = address(table, entry, PEAK_, tl.float32, False)
+            v = tl.maximum(v, tl.load(peak + at, mask=mask, other=0.0), propagate_nan=tl.PropagateNan.ALL)
+            tl.store(peak + at, v, mask=mask)
+        p = 1 / (tl.sqrt(v * numbers[8]) + numbers[6])
+        lr = lr * (p * numbers[7])
+        gain = p if COUPLED else tl.sqrt(size)
+    if TRIMMED:
+        outer = tl.sqrt(ww) <= law[3]
+        decay = tl.where(outer, law[2], law[1]) * gain
+        snaps = outer | (law[3] < 0)
+    else:
+        decay = law[1] * gain + tl.zeros_like(ww)
+        snaps = ww >= 0
+    c, scale = law[4], law[5]
+    metric, pull = tl.sqrt(c * c + 4 * ww), lr * tl.sqrt(uu)
+    if SATURATED:
+        t = 1 / tl.maximum(metric, tl.maximum(scale, decay + pull))
+    else:
+        t = 1 / tl.maximum(decay, 1.0)
+    gate_sq, rho = (c + metric) / 2, 1 - t * decay
+    shared = rho - t * lr * uw / tl.maximum(gate_sq, TINY)
+    keep, shift = shared * rho, shared * gate_sq * (t * lr)
+    # A group must not snap because two large terms cancel to within their rounding.
+    terms = keep * keep * ww + shift * shift * uu
+    far = tl.sqrt(tl.maximum(terms - 2 * keep * shift * uw, NOISE * terms, propagate_nan=tl.PropagateNan.ALL))
+    snapped = (far <= SNAP * scale) & (pull < decay) & snaps
+    far = tl.where((far <= LARGEST) & (snapped == 0) & mask, far, 0.0)
+    keep, shift = tl.where(snapped, 0.0, keep), tl.where(snapped, 0.0, shift)
+    return keep, shift, tl.sum(far, 0), tl.sum(far * far, 0)
+
+
+@triton.jit(do_not_specialize=["seed", "programs"])
+def groups(
+    table, live, owners, arrived, partial, zeros, lr_at, found_inf, grad_scale, ticket, room, marks,
+    lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, imbalance_decay,
+    seed, programs,
+    LEAD: tl.constexpr, DTYPE: tl.constexpr, MASTER: tl.constexpr, PEAK: tl.constexpr,
+    ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
+    TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, STOCHASTIC: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    if found_inf is not None:
+        if tl.load(found_inf) != 0:
+            return
+    G: tl.constexpr = C // P
+    program = tl.atomic_add(ticket, 1)
+    if program == programs - 1:
+        tl.store(ticket, 0)
+    entry = tl.load(owners + program)
+    numbers, law, factor = settings(
+        table, live, entry, lr_at, grad_scale,
+        lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, 0.0, imbalance_decay,
+        ADAPTIVE, MOMENTUM, True, False, MAXIMIZE, TRIMMED,
+    )  # fmt: skip
+    task = program - field(table, entry, BEGIN)
+    units, parts, lines = field(table, entry, UNITS), field(table, entry, PARTS), field(table, entry, LINES)
+    # Units are moved `lag` units after they are summed: sum 0 ... sum lag-1, move 0, sum lag, move 1, ...
+    turn, part = task // parts, task % parts
+    lag = field(table, entry, LAG)
+    split = parts > 1
+    later = turn - lag
+    even, last = later % 2 == 0, turn >= 2 * units - lag
+    moves = split & (later >= 0) & (even | last)
+    unit = tl.where(later < 0, turn, tl.where(last, turn - units, tl.where(even, later // 2, lag + later // 2)))
+    unit = tl.where(split, unit, task)
+    per_part = (lines + parts - 1) // parts
+    begin = tl.where(split, part * per_part, 0)
+    end = tl.minimum(begin + per_part, lines)
+    aligned = tl.load(live + 3 * entry) % 16 == 0
+    lane = tl.arange(0, G)
+    mark = marks + field(table, entry, MARKS) + unit
+    sums_at = room + field(table, entry, ROOM) + unit * (parts * 4 + 2) * G
+    keep, shift = tl.zeros((G,), tl.float32), tl.zeros((G,), tl.float32)
+    size, square, gone = 0.0, 0.0, 0.0
+    number = entry.to(tl.int64) << 36
+
+    if lines == 1:  # everything stays in registers
+        base, pitch, run, full, mask = place(table, entry, unit, 0, DTYPE, R, C, P)
+        if full & aligned:
+            at = offsets(base, pitch, run, DTYPE, R, C, P, True)
+            w, u, gg, uu, uw, ww = total_up(
+                table, live, entry, at, mask, numbers, factor, LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV,
+                R, C, P, True,
+            )  # fmt: skip
+            keep, shift, size, square = decide(
+                table, entry, unit, numbers, law, gg, uu, uw, ww, PEAK, ADAPTIVE, TRIMMED, COUPLED, SATURATED, G
+            )
+            gone = move(
+                table, entry, at, mask, w, u, keep, shift, seed, number, DTYPE, MASTER, STOCHASTIC, R, C, P, True
+            )
+        else:
+            at = offsets(base, pitch, run, DTYPE, R, C, P, False)
+            w, u, gg, uu, uw, ww = total_up(
+                table, live, entry, at, mask, numbers, factor, LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV,
+                R, C, P, False,
+            )  # fmt: skip
+            keep, shift, size, square = decide(
+                table, entry, unit, numbers, law, gg, uu, uw, ww, PEAK, ADAPTIVE, TRIMMED, COUPLED, SATURATED, G
+            )
+            gone = move(
+                table, entry, at, mask, w, u, keep, shift, seed, number, DTYPE, MASTER, STOCHASTIC, R, C, P, False
+            )
+    else:
+        if moves == 0:
+            gg, uu = tl.zeros((G,), tl.float32), tl.zeros((G,), tl.float32)
+            uw, ww = tl.zeros((G,), tl.float32), tl.zeros((G,), tl.float32)
+            for line in range(begin, end):
+                base, pitch, run, full, mask = place(table, entry, unit, line, DTYPE, R, C, P)
+                if full & aligned:
+                    at = offsets(base, pitch, run, DTYPE, R, C, P, True)
+                    _, _, a, b, c, d = total_up(
+                        table, live, entry, at, mask, numbers, factor, LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM,
+                        NESTEROV, R, C, P, True,
+                    )  # fmt: skip
+                else:
+                    at = offsets(base, pitch, run, DTYPE, R, C, P, False)
+                    _, _, a, b, c, d = total_up(
+                        table, live, entry, at, mask, numbers, factor, LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM,
+                        NESTEROV, R, C, P, False,
+                    )  # fmt: skip
+                gg, uu, uw, ww = gg + a, uu + b, uw + c, ww + d
+            last_sum = split == 0
+            if split:
+                own = sums_at + part * 4 * G + lane
+                tl.store(own, gg)
+                tl.store(own + G, uu)
+                tl.store(own + 2 * G, uw)
+                tl.store(own + 3 * G, ww)
+                tl.debug_barrier()
+                last_sum = tl.atomic_add(mark, 1, sem="acq_rel") == parts - 1
+                tl.debug_barrier()
+                if last_sum:  # in the order of the parts, whoever comes last
+                    gg, uu = tl.zeros((G,), tl.float32), tl.zeros((G,), tl.float32)
+                    uw, ww = tl.zeros((G,), tl.float32), tl.zeros((G,), tl.float32)
+                    for i in range(0, parts):
+                        one = sums_at + i * 4 * G + lane
+                        gg += tl.load(one, cache_modifier=".cg")
+                        uu += tl.load(one + G, cache_modifier=".cg")
+                        uw += tl.load(one + 2 * G, cache_modifier=".cg")
+                        ww += tl.load(one + 3 * G, cache_modifier=".cg")
+            if last_sum:
+                keep, shift, size, square = decide(
+                    table, entry, unit, numbers, law, gg, uu, uw, ww, PEAK, ADAPTIVE, TRIMMED, COUPLED, SATURATED, G
+                )
+                if split:
+                    decided = sums_at + parts * 4 * G + lane
+                    tl.store(decided, keep)
+                    tl.store(decided + G, shift)
+                    tl.debug_barrier()
+                    tl.atomic_add(mark, 1, sem="release")
+        if (moves != 0) | (split == 0):
+            if split:
+                while tl.load(mark, volatile=True) <= parts:
+                    pass
+                tl.atomic_add(mark, 0, sem="acquire")
+                decided = sums_at + parts * 4 * G + lane
+                keep = tl.load(decided, cache_modifier=".cg")
+                shift = tl.load(decided + G, cache_modifier=".cg")
+            tl.debug_barrier()  # moments written by other threads of this program
+            for line in range(begin, end):
+                base, pitch, run, full, mask = place(table, entry, unit, line, DTYPE, R, C, P)
+                if full & aligned:
+                    at = offsets(base, pitch, run, DTYPE, R, C, P, True)
+                    w, u = recall(
+                        table, live, entry, at, mask, numbers, factor, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, True
+                    )
+                    gone += move(
+                        table, entry, at, mask, w, u, keep, shift, seed, number, DTYPE, MASTER, STOCHASTIC, R, C, P, True
+                    )
+                else:
+                    at = offsets(base, pitch, run, DTYPE, R, C, P, False)
+                    w, u = recall(
+                        table, live, entry, at, mask, numbers, factor, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, False
+                    )
+                    gone += move(
+                        table, entry, at, mask, w, u, keep, shift, seed, number, DTYPE, MASTER, STOCHASTIC, R, C, P, False
+                    )
+            if split:
+                tl.debug_barrier()
+                if tl.atomic_add(mark, 1, sem="acq_rel") == 2 * parts:
+                    tl.store(mark, 0)
+
+    tl.store(partial + program, size)
+    tl.store(partial + programs + program, square)
+    tl.store(partial + 2 * programs + program, gone)
+    tl.debug_barrier()
+    before = tl.atomic_add(arrived + entry, 1, sem="acq_rel")
+    if before == field(table, entry, COUNT) - 1:
+        tl.debug_barrier()
+        gain = 1.0
+        if ADAPTIVE and not COUPLED:
+            gain = tl.sqrt((field(table, entry, ROWS) * field(table, entry, RUN)).to(tl.float32))
+        finish(
+            table, entry, partial, zeros, arrived, law, numbers, programs, field(table, entry, TOTAL), gain,
+            True, COUPLED, PEAK, ADAPTIVE, MOMENTUM, True, SATURATED,
+        )  # fmt: skip

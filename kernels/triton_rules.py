@@ -1,0 +1,255 @@
+"""Directions and retractions as Triton device functions; names and formulas are ``reference``'s.
+
+``triton_step`` holds the kernels that are specialised by these functions: each is passed as a ``constexpr``, so that m
+directions and n retractions are m + n functions and a launch contains neither a branch nor a call for them.  All of
+them compute in fp32.  ``sqrt`` and ``/`` compile to the inlined instructions ``sqrt.approx`` and ``div.full`` (1 and 2
+ulp): the correctly rounded ones call a subroutine for denormals.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["FIELDS", "adam", "adam_lead", "nm", "plain", "sgd", "sgd_lead", "sparse", "sparse_deep", "sparse_free"]
+
+FIELDS = (
+    *("weight", "master", "first", "second", "peak", "factor_0", "factor_1", "imbalance", "metric_scale", "step"),
+    *("trim", "seen", "numel", "rows", "groups", "run", "keep", "aligned", "begin", "count"),
+    *("total", "units", "parts", "lines", "lag", "room", "marks"),
+)
+"""Columns of the table of tensors, all int64: addresses, the shape of its groups as ``native.layout`` has it, and how
+programs share the work: ``count`` of them from ``begin`` on; ``total`` groups in ``units`` tiles of ``lines`` blocks,
+each cut into ``parts``; ``room`` and ``marks`` are where their partial sums and counters lie."""
+
+WIDTH = tl.constexpr(len(FIELDS))
+FIRST = tl.constexpr(FIELDS.index("first"))
+SECOND = tl.constexpr(FIELDS.index("second"))
+PEAK_ = tl.constexpr(FIELDS.index("peak"))
+FACTOR_0 = tl.constexpr(FIELDS.index("factor_0"))
+FACTOR_1 = tl.constexpr(FIELDS.index("factor_1"))
+KEEP = tl.constexpr(FIELDS.index("keep"))
+SNAP = tl.constexpr(1e-6)
+TINY = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def address(table, entry, field: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to a tensor of a row of the table.  The hint must follow the cast: before it, it is lost."""
+    p = tl.load(table + entry * WIDTH + field).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(p, 16) if ALIGNED else p
+
+
+@triton.jit
+def get(p, at, mask, FULL: tl.constexpr):
+    return (tl.load(p + at) if FULL else tl.load(p + at, mask=mask, other=0.0)).to(tl.float32)
+
+
+@triton.jit
+def put(p, at, x, mask, FULL: tl.constexpr):
+    if FULL:
+        tl.store(p + at, x)
+    else:
+        tl.store(p + at, x, mask=mask)
+
+
+# ---------------------------------------------------------------------------------------------------- directions
+# Load, advance and store the moments; return the update and what multiplies the strength.
+# numbers: momentum, 1 - dampening, whether the buffer is new; 1 - beta1, beta2, 1 - beta2, eps, 1 / bias corrections.
+
+
+@triton.jit
+def sgd(
+    table, entry, at, mask, g, numbers,
+    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, PEAK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    return sgd_lead(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, FULL), 1.0
+
+
+@triton.jit
+def sgd_lead(
+    table, entry, at, mask, g, numbers, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
+    update = g
+    if MOMENTUM:
+        buffer = address(table, entry, FIRST, tl.float32, FULL)
+        b = get(buffer, at, mask, FULL)
+        b = tl.where(numbers[2] != 0, g, numbers[0] * b + numbers[1] * g)
+        put(buffer, at, b, mask, FULL)
+        update = g + numbers[0] * b if NESTEROV else b
+    return update
+
+
+@triton.jit
+def adam(
+    table, entry, at, mask, g, numbers,
+    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, PEAK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    m = adam_lead(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, FULL)
+    second = address(table, entry, SECOND, tl.float32, FULL)
+    v = numbers[4] * get(second, at, mask, FULL) + numbers[5] * (g * g)
+    put(second, at, v, mask, FULL)
+    if PEAK:
+        peak = address(table, entry, PEAK_, tl.float32, FULL)
+        v = tl.maximum(v, get(peak, at, mask, FULL), propagate_nan=tl.PropagateNan.ALL)
+        put(peak, at, v, mask, FULL)
+    gain = 1 / (tl.sqrt(v * numbers[8]) + numbers[6])
+    return gain * (m * numbers[7]), gain
+
+
+@triton.jit
+def adam_lead(
+    table, entry, at, mask, g, numbers, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
+    exp_avg = address(table, entry, FIRST, tl.float32, FULL)
+    m = get(exp_avg, at, mask, FULL)
+    m = m + numbers[3] * (g - m)
+    put(exp_avg, at, m, mask, FULL)
+    return m
+
+
+# --------------------------------------------------------------------------------------------------- retractions
+# law: lr, lr * strength inside and outside the budget, threshold, imbalance, metric_scale, imbalance_decay.
+
+
+@triton.jit
+def decays(w, gain, law, TRIMMED: tl.constexpr, COUPLED: tl.constexpr):
+    """``decay`` of every weight, and whether it may become exactly zero."""
+    outer = tl.abs(w) <= law[3]
+    decay = tl.where(outer, law[2], law[1]) if TRIMMED else law[1] + tl.zeros_like(w)
+    snaps = outer | (law[3] < 0) if TRIMMED else outer | True
+    return decay * gain if COUPLED else decay, snaps
+
+
+@triton.jit
+def time_scale(metric, pull, decay, scale, SATURATED: tl.constexpr):
+    if SATURATED:
+        return 1 / tl.maximum(metric, tl.maximum(scale, decay + pull))
+    else:
+        return 1 / tl.maximum(decay, 1.0)
+
+
+@triton.jit
+def plain(
+    table, entry, at, mask, w, update, gain, law, DTYPE: tl.constexpr,
+    TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, DEPTH: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    return (1 - law[1]) * w - law[0] * update
+
+
+@triton.jit
+def pair(w, delta, decay, snaps, law, SATURATED: tl.constexpr):
+    """``reference.sparse``."""
+    pull = tl.abs(delta)
+    metric = tl.sqrt(law[4] * law[4] + (w + w) * (w + w))
+    t = time_scale(metric, pull, decay, law[5], SATURATED)
+    attracted = (pull < decay) & snaps
+    delta = t * delta
+    rho = 1 - t * decay
+    new = (rho * rho + delta * delta) * w - rho * delta * metric
+    return tl.where((tl.abs(new) <= SNAP * law[5]) & attracted, 0.0, new)
+
+
+@triton.jit
+def sparse(
+    table, entry, at, mask, w, update, gain, law, DTYPE: tl.constexpr,
+    TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, DEPTH: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    decay, snaps = decays(w, gain, law, TRIMMED, COUPLED)
+    return pair(w, law[0] * update, decay, snaps, law, SATURATED)
+
+
+@triton.jit
+def nm(
+    table, entry, at, mask, w, update, gain, law, DTYPE: tl.constexpr,
+    TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, DEPTH: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """:func:`sparse` with all but the ``keep`` largest of every DEPTH neighbours outside; of equals the first stay."""
+    keep = tl.load(table + entry * WIDTH + KEEP)
+    size = tl.reshape(tl.abs(w), (w.shape[0] // DEPTH, DEPTH))
+    place = tl.arange(0, DEPTH)
+    mine, other = tl.expand_dims(size, 2), tl.expand_dims(size, 1)
+    earlier = (place[None, :] < place[:, None])[None, :, :]
+    ahead = tl.sum(((other > mine) | ((other == mine) & earlier)).to(tl.int32), 2)
+    chosen = law[3] >= 0
+    outer = (tl.reshape(ahead, (w.shape[0],)) >= keep) & chosen
+    decay = tl.where(outer, law[2], law[1])
+    return pair(w, law[0] * update, decay, outer | (law[3] < 0), law, SATURATED)
+
+
+@triton.jit
+def power(x, N: tl.constexpr):
+    """``x**N`` for a whole number N >= 0."""
+    y = tl.zeros_like(x) + 1.0
+    for _ in tl.static_range(N):
+        y = y * x
+    return y
+
+
+@triton.jit
+def weight_scale(scale, DEPTH: tl.constexpr):
+    """``reference.weight_scale``."""
+    return 2 * tl.exp2(tl.log2(scale / DEPTH) * (DEPTH / (2 * (DEPTH - 1))))
+
+
+@triton.jit
+def sparse_deep(
+    table, entry, at, mask, w, update, gain, law, DTYPE: tl.constexpr,
+    TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, DEPTH: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """``reference.sparse_deep``.  Near a zero the root is 0 in the product with ``w`` whatever its rounding."""
+    decay, snaps = decays(w, gain, law, TRIMMED, COUPLED)
+    delta = law[0] * update
+    a = tl.exp2(tl.log2(tl.maximum(tl.abs(w), TINY)) * (1 / DEPTH))
+    lever = power(a, DEPTH - 2)
+    pull = tl.abs(delta) * lever
+    t = time_scale(DEPTH * power(a, 2 * (DEPTH - 1)), pull, decay, law[5], SATURATED)
+    attracted = (pull < decay) & snaps
+    sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, 0.0))
+    rest = 1 - t * decay - sign * (t * delta) * lever
+    new = w * power(tl.maximum(rest, 0.0, propagate_nan=tl.PropagateNan.ALL), DEPTH) + 0 * delta
+    return tl.where((tl.abs(new) <= SNAP * weight_scale(law[5], DEPTH)) & attracted, 0.0, new)
+
+
+@triton.jit
+def sparse_free(
+    table, entry, at, mask, w, update, gain, law, DTYPE: tl.constexpr,
+    TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, DEPTH: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """``reference.sparse_free`` at depth 2 on stored factors, split anew where somebody changed the weight."""
+    places = address(table, entry, FACTOR_0, tl.float32, FULL), address(table, entry, FACTOR_1, tl.float32, FULL)
+    a, b = get(places[0], at, mask, FULL), get(places[1], at, mask, FULL)
+    c = law[4]
+    stale = (a * b).to(DTYPE).to(tl.float32) != w
+    heavy = tl.sqrt((c + tl.sqrt(c * c + 4 * w * w)) / 2)
+    a = tl.where(stale, heavy, a)
+    b = tl.where(stale, tl.where(heavy > 0, w / tl.maximum(heavy, TINY), 0.0), b)
+    stored_a, stored_b = a, b
+    if law[6] >= 0:  # a**2 - b**2 times the given factor, at the same product
+        product, gap = tl.abs(a * b), law[6] * ((a - b) * (a + b))
+        high = tl.sqrt((tl.abs(gap) + tl.sqrt(gap * gap + 4 * product * product)) / 2)
+        low = tl.where(high > 0, product / tl.maximum(high, TINY), 0.0)
+        new_a, new_b = tl.where(gap >= 0, high, low), tl.where(gap >= 0, low, high)
+        a, b = tl.where(a < 0, -new_a, new_a), tl.where(b < 0, -new_b, new_b)
+    decay, snaps = decays(w, gain, law, TRIMMED, COUPLED)
+    delta = law[0] * update
+    pull = tl.abs(delta)
+    t = time_scale(a * a + b * b, pull, decay, law[5], SATURATED)
+    attracted = (pull < decay) & snaps
+    delta = t * delta
+    rho = 1 - t * decay
+    u, v = rho * a - delta * b, rho * b - delta * a
+    new = u * v
+    # A product rounds, so where no factor moved nothing is written: a step with lr 0 changes no bit.
+    still = (u == a) & (v == b)
+    u, v, new = tl.where(still, stored_a, u), tl.where(still, stored_b, v), tl.where(still, w, new)
+    if SATURATED:
+        snapped = (tl.abs(new) <= SNAP * law[5]) & attracted
+        light = tl.abs(u) <= tl.abs(v)
+        u, v = tl.where(snapped & light, 0.0, u), tl.where(snapped & (light == 0), 0.0, v)
+        new = tl.where(snapped, 0.0, new)
+    put(places[0], at, u, mask, FULL)
+    put(places[1], at, v, mask, FULL)
+    return new
