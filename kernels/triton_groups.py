@@ -9,7 +9,6 @@ import triton.language as tl
 
 from symopt_kernels.triton_rules import FIELDS, SNAP, TINY, address, get
 from symopt_kernels.triton_step import (
-    ALIGNED,
     BEGIN,
     COUNT,
     FIRST,
@@ -18,12 +17,12 @@ from symopt_kernels.triton_step import (
     ROWS,
     RUN,
     SECOND,
-    TOTAL,
     UNITS,
     field,
     finish,
     load_grad,
     load_weight,
+    narrow,
     settings,
     store_weight,
 )
@@ -57,51 +56,42 @@ def per_column(x, C: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def place(table, entry, unit, line, DTYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
-    """Where a line of a unit lies, which of it exists, and whether all of it does, at aligned addresses."""
-    rows, groups, run = field(table, entry, ROWS), field(table, entry, GROUPS), field(table, entry, RUN)
-    G: tl.constexpr = C // P
-    per_band = (groups + G - 1) // G
-    band, group = unit // per_band, (unit % per_band) * G
-    chunks = (run + P - 1) // P
-    row, member = (line // chunks) * R, (line % chunks) * P
-    fits = (row + R <= rows) & (group + G <= groups) & (member + P <= run)
-    full = fits & (field(table, entry, ALIGNED) != 0)
-    pitch = groups * run
-    base = (band * rows + row) * pitch + group * run + member
-    column = tl.arange(0, C)
-    down = tl.arange(0, R)
-    mine, inner = column // P, column % P
-    mask = (row + down < rows)[:, None] & ((group + mine < groups) & (member + inner < run))[None, :]
-    return base, pitch, run, full, mask
-
-
-@triton.jit
-def offsets(
-    base, pitch, run, DTYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, FULL: tl.constexpr
+def place(
+    table, entry, unit, line, DTYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    wide: tl.constexpr = 128 // DTYPE.primitive_bitwidth
-    column = tl.arange(0, C)
-    if FULL:
-        base, pitch = tl.multiple_of(base, wide), tl.multiple_of(pitch, wide)
-        run = tl.multiple_of(run, 1 if P == 1 else wide)
-    if P == 1 or P == C:
-        across = column.to(tl.int64)
-    else:
-        across = (column // P) * run + column % P
-    return base + (tl.arange(0, R) * pitch)[:, None] + across[None, :]
+    """Offsets of a line of a unit, and which of them exist."""
+    rows, groups, run = narrow(table, entry, ROWS), narrow(table, entry, GROUPS), narrow(table, entry, RUN)
+    G: tl.constexpr = C // P
+    per_band = tl.cdiv(groups, G)
+    band, group = unit // per_band, (unit % per_band) * G
+    chunks = tl.cdiv(run, P)
+    row, member = (line // chunks) * R, (line % chunks) * P
+    if ALIGNED:  # the compiler sees what the host has checked; hints would be lost where functions are inlined
+        wide: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+        if P == 1:
+            groups = groups // wide * wide
+        else:
+            run = run // wide * wide
+    column, down = tl.arange(0, C), row + tl.arange(0, R)
+    mine, inner = group + column // P, member + column % P
+    mask = (down < rows)[:, None] & ((mine < groups) & (inner < run))[None, :]
+    pitch = groups.to(tl.int64) * run
+    across = mine if P == 1 else (group.to(tl.int64) + column // P) * run + inner
+    at = (band.to(tl.int64) * rows + down)[:, None] * pitch + across[None, :]
+    return at, mask
 
 
 @triton.jit
 def total_up(
     table, live, entry, at, mask, numbers, factor,
     LEAD: tl.constexpr, DTYPE: tl.constexpr, MASTER: tl.constexpr, ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr,
-    NESTEROV: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, FULL: tl.constexpr,
+    NESTEROV: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Advance the moments of a line; return weight, update (up to a factor per group) and their four sums."""
-    w = load_weight(table, entry, at, mask, DTYPE, MASTER, FULL)
-    g = load_grad(table, live, entry, at, mask, w, factor, 0.0, DTYPE, False, FULL)
-    u = LEAD(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, FULL)
+    w = load_weight(table, entry, at, mask, DTYPE, MASTER, ALIGNED)
+    g = load_grad(table, live, entry, at, mask, w, factor, 0.0, DTYPE, False, ALIGNED)
+    u = LEAD(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, ALIGNED)
     uu, uw, ww = per_group(u * u, R, C, P), per_group(u * w, R, C, P), per_group(w * w, R, C, P)
     gg = per_group(g * g, R, C, P) if ADAPTIVE else uu
     return w, u, gg, uu, uw, ww
@@ -111,12 +101,12 @@ def total_up(
 def move(
     table, entry, at, mask, w, u, keep, shift, seed, number,
     DTYPE: tl.constexpr, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, FULL: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """``w' = keep w - shift u``; returns how many weights are zero now."""
     new = per_column(keep, C, P) * w - per_column(shift, C, P) * u + 0.0
-    stored = store_weight(table, entry, at, mask, new, seed, number + at, DTYPE, MASTER, STOCHASTIC, FULL)
-    gone = stored == 0 if FULL else (stored == 0) & mask
+    stored = store_weight(table, entry, at, mask, new, seed, number + at, DTYPE, MASTER, STOCHASTIC, ALIGNED)
+    gone = (stored == 0) & mask
     return tl.sum(tl.sum(gone.to(tl.float32), 1), 0)
 
 
@@ -124,16 +114,16 @@ def move(
 def recall(
     table, live, entry, at, mask, numbers, factor,
     DTYPE: tl.constexpr, MASTER: tl.constexpr, ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    FULL: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Weight and update of a line whose moments have been advanced before."""
-    w = load_weight(table, entry, at, mask, DTYPE, MASTER, FULL)
+    w = load_weight(table, entry, at, mask, DTYPE, MASTER, ALIGNED)
     if ADAPTIVE or MOMENTUM:
-        u = get(address(table, entry, FIRST, tl.float32, FULL), at, mask, FULL)
+        u = get(address(table, entry, FIRST, tl.float32, ALIGNED), at, mask)
         if NESTEROV:
-            u = load_grad(table, live, entry, at, mask, w, factor, 0.0, DTYPE, False, FULL) + numbers[0] * u
+            u = load_grad(table, live, entry, at, mask, w, factor, 0.0, DTYPE, False, ALIGNED) + numbers[0] * u
     else:
-        u = load_grad(table, live, entry, at, mask, w, factor, 0.0, DTYPE, False, FULL)
+        u = load_grad(table, live, entry, at, mask, w, factor, 0.0, DTYPE, False, ALIGNED)
     return w, u
 
 
@@ -144,12 +134,12 @@ def decide(
     SATURATED: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """The steps of a unit's groups from their four sums: a shared second moment, then ``reference.group``."""
-    rows, groups, run = field(table, entry, ROWS), field(table, entry, GROUPS), field(table, entry, RUN)
-    per_band = (groups + G - 1) // G
+    rows, groups, run = narrow(table, entry, ROWS), narrow(table, entry, GROUPS), narrow(table, entry, RUN)
+    per_band = tl.cdiv(groups, G)
     group = (unit % per_band) * G + tl.arange(0, G)
     mask = group < groups
     at = (unit // per_band) * groups + group
-    size = (rows * run).to(tl.float32)
+    size = (rows.to(tl.int64) * run).to(tl.float32)
     lr, gain = law[0], 1.0
     if ADAPTIVE:
         second = address(table, entry, SECOND, tl.float32, False)
@@ -195,7 +185,7 @@ def groups(
     LEAD: tl.constexpr, DTYPE: tl.constexpr, MASTER: tl.constexpr, PEAK: tl.constexpr,
     ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
     TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, STOCHASTIC: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     if found_inf is not None:
         if tl.load(found_inf) != 0:
@@ -210,72 +200,49 @@ def groups(
         lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, 0.0, imbalance_decay,
         ADAPTIVE, MOMENTUM, True, False, MAXIMIZE, TRIMMED,
     )  # fmt: skip
-    task = program - field(table, entry, BEGIN)
-    units, parts, lines = field(table, entry, UNITS), field(table, entry, PARTS), field(table, entry, LINES)
+    task = program - narrow(table, entry, BEGIN)
+    units, parts, lines = narrow(table, entry, UNITS), narrow(table, entry, PARTS), narrow(table, entry, LINES)
     # Units are moved `lag` units after they are summed: sum 0 ... sum lag-1, move 0, sum lag, move 1, ...
     turn, part = task // parts, task % parts
-    lag = field(table, entry, LAG)
+    lag = narrow(table, entry, LAG)
     split = parts > 1
     later = turn - lag
-    even, last = later % 2 == 0, turn >= 2 * units - lag
+    even, last = (later & 1) == 0, turn >= 2 * units - lag
     moves = split & (later >= 0) & (even | last)
-    unit = tl.where(later < 0, turn, tl.where(last, turn - units, tl.where(even, later // 2, lag + later // 2)))
+    unit = tl.where(later < 0, turn, tl.where(last, turn - units, tl.where(even, later >> 1, lag + (later >> 1))))
     unit = tl.where(split, unit, task)
     per_part = (lines + parts - 1) // parts
     begin = tl.where(split, part * per_part, 0)
     end = tl.minimum(begin + per_part, lines)
-    aligned = tl.load(live + 3 * entry) % 16 == 0
     lane = tl.arange(0, G)
     mark = marks + field(table, entry, MARKS) + unit
-    sums_at = room + field(table, entry, ROOM) + unit * (parts * 4 + 2) * G
+    sums_at = room + field(table, entry, ROOM) + unit.to(tl.int64) * ((parts * 4 + 2) * G)
     keep, shift = tl.zeros((G,), tl.float32), tl.zeros((G,), tl.float32)
     size, square, gone = 0.0, 0.0, 0.0
     number = entry.to(tl.int64) << 36
 
     if lines == 1:  # everything stays in registers
-        base, pitch, run, full, mask = place(table, entry, unit, 0, DTYPE, R, C, P)
-        if full & aligned:
-            at = offsets(base, pitch, run, DTYPE, R, C, P, True)
-            w, u, gg, uu, uw, ww = total_up(
-                table, live, entry, at, mask, numbers, factor, LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV,
-                R, C, P, True,
-            )  # fmt: skip
-            keep, shift, size, square = decide(
-                table, entry, unit, numbers, law, gg, uu, uw, ww, PEAK, ADAPTIVE, TRIMMED, COUPLED, SATURATED, G
-            )
-            gone = move(
-                table, entry, at, mask, w, u, keep, shift, seed, number, DTYPE, MASTER, STOCHASTIC, R, C, P, True
-            )
-        else:
-            at = offsets(base, pitch, run, DTYPE, R, C, P, False)
-            w, u, gg, uu, uw, ww = total_up(
-                table, live, entry, at, mask, numbers, factor, LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV,
-                R, C, P, False,
-            )  # fmt: skip
-            keep, shift, size, square = decide(
-                table, entry, unit, numbers, law, gg, uu, uw, ww, PEAK, ADAPTIVE, TRIMMED, COUPLED, SATURATED, G
-            )
-            gone = move(
-                table, entry, at, mask, w, u, keep, shift, seed, number, DTYPE, MASTER, STOCHASTIC, R, C, P, False
-            )
+        at, mask = place(table, entry, unit, 0, DTYPE, R, C, P, ALIGNED)
+        w, u, gg, uu, uw, ww = total_up(
+            table, live, entry, at, mask, numbers, factor, LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV,
+            R, C, P, ALIGNED,
+        )  # fmt: skip
+        keep, shift, size, square = decide(
+            table, entry, unit, numbers, law, gg, uu, uw, ww, PEAK, ADAPTIVE, TRIMMED, COUPLED, SATURATED, G
+        )
+        gone = move(
+            table, entry, at, mask, w, u, keep, shift, seed, number, DTYPE, MASTER, STOCHASTIC, C, P, ALIGNED
+        )
     else:
         if moves == 0:
             gg, uu = tl.zeros((G,), tl.float32), tl.zeros((G,), tl.float32)
             uw, ww = tl.zeros((G,), tl.float32), tl.zeros((G,), tl.float32)
             for line in range(begin, end):
-                base, pitch, run, full, mask = place(table, entry, unit, line, DTYPE, R, C, P)
-                if full & aligned:
-                    at = offsets(base, pitch, run, DTYPE, R, C, P, True)
-                    _, _, a, b, c, d = total_up(
-                        table, live, entry, at, mask, numbers, factor, LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM,
-                        NESTEROV, R, C, P, True,
-                    )  # fmt: skip
-                else:
-                    at = offsets(base, pitch, run, DTYPE, R, C, P, False)
-                    _, _, a, b, c, d = total_up(
-                        table, live, entry, at, mask, numbers, factor, LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM,
-                        NESTEROV, R, C, P, False,
-                    )  # fmt: skip
+                at, mask = place(table, entry, unit, line, DTYPE, R, C, P, ALIGNED)
+                _, _, a, b, c, d = total_up(
+                    table, live, entry, at, mask, numbers, factor, LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV,
+                    R, C, P, ALIGNED,
+                )  # fmt: skip
                 gg, uu, uw, ww = gg + a, uu + b, uw + c, ww + d
             last_sum = split == 0
             if split:
@@ -316,23 +283,13 @@ def groups(
                 shift = tl.load(decided + G, cache_modifier=".cg")
             tl.debug_barrier()  # moments written by other threads of this program
             for line in range(begin, end):
-                base, pitch, run, full, mask = place(table, entry, unit, line, DTYPE, R, C, P)
-                if full & aligned:
-                    at = offsets(base, pitch, run, DTYPE, R, C, P, True)
-                    w, u = recall(
-                        table, live, entry, at, mask, numbers, factor, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, True
-                    )
-                    gone += move(
-                        table, entry, at, mask, w, u, keep, shift, seed, number, DTYPE, MASTER, STOCHASTIC, R, C, P, True
-                    )
-                else:
-                    at = offsets(base, pitch, run, DTYPE, R, C, P, False)
-                    w, u = recall(
-                        table, live, entry, at, mask, numbers, factor, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, False
-                    )
-                    gone += move(
-                        table, entry, at, mask, w, u, keep, shift, seed, number, DTYPE, MASTER, STOCHASTIC, R, C, P, False
-                    )
+                at, mask = place(table, entry, unit, line, DTYPE, R, C, P, ALIGNED)
+                w, u = recall(
+                    table, live, entry, at, mask, numbers, factor, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, ALIGNED
+                )
+                gone += move(
+                    table, entry, at, mask, w, u, keep, shift, seed, number, DTYPE, MASTER, STOCHASTIC, C, P, ALIGNED
+                )
             if split:
                 tl.debug_barrier()
                 if tl.atomic_add(mark, 1, sem="acq_rel") == 2 * parts:
@@ -343,12 +300,12 @@ def groups(
     tl.store(partial + 2 * programs + program, gone)
     tl.debug_barrier()
     before = tl.atomic_add(arrived + entry, 1, sem="acq_rel")
-    if before == field(table, entry, COUNT) - 1:
+    if before == narrow(table, entry, COUNT) - 1:
         tl.debug_barrier()
         gain = 1.0
         if ADAPTIVE and not COUPLED:
             gain = tl.sqrt((field(table, entry, ROWS) * field(table, entry, RUN)).to(tl.float32))
         finish(
-            table, entry, partial, zeros, arrived, law, numbers, programs, field(table, entry, TOTAL), gain,
+            table, entry, partial, zeros, arrived, law, numbers, programs, gain,
             True, COUPLED, PEAK, ADAPTIVE, MOMENTUM, True, SATURATED,
         )  # fmt: skip

@@ -34,6 +34,7 @@ UNAVAILABLE = None if find_spec("triton") else "triton is not installed"
 BLOCK = 2048  # weights of a program: 8 to each of 256 threads, which are 128 bits in half precision
 WIDTHS = (1, 16, 128, 1024, 4096)  # columns that one group may take up in a tile
 SHARE = 16  # lines that one program sums before it moves them; more are cut into parts
+SAMPLE = 1024  # units from which the imbalance takes its quantile, at least
 RESIDENT = 2048  # programs that run at a time on a large GPU, about: so far ahead of the moves do the sums go
 
 _STATE = {"peak": "max_exp_avg_sq", "second": "exp_avg_sq"}
@@ -86,7 +87,7 @@ def fill(
     if fresh:
         entry.seen = torch.zeros((), dtype=torch.int32, device=weight.device)
     f = entry.fields = {**places, "seen": 0 if entry.seen is None else entry.seen.data_ptr(), "numel": weight.numel()}
-    f |= {"rows": rows, "groups": count, "run": run, "total": weight.numel(), "keep": pattern[0] if pattern else 0}
+    f |= {"rows": rows, "groups": count, "run": run, "keep": pattern[0] if pattern else 0}
     f |= dict.fromkeys(("begin", "units", "parts", "lines", "lag", "room", "marks"), 0)
     wide = 16 // weight.element_size()
     streams = [f[name] for name in ("weight", "master", "first", "factor_0", "factor_1")]
@@ -96,17 +97,19 @@ def fill(
     f["count"] = -(-weight.numel() // BLOCK)
     if retraction == "group":
         r, c, p = form = tile(rows, run)
-        f["total"] = bands * count
+        f["aligned"] &= int((count if p == 1 else run) % wide == 0)
         f["units"] = bands * -(-count // (c // p))
         f["lines"] = -(-rows // r) * -(-run // p)
         f["parts"] = 1 if f["lines"] <= SHARE else -(-f["lines"] // SHARE)
         f["count"] = f["units"] * (1 if f["parts"] == 1 else 2 * f["parts"])
         f["lag"] = max(1, min(f["units"], -(-RESIDENT // f["parts"])))
-        f["aligned"] &= int((count if p == 1 else run) % wide == 0)
     elif pattern is not None:
         retraction, form = "nm", (pattern[1],)
     elif retraction == "sparse" and depth > 2:
         retraction = "sparse_deep"
+    units = weight.numel() if groups is None else bands * count
+    f["stride"] = max(1, units // SAMPLE)
+    f["samples"] = -(-units // f["stride"])
     flags = (bool(f["master"]), bool(f["peak"]), bool(f["first"]), bool(f["trim"]))
     entry.key = (retraction, str(weight.dtype).removeprefix("torch."), *flags, form)
     entry.device, entry.plan = weight.device, None
@@ -153,10 +156,10 @@ def constants(
     # FMA contraction is on: fewer roundings.  Its default differs between Triton's versions.
     options = {"num_warps": max(1, BLOCK // 256), "enable_fp_fusion": True}
     if retraction == "group":
-        r, c, p = form
+        r, c, p, aligned = form
         options["num_warps"] = max(1, r * c // 256)
         lead = triton_rules.adam_lead if adaptive else triton_rules.sgd_lead
-        return triton_groups.groups, {"LEAD": lead, **shared, "R": r, "C": c, "P": p}, options
+        return triton_groups.groups, {"LEAD": lead, **shared, "R": r, "C": c, "P": p, "ALIGNED": aligned}, options
     own = {
         "DIRECTION": triton_rules.adam if adaptive else triton_rules.sgd,
         "RETRACTION": getattr(triton_rules, retraction),
@@ -219,14 +222,22 @@ class Bucket:
         self.live.copy_(self._host, non_blocking=True)
 
 
+def straight(entries: Sequence[Entry]) -> list[bool]:
+    """Which gradients lie at multiples of 16 bytes."""
+    return [entry.grad % 16 == 0 for entry in entries]
+
+
 class Plan:
     """Which launches a list of entries makes."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        self.entries = list(entries)
+        self.entries, self.straight = list(entries), straight(entries)
         found: dict[Any, list[Entry]] = {}
         for entry in entries:
-            found.setdefault((entry.device, entry.key), []).append(entry)
+            *key, form = entry.key
+            if key[0] == "group":
+                form = (*form, bool(entry.fields["aligned"]) and entry.grad % 16 == 0)
+            found.setdefault((entry.device, (*key, form)), []).append(entry)
         self.buckets = [(key, Bucket(members)) for (_, key), members in found.items()]
         for _, bucket in self.buckets:
             for i, entry in enumerate(bucket.entries):
@@ -258,7 +269,7 @@ def step(
     ``seed``, bf16 weights without an fp32 copy are rounded stochastically; give every step another one.
     """
     plan = entries[0].plan
-    if plan is None or plan.entries != list(entries):
+    if plan is None or plan.entries != list(entries) or plan.straight != straight(entries):
         plan = entries[0].plan = Plan(entries)
     lr_at = lr if isinstance(lr, Tensor) else None
     numbers = {

@@ -18,11 +18,12 @@ __all__ = ["FIELDS", "adam", "adam_lead", "nm", "plain", "sgd", "sgd_lead", "spa
 FIELDS = (
     *("weight", "master", "first", "second", "peak", "factor_0", "factor_1", "imbalance", "metric_scale", "step"),
     *("trim", "seen", "numel", "rows", "groups", "run", "keep", "aligned", "begin", "count"),
-    *("total", "units", "parts", "lines", "lag", "room", "marks"),
+    *("stride", "samples", "units", "parts", "lines", "lag", "room", "marks"),
 )
 """Columns of the table of tensors, all int64: addresses, the shape of its groups as ``native.layout`` has it, and how
-programs share the work: ``count`` of them from ``begin`` on; ``total`` groups in ``units`` tiles of ``lines`` blocks,
-each cut into ``parts``; ``room`` and ``marks`` are where their partial sums and counters lie."""
+programs share the work: ``count`` of them from ``begin`` on; groups in ``units`` tiles of ``lines`` blocks, each cut
+into ``parts``; ``room`` and ``marks`` are where their partial sums and counters lie.  The imbalance's law looks at
+``samples`` units, ``stride`` apart."""
 
 WIDTH = tl.constexpr(len(FIELDS))
 FIRST = tl.constexpr(FIELDS.index("first"))
@@ -43,13 +44,17 @@ def address(table, entry, field: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.
 
 
 @triton.jit
-def get(p, at, mask, FULL: tl.constexpr):
-    return (tl.load(p + at) if FULL else tl.load(p + at, mask=mask, other=0.0)).to(tl.float32)
+def get(p, at, mask):
+    if mask is None:
+        x = tl.load(p + at)
+    else:
+        x = tl.load(p + at, mask=mask, other=0.0)
+    return x.to(tl.float32)
 
 
 @triton.jit
-def put(p, at, x, mask, FULL: tl.constexpr):
-    if FULL:
+def put(p, at, x, mask):
+    if mask is None:
         tl.store(p + at, x)
     else:
         tl.store(p + at, x, mask=mask)
@@ -63,21 +68,21 @@ def put(p, at, x, mask, FULL: tl.constexpr):
 @triton.jit
 def sgd(
     table, entry, at, mask, g, numbers,
-    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, PEAK: tl.constexpr, FULL: tl.constexpr,
+    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, PEAK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    return sgd_lead(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, FULL), 1.0
+    return sgd_lead(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, ALIGNED), 1.0
 
 
 @triton.jit
 def sgd_lead(
-    table, entry, at, mask, g, numbers, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FULL: tl.constexpr
+    table, entry, at, mask, g, numbers, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
     update = g
     if MOMENTUM:
-        buffer = address(table, entry, FIRST, tl.float32, FULL)
-        b = get(buffer, at, mask, FULL)
+        buffer = address(table, entry, FIRST, tl.float32, ALIGNED)
+        b = get(buffer, at, mask)
         b = tl.where(numbers[2] != 0, g, numbers[0] * b + numbers[1] * g)
-        put(buffer, at, b, mask, FULL)
+        put(buffer, at, b, mask)
         update = g + numbers[0] * b if NESTEROV else b
     return update
 
@@ -85,28 +90,28 @@ def sgd_lead(
 @triton.jit
 def adam(
     table, entry, at, mask, g, numbers,
-    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, PEAK: tl.constexpr, FULL: tl.constexpr,
+    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, PEAK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    m = adam_lead(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, FULL)
-    second = address(table, entry, SECOND, tl.float32, FULL)
-    v = numbers[4] * get(second, at, mask, FULL) + numbers[5] * (g * g)
-    put(second, at, v, mask, FULL)
+    m = adam_lead(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, ALIGNED)
+    second = address(table, entry, SECOND, tl.float32, ALIGNED)
+    v = numbers[4] * get(second, at, mask) + numbers[5] * (g * g)
+    put(second, at, v, mask)
     if PEAK:
-        peak = address(table, entry, PEAK_, tl.float32, FULL)
-        v = tl.maximum(v, get(peak, at, mask, FULL), propagate_nan=tl.PropagateNan.ALL)
-        put(peak, at, v, mask, FULL)
+        peak = address(table, entry, PEAK_, tl.float32, ALIGNED)
+        v = tl.maximum(v, get(peak, at, mask), propagate_nan=tl.PropagateNan.ALL)
+        put(peak, at, v, mask)
     gain = 1 / (tl.sqrt(v * numbers[8]) + numbers[6])
     return gain * (m * numbers[7]), gain
 
 
 @triton.jit
 def adam_lead(
-    table, entry, at, mask, g, numbers, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FULL: tl.constexpr
+    table, entry, at, mask, g, numbers, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
-    exp_avg = address(table, entry, FIRST, tl.float32, FULL)
-    m = get(exp_avg, at, mask, FULL)
+    exp_avg = address(table, entry, FIRST, tl.float32, ALIGNED)
+    m = get(exp_avg, at, mask)
     m = m + numbers[3] * (g - m)
-    put(exp_avg, at, m, mask, FULL)
+    put(exp_avg, at, m, mask)
     return m
 
 
@@ -134,7 +139,7 @@ def time_scale(metric, pull, decay, scale, SATURATED: tl.constexpr):
 @triton.jit
 def plain(
     table, entry, at, mask, w, update, gain, law, DTYPE: tl.constexpr,
-    TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, DEPTH: tl.constexpr, FULL: tl.constexpr,
+    TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     return (1 - law[1]) * w - law[0] * update
 
@@ -155,7 +160,7 @@ def pair(w, delta, decay, snaps, law, SATURATED: tl.constexpr):
 @triton.jit
 def sparse(
     table, entry, at, mask, w, update, gain, law, DTYPE: tl.constexpr,
-    TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, DEPTH: tl.constexpr, FULL: tl.constexpr,
+    TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     decay, snaps = decays(w, gain, law, TRIMMED, COUPLED)
     return pair(w, law[0] * update, decay, snaps, law, SATURATED)
@@ -164,10 +169,10 @@ def sparse(
 @triton.jit
 def nm(
     table, entry, at, mask, w, update, gain, law, DTYPE: tl.constexpr,
-    TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, DEPTH: tl.constexpr, FULL: tl.constexpr,
+    TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """:func:`sparse` with all but the ``keep`` largest of every DEPTH neighbours outside; of equals the first stay."""
-    keep = tl.load(table + entry * WIDTH + KEEP)
+    keep = tl.load(table + entry * WIDTH + KEEP).to(tl.int32)
     size = tl.reshape(tl.abs(w), (w.shape[0] // DEPTH, DEPTH))
     place = tl.arange(0, DEPTH)
     mine, other = tl.expand_dims(size, 2), tl.expand_dims(size, 1)
@@ -197,7 +202,7 @@ def weight_scale(scale, DEPTH: tl.constexpr):
 @triton.jit
 def sparse_deep(
     table, entry, at, mask, w, update, gain, law, DTYPE: tl.constexpr,
-    TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, DEPTH: tl.constexpr, FULL: tl.constexpr,
+    TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """``reference.sparse_deep``.  Near a zero the root is 0 in the product with ``w`` whatever its rounding."""
     decay, snaps = decays(w, gain, law, TRIMMED, COUPLED)
@@ -216,11 +221,11 @@ def sparse_deep(
 @triton.jit
 def sparse_free(
     table, entry, at, mask, w, update, gain, law, DTYPE: tl.constexpr,
-    TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, DEPTH: tl.constexpr, FULL: tl.constexpr,
+    TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """``reference.sparse_free`` at depth 2 on stored factors, split anew where somebody changed the weight."""
-    places = address(table, entry, FACTOR_0, tl.float32, FULL), address(table, entry, FACTOR_1, tl.float32, FULL)
-    a, b = get(places[0], at, mask, FULL), get(places[1], at, mask, FULL)
+    places = address(table, entry, FACTOR_0, tl.float32, ALIGNED), address(table, entry, FACTOR_1, tl.float32, ALIGNED)
+    a, b = get(places[0], at, mask), get(places[1], at, mask)
     c = law[4]
     stale = (a * b).to(DTYPE).to(tl.float32) != w
     heavy = tl.sqrt((c + tl.sqrt(c * c + 4 * w * w)) / 2)
@@ -250,6 +255,6 @@ def sparse_free(
         light = tl.abs(u) <= tl.abs(v)
         u, v = tl.where(snapped & light, 0.0, u), tl.where(snapped & (light == 0), 0.0, v)
         new = tl.where(snapped, 0.0, new)
-    put(places[0], at, u, mask, FULL)
-    put(places[1], at, v, mask, FULL)
+    put(places[0], at, u, mask)
+    put(places[1], at, v, mask)
     return new

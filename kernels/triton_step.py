@@ -35,16 +35,33 @@ RUN = tl.constexpr(FIELDS.index("run"))
 ALIGNED = tl.constexpr(FIELDS.index("aligned"))
 BEGIN = tl.constexpr(FIELDS.index("begin"))
 COUNT = tl.constexpr(FIELDS.index("count"))
-TOTAL = tl.constexpr(FIELDS.index("total"))
+STRIDE = tl.constexpr(FIELDS.index("stride"))
+SAMPLES = tl.constexpr(FIELDS.index("samples"))
 UNITS = tl.constexpr(FIELDS.index("units"))
 
 FASTEST = tl.constexpr(0.98)
-SAMPLE = tl.constexpr(1024)
+SAMPLE = tl.constexpr(1024)  # as in reference.py; triton_launch counts the strides
 
 
 @triton.jit
 def field(table, entry, NAME: tl.constexpr):
     return tl.load(table + entry * WIDTH + NAME)
+
+
+@triton.jit
+def narrow(table, entry, NAME: tl.constexpr):
+    """A field that fits in 32 bits, whose divisions are then no calls."""
+    return tl.load(table + entry * WIDTH + NAME).to(tl.int32)
+
+
+@triton.jit
+def narrow_double(p):
+    """An fp64 number as fp32, by its bits: some GPUs have next to no fp64."""
+    bits = tl.load(p.to(tl.pointer_type(tl.int64)))
+    size = ((bits & 0x7FFFFFFFFFFFFFFF) + (1 << 28)) >> 29  # exponent and 23 bits of the mantissa, rounded
+    near = (size - (896 << 23)).to(tl.int32).to(tl.float32, bitcast=True)
+    near = tl.where(size < (897 << 23), 0.0, tl.where(size >= (1151 << 23), float("inf"), near))
+    return tl.where(bits < 0, -near, near)
 
 
 @triton.jit
@@ -85,9 +102,9 @@ def settings(
     if CONSTRAINED:
         c, scale = scalar(table, entry, IMBALANCE), scalar(table, entry, SCALE)
         if TRIMMED:
-            trim = field(table, entry, TRIM).to(tl.pointer_type(tl.float64))
-            inside, outside = tl.load(trim).to(tl.float32), tl.load(trim + 1).to(tl.float32)
-            threshold, keep = tl.load(trim + 2).to(tl.float32), tl.load(trim + 3).to(tl.float32)
+            trim = field(table, entry, TRIM)
+            inside, outside = narrow_double(trim), narrow_double(trim + 8)
+            threshold, keep = narrow_double(trim + 16), narrow_double(trim + 24)
         else:
             inside = tl.load(live + 3 * entry + 1).to(tl.int32).to(tl.float32, bitcast=True)
             place = tl.load(live + 3 * entry + 2)
@@ -103,11 +120,11 @@ def settings(
 
 
 @triton.jit
-def load_weight(table, entry, at, mask, DTYPE: tl.constexpr, MASTER: tl.constexpr, FULL: tl.constexpr):
+def load_weight(table, entry, at, mask, DTYPE: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr):
     """In fp32; the copy counts where it still rounds to the weight, elsewhere somebody changed the weight."""
-    w = get(address(table, entry, WEIGHT, DTYPE, FULL), at, mask, FULL)
+    w = get(address(table, entry, WEIGHT, DTYPE, ALIGNED), at, mask)
     if MASTER:
-        master = get(address(table, entry, MASTER_, tl.float32, FULL), at, mask, FULL)
+        master = get(address(table, entry, MASTER_, tl.float32, ALIGNED), at, mask)
         w = tl.where(master.to(DTYPE).to(tl.float32) == w, master, w)
     return w
 
@@ -115,7 +132,7 @@ def load_weight(table, entry, at, mask, DTYPE: tl.constexpr, MASTER: tl.constexp
 @triton.jit
 def store_weight(
     table, entry, at, mask, new, seed, number,
-    DTYPE: tl.constexpr, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, FULL: tl.constexpr,
+    DTYPE: tl.constexpr, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Writes and returns what was written, in the weight's format."""
     if STOCHASTIC:
@@ -125,21 +142,21 @@ def store_weight(
         finite = tl.abs(new) < float("inf")
         new = tl.where(finite, bits.to(tl.float32, bitcast=True), new)
     stored = new.to(DTYPE)
-    put(address(table, entry, WEIGHT, DTYPE, FULL), at, stored, mask, FULL)
+    put(address(table, entry, WEIGHT, DTYPE, ALIGNED), at, stored, mask)
     if MASTER:
-        put(address(table, entry, MASTER_, tl.float32, FULL), at, new, mask, FULL)
+        put(address(table, entry, MASTER_, tl.float32, ALIGNED), at, new, mask)
     return stored.to(tl.float32)
 
 
 @triton.jit
 def load_grad(
     table, live, entry, at, mask, w, factor, weight_decay,
-    DTYPE: tl.constexpr, DECAYS: tl.constexpr, FULL: tl.constexpr,
+    DTYPE: tl.constexpr, DECAYS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     p = tl.load(live + 3 * entry).to(tl.pointer_type(DTYPE))
-    if FULL:
+    if ALIGNED:
         p = tl.multiple_of(p, 16)
-    g = factor * get(p, at, mask, FULL)
+    g = factor * get(p, at, mask)
     return g + weight_decay * w if DECAYS else g
 
 
@@ -156,12 +173,12 @@ def low_decile(key, samples):
 
 @triton.jit
 def finish(
-    table, entry, partial, zeros, arrived, law, numbers, programs, total, gain,
+    table, entry, partial, zeros, arrived, law, numbers, programs, gain,
     LAW: tl.constexpr, COUPLED: tl.constexpr, PEAK: tl.constexpr, ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr,
     TALLY: tl.constexpr, SATURATED: tl.constexpr,
 ):  # fmt: skip
     """Runs once per tensor, in whichever program is its last: zeros, ``reference.imbalance_law``, the step count."""
-    begin, count = field(table, entry, BEGIN), field(table, entry, COUNT)
+    begin, count = narrow(table, entry, BEGIN), narrow(table, entry, COUNT)
     lane = tl.arange(0, SAMPLE)
     if TALLY:
         sums, squares = tl.zeros((SAMPLE,), tl.float32), tl.zeros((SAMPLE,), tl.float32)
@@ -178,8 +195,7 @@ def finish(
                 decay = law[1] * gain
                 if COUPLED:
                     source = address(table, entry, PEAK_ if PEAK else SECOND, tl.float32, False)
-                    stride = tl.maximum(total // SAMPLE, 1)
-                    samples = (total + stride - 1) // stride
+                    stride, samples = field(table, entry, STRIDE), narrow(table, entry, SAMPLES)
                     which = tl.arange(0, 2 * SAMPLE)
                     v = tl.load(source + which * stride, mask=which < samples, other=0.0, cache_modifier=".cg")
                     key = law[1] / (tl.sqrt(v * numbers[8]) + numbers[6])
@@ -214,22 +230,22 @@ def block(
     DIRECTION: tl.constexpr, RETRACTION: tl.constexpr, DTYPE: tl.constexpr, MASTER: tl.constexpr, PEAK: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, TRIMMED: tl.constexpr, COUPLED: tl.constexpr,
     SATURATED: tl.constexpr, DECAYS: tl.constexpr, STOCHASTIC: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One block of weights; returns the sums of their sizes and squares and how many are zero."""
     lane = tl.arange(0, BLOCK)
     at = first + lane
-    mask = at < numel
-    w = load_weight(table, entry, at, mask, DTYPE, MASTER, FULL)
-    g = load_grad(table, live, entry, at, mask, w, factor, weight_decay, DTYPE, DECAYS, FULL)
-    update, gain = DIRECTION(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, PEAK, FULL)
+    mask = None if ALIGNED else at < numel
+    w = load_weight(table, entry, at, mask, DTYPE, MASTER, ALIGNED)
+    g = load_grad(table, live, entry, at, mask, w, factor, weight_decay, DTYPE, DECAYS, ALIGNED)
+    update, gain = DIRECTION(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, PEAK, ALIGNED)
     new = RETRACTION(
-        table, entry, at, mask, w, update, gain, law, DTYPE, TRIMMED, COUPLED, SATURATED, DEPTH, FULL
+        table, entry, at, mask, w, update, gain, law, DTYPE, TRIMMED, COUPLED, SATURATED, DEPTH, ALIGNED
     )  # fmt: skip
-    stored = store_weight(table, entry, at, mask, new, seed, number + lane, DTYPE, MASTER, STOCHASTIC, FULL)
+    stored = store_weight(table, entry, at, mask, new, seed, number + lane, DTYPE, MASTER, STOCHASTIC, ALIGNED)
     size = finite(tl.abs(new))
     gone = stored == 0
-    if not FULL:
+    if not ALIGNED:
         size = tl.where(mask, size, 0.0)
         gone = gone & mask
     return tl.sum(size, 0), tl.sum(size * size, 0), tl.sum(gone.to(tl.float32), 0)
@@ -279,9 +295,9 @@ def singles(
             tl.store(partial + 2 * programs + program, gone)
         tl.debug_barrier()
         before = tl.atomic_add(arrived + entry, 1, sem="acq_rel")
-        if before == field(table, entry, COUNT) - 1:
+        if before == narrow(table, entry, COUNT) - 1:
             tl.debug_barrier()
             finish(
-                table, entry, partial, zeros, arrived, law, numbers, programs, numel, 1.0,
+                table, entry, partial, zeros, arrived, law, numbers, programs, 1.0,
                 LAW, COUPLED, PEAK, ADAPTIVE, MOMENTUM, CONSTRAINED, SATURATED,
             )  # fmt: skip
