@@ -302,6 +302,11 @@ def groups(
     before = tl.atomic_add(arrived + entry, 1, sem="acq_rel")
     if before == narrow(table, entry, COUNT) - 1:
         tl.debug_barrier()
+        numbers, law, _ = settings(  # anew, so that they need no registers until here
+            table, live, entry, lr_at, grad_scale,
+            lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, 0.0, imbalance_decay,
+            ADAPTIVE, MOMENTUM, True, False, MAXIMIZE, TRIMMED,
+        )  # fmt: skip
         gain = 1.0
         if ADAPTIVE and not COUPLED:
             gain = tl.sqrt((field(table, entry, ROWS) * field(table, entry, RUN)).to(tl.float32))

@@ -297,6 +297,11 @@ def singles(
         before = tl.atomic_add(arrived + entry, 1, sem="acq_rel")
         if before == narrow(table, entry, COUNT) - 1:
             tl.debug_barrier()
+            numbers, law, _ = settings(  # anew, so that they need no registers until here
+                table, live, entry, lr_at, grad_scale,
+                lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, weight_decay, imbalance_decay,
+                ADAPTIVE, MOMENTUM, CONSTRAINED, DECOUPLED, MAXIMIZE, TRIMMED,
+            )  # fmt: skip
             finish(
                 table, entry, partial, zeros, arrived, law, numbers, programs, 1.0,
                 LAW, COUPLED, PEAK, ADAPTIVE, MOMENTUM, CONSTRAINED, SATURATED,
