@@ -230,9 +230,7 @@ def groups(
         keep, shift, size, square = decide(
             table, entry, unit, numbers, law, gg, uu, uw, ww, PEAK, ADAPTIVE, TRIMMED, COUPLED, SATURATED, G
         )
-        gone = move(
-            table, entry, at, mask, w, u, keep, shift, seed, number, DTYPE, MASTER, STOCHASTIC, C, P, ALIGNED
-        )
+        gone = move(table, entry, at, mask, w, u, keep, shift, seed, number, DTYPE, MASTER, STOCHASTIC, C, P, ALIGNED)
     else:
         if moves == 0:
             gg, uu = tl.zeros((G,), tl.float32), tl.zeros((G,), tl.float32)

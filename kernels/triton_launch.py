@@ -22,7 +22,7 @@ from torch import Tensor
 from symopt_kernels.groups import Groups
 from symopt_kernels.native import layout
 
-__all__ = ["DTYPES", "INTERPRETED", "UNAVAILABLE", "Entry", "constants", "fill", "step", "tile"]
+__all__ = ["DTYPES", "INTERPRETED", "PATTERNS", "UNAVAILABLE", "Entry", "constants", "fill", "step", "tile"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,6 +34,7 @@ UNAVAILABLE = None if find_spec("triton") else "triton is not installed"
 BLOCK = 2048  # weights of a program: 8 to each of 256 threads, which are 128 bits in half precision
 WIDTHS = (1, 16, 128, 1024, 4096)  # columns that one group may take up in a tile
 SHARE = 16  # lines that one program sums before it moves them; more are cut into parts
+PATTERNS = (2, 4, 8, 16)
 SAMPLE = 1024  # units from which the imbalance takes its quantile, at least
 RESIDENT = 2048  # programs that run at a time on a large GPU, about: so far ahead of the moves do the sums go
 

@@ -15,6 +15,9 @@ import symopt
 from symopt.constraints import Constraint
 from symopt.optim import ConstrainedOptimizer
 
+CPU_BACKENDS = tuple(backend for backend in symopt.backends.BACKENDS if backend != "triton")
+"""Those that step tensors on the CPU; the third is interpreted in a process of its own (test_triton.py)."""
+
 
 @dataclass(frozen=True)
 class ConstraintRow:
