@@ -7,7 +7,7 @@ PACKAGING := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test sanitize bench lint format types install clean
+.PHONY: help quickstart test sass sanitize bench lint format types install clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ test: $(VENV)/test.stamp  ## run all tests and doctests against the installed pa
 bench: $(VENV)/bench.stamp  ## time the native step against its peers; ARGS="--quick" for a short run
 	@$(MAKE) -s install
 	$(BIN)/python -m benchmarks --json out/bench.json --markdown out/bench.md --plot out/bench.png $(ARGS)
+
+sass: $(VENV)/test.stamp  ## compile the Triton step for GPUs that need not be there and count its instructions
+	@$(MAKE) -s install
+	$(BIN)/python -m symopt_kernels.triton_sass $(ARGS)
 
 # The same tests on a library that checks every access; libstdc++ is preloaded too, or ASan misses its exceptions.
 sanitize: $(VENV)/test.stamp  ## run the kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++)

@@ -152,13 +152,9 @@ def decide(
         p = 1 / (tl.sqrt(v * numbers[8]) + numbers[6])
         lr = lr * (p * numbers[7])
         gain = p if COUPLED else tl.sqrt(size)
-    if TRIMMED:
-        outer = tl.sqrt(ww) <= law[3]
-        decay = tl.where(outer, law[2], law[1]) * gain
-        snaps = outer | (law[3] < 0)
-    else:
-        decay = law[1] * gain + tl.zeros_like(ww)
-        snaps = ww >= 0
+    norm = tl.sqrt(ww)
+    decay = (tl.where(norm <= law[3], law[2], law[1]) if TRIMMED else law[1] + tl.zeros_like(ww)) * gain
+    snaps = norm <= law[7]
     c, scale = law[4], law[5]
     metric, pull = tl.sqrt(c * c + 4 * ww), lr * tl.sqrt(uu)
     if SATURATED:
@@ -187,7 +183,8 @@ def groups(
     TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, STOCHASTIC: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    if found_inf is not None:
+    """See :mod:`symopt_kernels.triton_step`."""
+    if found_inf is not None:  # noqa: SIM102 (Triton must not look at None)
         if tl.load(found_inf) != 0:
             return
     G: tl.constexpr = C // P

@@ -76,8 +76,8 @@ def fill(
 ) -> None:
     """Point ``entry`` at a weight and its state, as ``native.fill``.
 
-    ``depth`` is that of ``sparse``; ``pattern`` is N:M.  ``fresh`` says that ``momentum_buffer`` holds nothing yet, which
-    the kernel itself remembers from then on: a step that ``found_inf`` skips leaves it so.
+    ``depth`` is that of ``sparse``; ``pattern`` is N:M.  ``fresh`` says that ``momentum_buffer`` holds nothing yet,
+    which the kernel itself remembers from then on: a step that ``found_inf`` skips leaves it so.
     """
     shape = layout(weight, groups)
     assert shape is not None
@@ -188,7 +188,7 @@ class Bucket:
         for i, entry in enumerate(entries):
             f = entry.fields | {"begin": self.programs}
             if f["parts"] > 1:
-                r, c, p = entry.key[-1]
+                _, c, p = entry.key[-1]
                 f |= {"marks": marks, "room": room}
                 marks, room = marks + f["units"], room + f["units"] * (4 * f["parts"] + 2) * (c // p)
             rows.extend(f[name] for name in FIELDS)
@@ -206,7 +206,8 @@ class Bucket:
         self.room = torch.empty(max(1, room), dtype=torch.float32, device=device)
         self.marks = torch.zeros(max(1, marks), dtype=torch.int32, device=device)
         self.live = torch.zeros(3 * len(entries), dtype=torch.int64, device=device)
-        self._sent = self._host = None  # type: array[int] | None, Tensor | None
+        self._sent: array[int] | None = None
+        self._host: Tensor | None = None
 
     def send(self) -> None:
         """Gradients and strengths to the device, if they differ from what lies there."""

@@ -70,6 +70,7 @@ def sgd(
     table, entry, at, mask, g, numbers,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, PEAK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    """``reference.sgd``."""
     return sgd_lead(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, ALIGNED), 1.0
 
 
@@ -77,6 +78,7 @@ def sgd(
 def sgd_lead(
     table, entry, at, mask, g, numbers, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
+    """Its part that every weight of a group owns."""
     update = g
     if MOMENTUM:
         buffer = address(table, entry, FIRST, tl.float32, ALIGNED)
@@ -92,6 +94,7 @@ def adam(
     table, entry, at, mask, g, numbers,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, PEAK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    """``reference.adam``."""
     m = adam_lead(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, ALIGNED)
     second = address(table, entry, SECOND, tl.float32, ALIGNED)
     v = numbers[4] * get(second, at, mask) + numbers[5] * (g * g)
@@ -108,6 +111,7 @@ def adam(
 def adam_lead(
     table, entry, at, mask, g, numbers, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
+    """Its part that every weight of a group owns: the first moment, an update up to one factor per group."""
     exp_avg = address(table, entry, FIRST, tl.float32, ALIGNED)
     m = get(exp_avg, at, mask)
     m = m + numbers[3] * (g - m)
@@ -116,16 +120,15 @@ def adam_lead(
 
 
 # --------------------------------------------------------------------------------------------------- retractions
-# law: lr, lr * strength inside and outside the budget, threshold, imbalance, metric_scale, imbalance_decay.
+# law: lr, lr * strength inside and outside the budget, threshold, imbalance, metric_scale, imbalance_decay, and up to
+# what size a weight may become zero (the threshold, or infinity without one).
 
 
 @triton.jit
 def decays(w, gain, law, TRIMMED: tl.constexpr, COUPLED: tl.constexpr):
     """``decay`` of every weight, and whether it may become exactly zero."""
-    outer = tl.abs(w) <= law[3]
-    decay = tl.where(outer, law[2], law[1]) if TRIMMED else law[1] + tl.zeros_like(w)
-    snaps = outer | (law[3] < 0) if TRIMMED else outer | True
-    return decay * gain if COUPLED else decay, snaps
+    decay = tl.where(tl.abs(w) <= law[3], law[2], law[1]) if TRIMMED else law[1] + tl.zeros_like(w)
+    return decay * gain if COUPLED else decay, tl.abs(w) <= law[7]
 
 
 @triton.jit
@@ -141,6 +144,7 @@ def plain(
     table, entry, at, mask, w, update, gain, law, DTYPE: tl.constexpr,
     TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    """``reference.plain``."""
     return (1 - law[1]) * w - law[0] * update
 
 
@@ -162,6 +166,7 @@ def sparse(
     table, entry, at, mask, w, update, gain, law, DTYPE: tl.constexpr,
     TRIMMED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    """``reference.sparse``."""
     decay, snaps = decays(w, gain, law, TRIMMED, COUPLED)
     return pair(w, law[0] * update, decay, snaps, law, SATURATED)
 
@@ -178,10 +183,11 @@ def nm(
     mine, other = tl.expand_dims(size, 2), tl.expand_dims(size, 1)
     earlier = (place[None, :] < place[:, None])[None, :, :]
     ahead = tl.sum(((other > mine) | ((other == mine) & earlier)).to(tl.int32), 2)
-    chosen = law[3] >= 0
-    outer = (tl.reshape(ahead, (w.shape[0],)) >= keep) & chosen
-    decay = tl.where(outer, law[2], law[1])
-    return pair(w, law[0] * update, decay, outer | (law[3] < 0), law, SATURATED)
+    ahead = tl.reshape(ahead, (w.shape[0],))
+    chosen = law[3] >= 0  # else nothing is outside yet, and all may become zero
+    decay = tl.where(ahead >= tl.where(chosen, keep, DEPTH), law[2], law[1])
+    snaps = ahead >= tl.where(chosen, keep, 0)
+    return pair(w, law[0] * update, decay, snaps, law, SATURATED)
 
 
 @triton.jit

@@ -1,13 +1,14 @@
 """The two generic kernels behind every fused step on GPUs, and what ends a tensor's step.
 
-``singles`` steps weights that are units of their own, one block of BLOCK to a program.  ``groups`` steps groups: tiles of
-R rows by C columns are summed and moved by one program where they fit, and otherwise cut into parts that are summed by
-some programs and then moved by others.  Programs take their tasks in the order of a ticket and wait only for tasks
-with earlier tickets, so there is no deadlock however few of them run at a time.  Whichever program finishes a tensor
-last advances its step count and its imbalance: no second launch, and nothing for the host to wait for.
+``singles`` steps weights that are units of their own, one block of BLOCK to a program.  ``groups`` (in
+``triton_groups``) steps groups: tiles of R rows by C columns are summed and moved by one program where they fit, and
+otherwise cut into parts that are summed by some programs and then moved by others.  Its programs take their tasks in
+the order of a ticket and wait only for tasks with earlier tickets, so there is no deadlock however few of them run at
+a time.  Whichever program finishes a tensor last advances its step count and its imbalance: no second launch, and
+nothing for the host to wait for.
 """
 
-# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call, attr-defined"
 
 from __future__ import annotations
 
@@ -116,7 +117,8 @@ def settings(
     factor = -1.0 if MAXIMIZE else 1.0
     if grad_scale is not None:
         factor = factor / tl.load(grad_scale)
-    return numbers, (lr, inside, outside, threshold, c, scale, keep), factor
+    most = tl.where(threshold < 0, float("inf"), threshold) if TRIMMED else float("inf")
+    return numbers, (lr, inside, outside, threshold, c, scale, keep, most), factor
 
 
 @triton.jit
@@ -262,7 +264,8 @@ def singles(
     COUPLED: tl.constexpr, SATURATED: tl.constexpr, DECAYS: tl.constexpr, STOCHASTIC: tl.constexpr,
     DEPTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if found_inf is not None:
+    """See the module."""
+    if found_inf is not None:  # noqa: SIM102 (Triton must not look at None)
         if tl.load(found_inf) != 0:
             return
     program = tl.program_id(0)

@@ -7,15 +7,17 @@ does.  ``triton`` is the same on GPUs.
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from symopt.constraints import Constraint
 from symopt_kernels import native, triton_launch
 from symopt_kernels.groups import Groups
 
-__all__ = ["BACKENDS", "FUSED", "check_backend", "choose", "explain", "why_not"]
+__all__ = ["BACKENDS", "FUSED", "check_backend", "choose", "explain", "fused_product", "why_not"]
 
 BACKENDS = ("native", "triton", "reference")
 """Best first."""
@@ -36,9 +38,10 @@ def why_not(
     """Why ``backend`` cannot step ``p``, or None if it can.  ``constraint=None`` asks for an unconstrained tensor."""
     if backend == "reference":
         return None
-    kernel = native if backend == "native" else triton_launch
-    if kernel.UNAVAILABLE is not None:
-        return kernel.UNAVAILABLE
+    kernel: Any = native if backend == "native" else triton_launch
+    unavailable: str | None = kernel.UNAVAILABLE
+    if unavailable is not None:
+        return unavailable
     if type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"a {type(p).__name__} wraps its memory"
     if backend == "native" and p.device.type != "cpu":
@@ -64,6 +67,15 @@ def why_not(
     if groups is not None and native.layout(p, groups) is None:
         return f"strides {p.stride()} interleave the groups in memory"
     return None
+
+
+def fused_product(constraint: Constraint, tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the fused product of explicit mode knows these factors (and the gradient of their product)."""
+    first = tensors[0]
+    if not constraint.name.startswith("sparse") or why_not("triton", first, None, None) is not None:
+        return False
+    same = all(t.stride() == first.stride() and t.dtype == first.dtype and t.shape == first.shape for t in tensors)
+    return same and not torch._C._are_functorch_transforms_active()
 
 
 def choose(requested: str | None, name: str, reasons: dict[str, str | None]) -> str:
@@ -96,7 +108,7 @@ def explain(optimizer: Any) -> str:
         raise TypeError(f"explain: expected an optimizer of symopt, got {type(optimizer).__name__}")
     rows = []
     for name, backend, reasons in optimizer.backends():
-        better = reasons if backend == "torch" else {k: v for k, v in reasons.items() if v is not None}
+        better = reasons if backend == "torch" else dict(takewhile(lambda item: item[1] is not None, reasons.items()))
         rows.append((name, backend, "; ".join(f"{k}: {v}" if v else k for k, v in better.items())))
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     lines = [f"{name:{widths[0]}}  {backend:{widths[1]}}  {why}".rstrip() for name, backend, why in rows]

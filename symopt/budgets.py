@@ -11,7 +11,7 @@ from torch import Tensor
 
 from symopt.constraints import Constraint
 from symopt.constraints.budget import Budget
-from symopt_kernels import native
+from symopt_kernels import native, triton_launch
 from symopt_kernels.groups import Groups
 
 __all__ = ["FLOOR", "Member", "Pool", "pools"]
@@ -146,4 +146,11 @@ def _kth(sizes: list[Tensor], k: int) -> float:
     )
     if fast:
         return native.rank(sizes, k)
+    on_device = triton_launch.UNAVAILABLE is None and all(
+        s.device.type == "cuda" and s.dtype == torch.float32 and native.layout(s) is not None for s in sizes
+    )
+    if on_device and len({s.device for s in sizes}) == 1:
+        from symopt_kernels import triton_select
+
+        return float(triton_select.rank(sizes, k))
     return float(torch.cat([s.flatten() for s in sizes]).abs().kthvalue(k).values)

@@ -290,8 +290,9 @@ class ConstrainedOptimizer(ConstrainedState):
     def zeros(self) -> dict[str, int]:
         """Exact zeros of every constrained tensor, as its last step left it.
 
-        The fused kernels count what they write, so this costs next to nothing there; tensors that changed since, or that the
-        reference steps, are counted now.  Values written in place past autograd (``p.data[0] = 0``) are not noticed.
+        The fused kernels count what they write, so this costs next to nothing there; tensors that changed since, or
+        that the reference steps, are counted now.  Values written in place past autograd (``p.data[0] = 0``) are not
+        noticed.
         """
         slots = {p: slot.zeros() for p, slot in self._slots.items()}
         return {

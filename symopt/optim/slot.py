@@ -66,7 +66,7 @@ class Slot:
                 self.entry.keep, self.entry.of = budget.pattern or (0, 0)
         else:
             self.entry = triton_launch.Entry()
-            depth, pattern = (2, None) if constraint is None else (constraint.depth, budget and budget.pattern)
+            depth, pattern = 2 if constraint is None else constraint.depth, None if budget is None else budget.pattern
             triton_launch.fill(
                 self.entry, p, used, retraction, groups, depth=depth, pattern=pattern, fresh=self._first is not None
             )
