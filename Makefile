@@ -40,6 +40,7 @@ test: $(VENV)/test.stamp  ## run all tests and doctests against the installed pa
 bench: $(VENV)/bench.stamp  ## time the native step against its peers; ARGS="--quick" for a short run
 	@$(MAKE) -s install
 	$(BIN)/python -m benchmarks --json out/bench.json --markdown out/bench.md --plot out/bench.png $(ARGS)
+	$(BIN)/python -m benchmarks.gpu
 
 sass: $(VENV)/test.stamp  ## compile the Triton step for GPUs that need not be there and count its instructions
 	@$(MAKE) -s install

@@ -1,9 +1,9 @@
 """Machine code of the fused steps, compiled for GPUs that need not be there: ``python -m symopt_kernels.triton_sass``.
 
-Every variant is compiled for sm_80, sm_90, sm_100 and gfx942; for NVIDIA's the code is disassembled by the ``cuobjdump``
-in Triton's own wheel and counted.  ``full`` are the 128-bit accesses: only weights, gradients and state are read or
-written so.  Accesses of a block stand in the code once, so their number times 16 bytes over the weights of a thread is
-what a weight moves.
+Every variant is compiled for sm_80, sm_90, sm_100 and gfx942; for NVIDIA's the code is disassembled by the
+``cuobjdump`` in Triton's own wheel and counted.  Only weights, gradients and state are read or written in 128 bits.
+Accesses of a block stand in the code once, so their number times 16 bytes over the weights of a thread is what a
+weight moves.
 """
 
 from __future__ import annotations
@@ -194,10 +194,8 @@ def _nvidia(cubin: bytes, per_thread: float) -> Code:
 
 def main(arguments: Sequence[str]) -> None:
     """Print the table as Markdown; words select the rows that contain them all."""
-    print(
-        "| step | target | registers | spills | calls | fp64 | bytes read | written | threads per SM | instructions |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    heads = "step,target,registers,spills,calls,fp64,bytes read,written,threads per SM,instructions".split(",")
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for v in VARIANTS:
         if not all(word in str(v) for word in arguments):
             continue

@@ -120,7 +120,8 @@ SINGLES = [(1,), (7,), (127,), (128,), (129,), (300,)]
 GROUPS = [
     ((1,), "out"), ((7, 5), "out"), ((19,), "out"), ((6, 64), "out"), ((3, 300), "out"), ((2, 700), "out"),
     ((5, 7), "in"), ((1, 70), "in"), ((40, 16), "in"), ((70, 9), "in"), ((20, 3, 3, 2), "in"), ((90, 24), "in"),
-    ((8, 6), "head:2"), ((12, 4), "head:2"), ((4, 6), "block:2x3"), ((8, 32), "block:4x16"), ((6, 4, 3, 3), "block:3x2"),
+    ((8, 6), "head:2"), ((12, 4), "head:2"), ((4, 6), "block:2x3"), ((8, 32), "block:4x16"),
+    ((6, 4, 3, 3), "block:3x2"),
 ]  # fmt: skip
 FORMS = [name for name in FORMATS if name != "fp64"]
 
@@ -130,7 +131,7 @@ def combined(retraction: str) -> Iterator[Case]:
     shapes: list[Any] = GROUPS if retraction == "group" else [(shape, None) for shape in SINGLES]
     i = 0
     for k, direction in enumerate(DIRECTIONS):
-        for j in range(3):
+        for j in range(3 if retraction == "group" else 2):
             shape, groups = shapes[(3 * k + 5 * j) % len(shapes)]
             i += 1
             trimmed = i % 3 == 0 and DIRECTIONS[direction][0] != "adam" and retraction != "plain"
@@ -160,7 +161,7 @@ def test_a_step_is_the_references(case: Case) -> None:
     form=st.sampled_from(FORMS),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
 def test_any_shape(
     direction: str, retraction: str, rows: int, columns: int, kind: str, form: str, seed: int
 ) -> None:  # fmt: skip
@@ -262,7 +263,7 @@ def test_an_overflow_moves_nothing(retraction: str) -> None:
 
 
 def test_stochastic_rounding_has_the_right_mean_and_keeps_what_fits() -> None:
-    n = 4096
+    n = 1024
     w = torch.full((n,), 1.0, dtype=torch.bfloat16)
     for g, fits in ((0.0, True), (0.2 * 2**-7, False)):
         found = torch.stack([
@@ -276,7 +277,7 @@ def test_stochastic_rounding_has_the_right_mean_and_keeps_what_fits() -> None:
 
 
 def test_many_tensors_are_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = torch.nn.ModuleList(torch.nn.Linear(5, 3) for _ in range(20)).to(DEVICE)
+    net = torch.nn.ModuleList(torch.nn.Linear(5, 3) for _ in range(5)).to(DEVICE)
     symopt.constrain(net, {"*.weight": symopt.Sparse()})
     opt = symopt.AdamW(net, backend="triton")
     for p in net.parameters():
@@ -290,11 +291,11 @@ def test_many_tensors_are_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         p.grad = torch.randn_like(p)
     opt.step()
     (plan,) = plans.values()
-    assert [b.table for _, b in plan.buckets] == tables and all(a is b.table for a, (_, b) in zip(tables, plan.buckets))
+    assert all(a is b.table for a, (_, b) in zip(tables, plan.buckets, strict=True))
     assert [b._sent for _, b in plan.buckets] != sent
 
 
-# ------------------------------------------------------------------------------------------------------ whole optimizers
+# ----------------------------------------------------------------------------------------------------- whole optimizers
 
 ROWS = [row for row in CONSTRAINTS if row.id in ("sparse", "group-in-conv", "group-head-packed")]
 
@@ -326,7 +327,7 @@ def test_without_a_name_a_cpu_tensor_never_gets_it() -> None:
     assert [backend for _, backend, _ in symopt.AdamW(net).backends()] == ["native", "torch"]
 
 
-# ------------------------------------------------------------------------------------------- selection and explicit mode
+# ------------------------------------------------------------------------------------------ selection and explicit mode
 
 
 def test_ranks_are_exact() -> None:
