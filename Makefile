@@ -44,7 +44,7 @@ bench: $(VENV)/bench.stamp  ## time the native step against its peers; ARGS="--q
 
 sass: $(VENV)/test.stamp  ## compile the Triton step for GPUs that need not be there and count its instructions
 	@$(MAKE) -s install
-	$(BIN)/python -m symopt_kernels.triton_sass $(ARGS)
+	$(BIN)/python tests/machine_code.py $(ARGS)
 
 # The same tests on a library that checks every access; libstdc++ is preloaded too, or ASan misses its exceptions.
 sanitize: $(VENV)/test.stamp  ## run the kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++)

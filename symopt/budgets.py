@@ -141,15 +141,13 @@ def pools(members: Iterable[Member]) -> list[Pool]:
 
 def _kth(sizes: list[Tensor], k: int) -> float:
     """The ``k``-th smallest absolute value, exactly; natively where it can be, since a step waits for it."""
-    fast = native.UNAVAILABLE is None and all(
-        s.device.type == "cpu" and s.dtype == torch.float32 and native.layout(s) is not None for s in sizes
+    (place, *others), plain = (
+        {s.device for s in sizes},
+        all(s.dtype == torch.float32 and native.layout(s) for s in sizes),
     )
-    if fast:
+    if plain and not others and place.type == "cpu" and native.UNAVAILABLE is None:
         return native.rank(sizes, k)
-    on_device = triton_launch.UNAVAILABLE is None and all(
-        s.device.type == "cuda" and s.dtype == torch.float32 and native.layout(s) is not None for s in sizes
-    )
-    if on_device and len({s.device for s in sizes}) == 1:
+    if plain and not others and place.type == "cuda" and triton_launch.UNAVAILABLE is None:
         from symopt_kernels import triton_select
 
         return float(triton_select.rank(sizes, k))

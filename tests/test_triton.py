@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from machine_code import TARGETS, VARIANTS, Variant, build, traffic
 from symopt_kernels import triton_launch
-from symopt_kernels.triton_sass import TARGETS, VARIANTS, Variant, build, traffic
 
 HERE = Path(__file__).resolve().parent
 MODES = ["interpreted", *(["gpu"] if torch.cuda.is_available() else [])]
@@ -67,7 +67,7 @@ def test_machine_code(variant: Variant, target: str) -> None:
 
 def test_the_count_notices_what_it_should() -> None:
     assert traffic(Variant("adamw", "sparse")) == (16, 12)
-    assert (HERE.parent / "Makefile").read_text(encoding="utf-8").count("triton_sass") == 1
+    assert (HERE.parent / "Makefile").read_text(encoding="utf-8").count("machine_code") == 1
     unaligned = Variant("sgd", "group", form=(*_COLUMN[:3], False))
     code = build(unaligned, "sm_80")
     assert code.read == 0 and code.written == 0

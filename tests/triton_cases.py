@@ -21,7 +21,7 @@ from torch import Tensor
 
 import symopt
 import test_native as oracle
-from symopt_kernels import reference, triton_explicit, triton_launch, triton_select
+from symopt_kernels import reference, triton_explicit, triton_launch, triton_select, triton_table
 from table import CONSTRAINTS, OPTIMIZERS, OptimizerRow, constrained_parameter, ids, tolerance
 from test_native import DIRECTIONS, FORMATS, OUTSIDE, STRENGTH, THRESHOLD, Case, Problem
 
@@ -51,7 +51,7 @@ if triton_launch.INTERPRETED:
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, and fresh memory that is NaN."""
     for name, value in TILES.items():
-        monkeypatch.setattr(triton_launch, name, value)
+        monkeypatch.setattr(triton_table, name, value)
     for module in (triton_explicit, triton_select):
         monkeypatch.setattr(module, "BLOCK", 128)
     empty, like = torch.empty, torch.empty_like

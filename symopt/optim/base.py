@@ -18,8 +18,9 @@ from symopt import annotation
 from symopt.backends import BACKENDS, FUSED, check_backend, choose, why_not
 from symopt.constraints import Constraint
 from symopt.optim import compiled
+from symopt.optim.launch import step_native, step_triton
 from symopt.optim.options import DEFAULTS, OWN_STATE, check_group
-from symopt.optim.slot import Slot, step_native, step_triton
+from symopt.optim.slot import Slot
 from symopt.optim.state import ConstrainedState
 from symopt_kernels import reference, triton_launch
 from symopt_kernels.groups import Groups

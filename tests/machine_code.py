@@ -1,4 +1,4 @@
-"""Machine code of the fused steps, compiled for GPUs that need not be there: ``python -m symopt_kernels.triton_sass``.
+"""Machine code of the fused steps, compiled for GPUs that need not be there: ``make sass``.
 
 Every variant is compiled for sm_80, sm_90, sm_100 and gfx942; for NVIDIA's the code is disassembled by the
 ``cuobjdump`` in Triton's own wheel and counted.  Only weights, gradients and state are read or written in 128 bits.

@@ -1,127 +1,23 @@
-"""Directions and retractions as Triton device functions; names and formulas are ``reference``'s.
+"""Retractions as Triton device functions; names and formulas are ``reference``'s.
 
-``triton_step`` holds the kernels that are specialised by these functions: each is passed as a ``constexpr``, so that m
-directions and n retractions are m + n functions and a launch contains neither a branch nor a call for them.  All of
-them compute in fp32.  ``sqrt`` and ``/`` compile to the inlined instructions ``sqrt.approx`` and ``div.full`` (1 and 2
-ulp): the correctly rounded ones call a subroutine for denormals.
+Each is passed to a kernel as a ``constexpr``, as the directions are, so that m + n functions make m * n kernels without
+a branch or a call.  All compute in fp32.  ``sqrt`` and ``/`` compile to the inlined instructions ``sqrt.approx`` and
+``div.full`` (1 and 2 ulp): the correctly rounded ones call a subroutine for denormals.
+
+``law`` is lr, lr * strength inside and outside the budget, threshold, imbalance, metric_scale, imbalance_decay, and up
+to what size a weight may become zero (the threshold, or infinity without one).
 """
 
-# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call, attr-defined"
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["FIELDS", "adam", "adam_lead", "nm", "plain", "sgd", "sgd_lead", "sparse", "sparse_deep", "sparse_free"]
+from symopt_kernels.triton_memory import FACTOR_0, FACTOR_1, KEEP, SNAP, TINY, WIDTH, address, get, put
 
-FIELDS = (
-    *("weight", "master", "first", "second", "peak", "factor_0", "factor_1", "imbalance", "metric_scale", "step"),
-    *("trim", "seen", "numel", "rows", "groups", "run", "keep", "aligned", "begin", "count"),
-    *("stride", "samples", "units", "parts", "lines", "lag", "room", "marks"),
-)
-"""Columns of the table of tensors, all int64: addresses, the shape of its groups as ``native.layout`` has it, and how
-programs share the work: ``count`` of them from ``begin`` on; groups in ``units`` tiles of ``lines`` blocks, each cut
-into ``parts``; ``room`` and ``marks`` are where their partial sums and counters lie.  The imbalance's law looks at
-``samples`` units, ``stride`` apart."""
-
-WIDTH = tl.constexpr(len(FIELDS))
-FIRST = tl.constexpr(FIELDS.index("first"))
-SECOND = tl.constexpr(FIELDS.index("second"))
-PEAK_ = tl.constexpr(FIELDS.index("peak"))
-FACTOR_0 = tl.constexpr(FIELDS.index("factor_0"))
-FACTOR_1 = tl.constexpr(FIELDS.index("factor_1"))
-KEEP = tl.constexpr(FIELDS.index("keep"))
-SNAP = tl.constexpr(1e-6)
-TINY = tl.constexpr(1.1754943508222875e-38)
-
-
-@triton.jit
-def address(table, entry, field: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to a tensor of a row of the table.  The hint must follow the cast: before it, it is lost."""
-    p = tl.load(table + entry * WIDTH + field).to(tl.pointer_type(DTYPE))
-    return tl.multiple_of(p, 16) if ALIGNED else p
-
-
-@triton.jit
-def get(p, at, mask):
-    if mask is None:
-        x = tl.load(p + at)
-    else:
-        x = tl.load(p + at, mask=mask, other=0.0)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def put(p, at, x, mask):
-    if mask is None:
-        tl.store(p + at, x)
-    else:
-        tl.store(p + at, x, mask=mask)
-
-
-# ---------------------------------------------------------------------------------------------------- directions
-# Load, advance and store the moments; return the update and what multiplies the strength.
-# numbers: momentum, 1 - dampening, whether the buffer is new; 1 - beta1, beta2, 1 - beta2, eps, 1 / bias corrections.
-
-
-@triton.jit
-def sgd(
-    table, entry, at, mask, g, numbers,
-    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, PEAK: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """``reference.sgd``."""
-    return sgd_lead(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, ALIGNED), 1.0
-
-
-@triton.jit
-def sgd_lead(
-    table, entry, at, mask, g, numbers, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ALIGNED: tl.constexpr
-):  # fmt: skip
-    """Its part that every weight of a group owns."""
-    update = g
-    if MOMENTUM:
-        buffer = address(table, entry, FIRST, tl.float32, ALIGNED)
-        b = get(buffer, at, mask)
-        b = tl.where(numbers[2] != 0, g, numbers[0] * b + numbers[1] * g)
-        put(buffer, at, b, mask)
-        update = g + numbers[0] * b if NESTEROV else b
-    return update
-
-
-@triton.jit
-def adam(
-    table, entry, at, mask, g, numbers,
-    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, PEAK: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """``reference.adam``."""
-    m = adam_lead(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, ALIGNED)
-    second = address(table, entry, SECOND, tl.float32, ALIGNED)
-    v = numbers[4] * get(second, at, mask) + numbers[5] * (g * g)
-    put(second, at, v, mask)
-    if PEAK:
-        peak = address(table, entry, PEAK_, tl.float32, ALIGNED)
-        v = tl.maximum(v, get(peak, at, mask), propagate_nan=tl.PropagateNan.ALL)
-        put(peak, at, v, mask)
-    gain = 1 / (tl.sqrt(v * numbers[8]) + numbers[6])
-    return gain * (m * numbers[7]), gain
-
-
-@triton.jit
-def adam_lead(
-    table, entry, at, mask, g, numbers, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ALIGNED: tl.constexpr
-):  # fmt: skip
-    """Its part that every weight of a group owns: the first moment, an update up to one factor per group."""
-    exp_avg = address(table, entry, FIRST, tl.float32, ALIGNED)
-    m = get(exp_avg, at, mask)
-    m = m + numbers[3] * (g - m)
-    put(exp_avg, at, m, mask)
-    return m
-
-
-# --------------------------------------------------------------------------------------------------- retractions
-# law: lr, lr * strength inside and outside the budget, threshold, imbalance, metric_scale, imbalance_decay, and up to
-# what size a weight may become zero (the threshold, or infinity without one).
+__all__ = ["nm", "plain", "sparse", "sparse_deep", "sparse_free"]
 
 
 @triton.jit
