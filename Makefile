@@ -7,7 +7,7 @@ PACKAGING := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test bench-test sanitize bench lint format types install clean
+.PHONY: help quickstart test bench-test sass sanitize bench lint format types install clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,11 @@ test: $(VENV)/test.stamp  ## run all tests and doctests against the installed pa
 bench: $(VENV)/bench.stamp  ## time the native step against its peers; ARGS="--quick" for a short run
 	@$(MAKE) -s install
 	$(BIN)/python -m benchmarks --json out/bench.json --markdown out/bench.md --plot out/bench.png $(ARGS)
+	$(BIN)/python -m benchmarks.gpu
+
+sass: $(VENV)/test.stamp  ## compile the Triton step for GPUs that need not be there and count its instructions
+	@$(MAKE) -s install
+	$(BIN)/python tests/machine_code.py $(ARGS)
 
 bench-test: $(VENV)/test.stamp $(VENV)/bench.stamp  ## run the benchmarks' own tests (their checks, not their times)
 	@$(MAKE) -s install

@@ -52,7 +52,8 @@ class Budget:
         """Ones where weights live when a ``share`` of them does; exact, and by magnitude."""
         weights = [w.detach() for w in weights]
         if self.pattern:
-            return [_largest(w.abs().unflatten(1, (-1, 4)), 2).flatten(1, 2) for w in weights]
+            runs = [w.abs().unflatten(1, (-1, 4)).movedim(2, -1) for w in weights]
+            return [_largest(r, 2).movedim(-1, 2).flatten(1, 2) for r in runs]
         if self.neurons:
             norms = [w.flatten(1).norm(dim=1) for w in weights]
             rows = [_largest(n, max(1, round(share * len(n)))) for n in norms]

@@ -2,23 +2,28 @@
 
 ``reference`` is readable torch code and can step everything.  ``native`` is the fused C++ step on CPUs.  On a CPU it is
 the faster of the two at every size, a single weight included (a tenth of its time there), so what can run natively
-does.
+does.  ``triton`` is the same on GPUs.
 """
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from symopt.constraints import Constraint
-from symopt_kernels import native
+from symopt_kernels import native, triton_launch
 from symopt_kernels.groups import Groups
 
-__all__ = ["BACKENDS", "check_backend", "choose", "explain", "why_not"]
+__all__ = ["BACKENDS", "FUSED", "check_backend", "choose", "explain", "fused_product", "why_not"]
 
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "triton", "reference")
 """Best first."""
+
+FUSED = BACKENDS[:-1]
+"""Those that step unconstrained tensors too, if asked for by name."""
 
 
 def check_backend(owner: str, backend: object) -> None:
@@ -33,20 +38,28 @@ def why_not(
     """Why ``backend`` cannot step ``p``, or None if it can.  ``constraint=None`` asks for an unconstrained tensor."""
     if backend == "reference":
         return None
-    if native.UNAVAILABLE is not None:
-        return native.UNAVAILABLE
+    kernel: Any = native if backend == "native" else triton_launch
+    unavailable: str | None = kernel.UNAVAILABLE
+    if unavailable is not None:
+        return unavailable
     if type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"a {type(p).__name__} wraps its memory"
-    if p.device.type != "cpu":
+    if backend == "native" and p.device.type != "cpu":
         return f"it runs on CPUs, the tensor is on {p.device}"
-    if p.dtype not in native.DTYPES:
-        return f"it knows {', '.join(str(d).removeprefix('torch.') for d in native.DTYPES)}, not {p.dtype}"
+    if backend == "triton" and p.device.type != ("cpu" if triton_launch.INTERPRETED else "cuda"):
+        return f"it runs on GPUs, the tensor is on {p.device}"
+    if p.dtype not in kernel.DTYPES:
+        return f"it knows {', '.join(str(d).removeprefix('torch.') for d in kernel.DTYPES)}, not {p.dtype}"
     if differentiable:
         return "differentiable=True needs a step that autograd can follow"
-    if constraint is not None and (reason := constraint.no_kernel()):
+    if constraint is not None and (reason := constraint.no_kernel(backend)):
         return reason
     if (pattern := constraint and constraint.budget and constraint.budget.pattern) and p.stride(1) != 1:
         return f"the {pattern[0]}:{pattern[1]} neighbours do not lie side by side (channels_last would place them so)"
+    if pattern and backend == "triton" and pattern[1] not in triton_launch.PATTERNS:
+        return f"it knows N:M with M in {triton_launch.PATTERNS}, not {pattern[0]}:{pattern[1]}"
+    if backend == "triton" and groups is not None and groups.index is not None:
+        return "it knows groups that are a view of the weight, not an index map"
     if p.data_ptr() % p.element_size():
         return "the tensor's memory is not aligned to its element size"
     if native.layout(p) is None:
@@ -54,6 +67,15 @@ def why_not(
     if groups is not None and native.layout(p, groups) is None:
         return f"strides {p.stride()} interleave the groups in memory"
     return None
+
+
+def fused_product(constraint: Constraint, tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the fused product of explicit mode knows these factors (and the gradient of their product)."""
+    first = tensors[0]
+    if not constraint.name.startswith("sparse") or why_not("triton", first, None, None) is not None:
+        return False
+    same = all(t.stride() == first.stride() and t.dtype == first.dtype and t.shape == first.shape for t in tensors)
+    return same and not torch._C._are_functorch_transforms_active()
 
 
 def choose(requested: str | None, name: str, reasons: dict[str, str | None]) -> str:
@@ -69,7 +91,7 @@ def explain(optimizer: Any) -> str:
     """Say which backend each tensor of a symopt optimizer gets, and why not a better one.
 
     Unconstrained tensors take torch's own code (``foreach`` and ``fused`` mean what they mean there), unless the group
-    says ``backend="native"``.
+    names one of the fused backends.
 
     Raises:
         TypeError: if ``optimizer`` is not symopt's.
@@ -86,7 +108,7 @@ def explain(optimizer: Any) -> str:
         raise TypeError(f"explain: expected an optimizer of symopt, got {type(optimizer).__name__}")
     rows = []
     for name, backend, reasons in optimizer.backends():
-        better = reasons if backend == "torch" else {k: v for k, v in reasons.items() if v is not None}
+        better = reasons if backend == "torch" else dict(takewhile(lambda item: item[1] is not None, reasons.items()))
         rows.append((name, backend, "; ".join(f"{k}: {v}" if v else k for k, v in better.items())))
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     lines = [f"{name:{widths[0]}}  {backend:{widths[1]}}  {why}".rstrip() for name, backend, why in rows]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from symopt.annotation import Factored
+from symopt.backends import fused_product
 from symopt.constraints import Constraint, LowRank
 from symopt.constraints.base import check_number
 
@@ -31,6 +32,10 @@ class _Compose(torch.autograd.Function):
 
     @staticmethod
     def forward(constraint: Constraint, pool: _Pool, *factors: Tensor) -> Tensor:
+        if fused_product(constraint, factors):
+            from symopt_kernels import triton_explicit
+
+            return triton_explicit.compose(factors)
         return constraint.compose(factors, pool.like(factors[-1]))
 
     @staticmethod
@@ -42,6 +47,10 @@ class _Compose(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         factors: tuple[Tensor, ...] = ctx.saved_tensors
         double = torch.is_grad_enabled()  # create_graph: the pull-back must itself be differentiable
+        if not double and fused_product(ctx.constraint, (*factors, grads[0])):
+            from symopt_kernels import triton_explicit
+
+            return None, None, *triton_explicit.pullback(factors, grads[0])
         out = None if double else tuple(ctx.pool.like(f) for f in factors)
         return None, None, *ctx.constraint.pullback(factors, grads[0], out)
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from symopt_kernels import native
+from symopt_kernels import native, triton_launch
 
 __all__ = ["largest_groups", "largest_weights"]
 
@@ -53,9 +53,12 @@ def largest_groups(sizes: list[Tensor], costs: list[int], keep: float, floors: l
 
 def _kth(tensors: list[Tensor], k: int) -> float:
     """The ``k``-th smallest absolute value, exactly; natively where it can be, since a step waits for it."""
-    fast = native.UNAVAILABLE is None and all(
-        w.device.type == "cpu" and w.dtype == torch.float32 and native.layout(w) is not None for w in tensors
-    )
-    if fast:
-        return native.rank(tensors, k)
+    place, *others = {w.device for w in tensors}
+    if not others and all(w.dtype == torch.float32 and native.layout(w) is not None for w in tensors):
+        if place.type == "cpu" and native.UNAVAILABLE is None:
+            return native.rank(tensors, k)
+        if place.type == "cuda" and triton_launch.UNAVAILABLE is None:
+            from symopt_kernels import triton_select
+
+            return float(triton_select.rank(tensors, k))
     return float(torch.cat([w.flatten() for w in tensors]).abs().kthvalue(k).values)

@@ -18,9 +18,17 @@ import torch
 from torch import Tensor, nn
 
 import symopt
-from symopt.backends import BACKENDS
 from symopt_kernels import native
-from table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter, ids, tolerance
+from table import (
+    CONSTRAINTS,
+    CPU_BACKENDS,
+    OPTIMIZERS,
+    ConstraintRow,
+    OptimizerRow,
+    constrained_parameter,
+    ids,
+    tolerance,
+)
 
 torch.set_num_threads(1)
 
@@ -34,7 +42,7 @@ every_row = pytest.mark.parametrize("row", ROWS, ids=ids)
 some_rows = pytest.mark.parametrize("row", SOME, ids=ids)
 every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
 few_optimizers = pytest.mark.parametrize("opt_row", FEW, ids=ids)
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_backend = pytest.mark.parametrize("backend", CPU_BACKENDS)
 
 Run = tuple[nn.Module, Any]
 
@@ -445,7 +453,7 @@ def test_any_order_of_the_gradient(kind: str, how: str) -> None:
     for order in ("transposed", "offset"):
         shape, place = ORDERS[order]
         runs = []
-        for backend in BACKENDS:
+        for backend in CPU_BACKENDS:
             module = made(shape, KINDS[kind](), place)
             opt = symopt.AdamW(module, lr=0.01, backend=backend)
             for t in range(3):
@@ -464,7 +472,7 @@ def test_any_order_of_the_gradient(kind: str, how: str) -> None:
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_a_gradient_of_another_dtype_counts_or_is_refused(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
     runs = []
-    for backend in BACKENDS:
+    for backend in CPU_BACKENDS:
         module = made((6, 4), symopt.Sparse(0.3), dtype=dtype)
         module.weight.grad_dtype = None  # any
         opt = symopt.SGD(module, lr=0.01, backend=backend)
@@ -835,7 +843,7 @@ def test_state_that_does_not_fit_is_refused(key: str, backend: str) -> None:
 @few_optimizers
 def test_parameters_without_gradients_wait(opt_row: OptimizerRow) -> None:
     runs = []
-    for backend in BACKENDS:
+    for backend in CPU_BACKENDS:
         module = nn.Module()
         for i, row in enumerate(SOME):
             module.register_parameter(f"w{i}", nn.Parameter(constrained_parameter(row).weight.detach().clone()))
@@ -973,7 +981,7 @@ def test_a_grad_scaler_scales_and_skips(opt_row: OptimizerRow, backend: str) -> 
 def test_a_grad_scale_of_any_dtype_divides(dtype: torch.dtype) -> None:
     """torch's own fused step takes fp32 only; what is accepted must be right."""
     moments = []
-    for backend in BACKENDS:
+    for backend in CPU_BACKENDS:
         module = made((6, 4), symopt.Sparse(0.3))
         opt = symopt.Adam(module, lr=0.01, backend=backend)
         opt.grad_scale = torch.tensor(1024.0, dtype=dtype)
@@ -1042,7 +1050,7 @@ def test_the_step_count_under_another_default_dtype(backend: str, dtype: torch.d
     "count", [torch.tensor(5), torch.tensor(5.0, dtype=torch.float64), torch.tensor([5.0])], ids=str
 )
 def test_the_step_count_of_a_checkpoint_of_any_kind_goes_on(count: Tensor) -> None:
-    for backend in BACKENDS:
+    for backend in CPU_BACKENDS:
         module = made((4, 3), symopt.Sparse(0.3))
         opt = symopt.AdamW(module, lr=0.01, backend=backend)
         step((module, opt), 0)

@@ -10,8 +10,7 @@ import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import symopt
-from symopt.backends import BACKENDS
-from table import CONSTRAINTS, OPTIMIZERS, ids
+from table import CONSTRAINTS, CPU_BACKENDS, OPTIMIZERS, ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:Profiler record function")
 
@@ -43,7 +42,7 @@ def state_of(opt: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [v for p in opt.state for v in opt.state[p].values() if isinstance(v, torch.Tensor)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
 @pytest.mark.parametrize("row", [CONSTRAINTS[0], CONSTRAINTS[3], CONSTRAINTS[-1]], ids=ids)
 def test_compiled_steps_are_eager_steps(row, opt_row, backend):

@@ -18,7 +18,16 @@ from torch import Tensor
 
 import symopt
 from symopt.constraints import Constraint
-from table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter, ids, tolerance
+from table import (
+    CONSTRAINTS,
+    CPU_BACKENDS,
+    OPTIMIZERS,
+    ConstraintRow,
+    OptimizerRow,
+    constrained_parameter,
+    ids,
+    tolerance,
+)
 
 torch.set_num_threads(1)
 
@@ -190,7 +199,7 @@ def follow(
 # -- the step is the factor step -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", symopt.backends.BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("imbalance", [1.0, 0.2, 0.0])
 @every_time_scale
 @every_optimizer

@@ -130,9 +130,10 @@ class Constraint(ABC):
         """The map from weights to groups as a tensor, where no view of the weight can express it."""
         return None
 
-    def no_kernel(self) -> str | None:
+    def no_kernel(self, backend: str) -> str | None:
         """Why only the reference can step this constraint, or None: kernels have the rows ``name`` at depth 2."""
-        return None if self.depth == 2 else f"depth {self.depth} has no fused kernel"
+        deep = backend == "triton" and self.name == "sparse"
+        return None if self.depth == 2 or deep else f"depth {self.depth} has no fused kernel"
 
     def charge(self, w: Tensor, *, decoupled: bool) -> Tensor | float:
         """Relative strength of every unit; not 1 only where several constraints share a weight."""

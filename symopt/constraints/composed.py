@@ -59,7 +59,7 @@ class Composed(Constraint):
             part.bind(name, w)
         return self
 
-    def no_kernel(self) -> str | None:
+    def no_kernel(self, backend: str) -> str | None:
         return "a list of constraints has no fused kernel"
 
     def charge(self, w: Tensor, *, decoupled: bool) -> Tensor:

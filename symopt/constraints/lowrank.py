@@ -112,7 +112,7 @@ class LowRank(Constraint):
             )
         return self
 
-    def no_kernel(self) -> str | None:
+    def no_kernel(self, backend: str) -> str | None:
         return "LowRank is products of matrices, which torch's own library does"
 
     # -- geometry ----------------------------------------------------------------------------------------------------

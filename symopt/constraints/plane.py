@@ -167,7 +167,7 @@ class Plane(Constraint):
         """Largest :meth:`violation` of a weight that lies on the plane as exactly as its precision can say."""
         return 64 * torch.finfo(w.dtype).eps
 
-    def no_kernel(self) -> str | None:
+    def no_kernel(self, backend: str) -> str | None:
         return "a plane has no fused kernel"
 
 

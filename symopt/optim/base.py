@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from symopt import annotation
-from symopt.backends import BACKENDS, check_backend, choose, why_not
+from symopt.backends import BACKENDS, FUSED, check_backend, choose, why_not
 from symopt.constraints import Constraint, LowRank
 from symopt.optim import compiled, joint, lowrank
+from symopt.optim.launch import step_native, step_triton
 from symopt.optim.options import DEFAULTS, OWN_STATE, check_group
-from symopt.optim.slot import Slot, gradient
+from symopt.optim.slot import Slot
 from symopt.optim.state import ConstrainedState
-from symopt_kernels import native, reference
+from symopt_kernels import reference, triton_launch
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import math_dtype
 
@@ -41,8 +42,8 @@ class ConstrainedOptimizer(ConstrainedState):
         imbalance: initial plasticity c of each tensor, in units of its root mean square; 0 locks signs and makes zeros
             permanent from the start.  It decays by itself (see :class:`symopt.Anneal` for a schedule).
         backend: which kernel steps the constrained tensors: None for the best that can (:func:`symopt.explain` lists
-            them), ``"native"`` or ``"reference"``; a named one is used or an error says why not, and ``"native"`` then
-            steps unconstrained tensors too, with float32 moments for those in half precision.
+            them), ``"native"``, ``"triton"`` or ``"reference"``; a named one is used or an error says why not, and the
+            first two then step unconstrained tensors too, with float32 moments for those in half precision.
 
     ``weight_decay`` keeps torch's meaning and applies to unconstrained parameters only.
     """
@@ -211,19 +212,26 @@ class ConstrainedOptimizer(ConstrainedState):
 
     def take_step(self) -> None:
         """The step itself, in the caller's grad mode."""
-        if (found_inf := getattr(self, "found_inf", None)) is not None and bool(found_inf):
+        found_inf = getattr(self, "found_inf", None)
+        waits = found_inf is not None and found_inf.device.type == "cpu" and not triton_launch.INTERPRETED
+        if waits and bool(found_inf):
             return  # GradScaler's gradients overflowed: nothing moves, the step count neither
         for group in self.param_groups:
             slots, rest, plain = self._plan(group)
-            if plain:
-                self._step_plain(group)
-            for held, constraint in rest:
-                self._step_reference(group, held, constraint)
-            if slots:
-                self._step_native(group, slots)
+            here = [slot for slot in slots if slot.backend == "native"]
+            # The kernels on the device look at found_inf themselves; for all others the host has to wait for it.
+            if (here or rest or plain) and (found_inf is None or not bool(found_inf)):
+                if plain:
+                    self._step_plain(group)
+                for held, constraint in rest:
+                    self._step_reference(group, held, constraint)
+                if here:
+                    step_native(self, group, here)
+            if there := [slot for slot in slots if slot.backend == "triton"]:
+                step_triton(self, group, there)
 
     def _plan(self, group: dict[str, Any]) -> tuple[list[Slot], list[tuple[tuple[Tensor, ...], Constraint]], bool]:
-        """What has a gradient: for the native kernel, for the reference, and whether torch has anything to step."""
+        """What has a gradient: for fused kernels, for the reference, and whether torch has anything to step."""
         slots: list[Slot] = []
         rest: list[tuple[tuple[Tensor, ...], Constraint]] = []
         plain = False
@@ -242,18 +250,18 @@ class ConstrainedOptimizer(ConstrainedState):
             slot = self._slots.get(p)
             if slot is None or not slot.holds(self.state[p], key):
                 constraint = self._constraint(p)
-                if constraint is None and group["backend"] != "native":
+                if constraint is None and group["backend"] not in FUSED:
                     plain = True
                     self._ready_plain(p)
                     continue
-                if self._backend(group, p, constraint) == "reference":
+                if (backend := self._backend(group, p, constraint)) == "reference":
                     assert constraint is not None
                     rest.append(((p,), constraint))
                     continue
                 state = self._ready(group, p, constraint)
                 groups = None if constraint is None else self.groups(p, constraint)
                 try:
-                    slot = self._slots[p] = Slot(p, constraint, state, groups, key)
+                    slot = self._slots[p] = Slot(p, constraint, state, groups, key, backend)
                 except ValueError as error:
                     raise ValueError(f"{self._names[p]}: {error}; load state that belongs to this weight") from None
             slots.append(slot)
@@ -276,7 +284,7 @@ class ConstrainedOptimizer(ConstrainedState):
         for group in self.param_groups:
             for p in group["params"]:
                 constraint = self._constraint(p)
-                if constraint is None and group["backend"] != "native":
+                if constraint is None and group["backend"] not in FUSED:
                     yield self._names[p], "torch", {"no constraint": None}
                 else:
                     reasons = self._reasons(group, p, constraint)
@@ -285,37 +293,15 @@ class ConstrainedOptimizer(ConstrainedState):
     def zeros(self) -> dict[str, int]:
         """Exact zeros of every constrained tensor, as its last step left it.
 
-        The native step counts what it writes, so this costs nothing there; tensors that changed since, or that the
-        reference steps, are counted now.  Values written in place past autograd (``p.data[0] = 0``) are not noticed.
+        The fused kernels count what they write, so this costs next to nothing there; tensors that changed since, or
+        that the reference steps, are counted now.  Values written in place past autograd (``p.data[0] = 0``) are not
+        noticed.
         """
         slots = {p: slot.zeros() for p, slot in self._slots.items()}
         return {
             name: count if (count := slots.get(p)) is not None else int((p == 0).sum())
             for _, p, name, _ in self.constrained()
         }
-
-    def _step_native(self, group: dict[str, Any], slots: list[Slot]) -> None:
-        grads = [gradient(slot.p) for slot in slots]  # alive until the call is over
-        for slot, grad in zip(slots, grads, strict=True):
-            constraint = slot.constraint
-            if constraint is None or slot.entry.trim:  # a budget's strengths are in its state
-                slot.aim(grad, 0.0)
-            else:
-                slot.aim(grad, float(self.strength(group, constraint, slot.state)))
-        native.step(
-            [slot.entry for slot in slots],
-            lr=float(group["lr"]),
-            weight_decay=float(group["weight_decay"]),
-            maximize=group["maximize"],
-            saturated=group["time_scale"] == "saturated",
-            imbalance_decay=group["imbalance_decay"],
-            grad_scale=None if (scale := getattr(self, "grad_scale", None)) is None else scale.float(),
-            **self._settings(group),
-        )
-        # Autograd must see that the weights changed under it.
-        torch.autograd.graph.increment_version([slot.p for slot in slots])
-        for slot in slots:
-            slot.done()
 
     def _step_reference(self, group: dict[str, Any], held: tuple[Tensor, ...], constraint: Constraint) -> None:
         if isinstance(constraint, LowRank):

@@ -1,4 +1,4 @@
-"""A tensor as the native kernel sees it: addresses of weight and state, looked up once and kept while they hold."""
+"""A tensor as a fused kernel sees it: addresses of weight and state, looked up once and kept while they hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from symopt.constraints import Constraint
 from symopt.optim.options import TRIM
-from symopt_kernels import native
+from symopt_kernels import native, triton_launch
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import math_dtype
 
@@ -20,11 +20,11 @@ _OTHER_STATE = ("step", "imbalance", "metric_scale", "master", "group_index", "f
 
 
 class Slot:
-    """One entry of a native call.  ``state`` is the parameter's, complete and of the kernel's precision."""
+    """One entry of a fused call.  ``state`` is the parameter's, complete and of the kernel's precision."""
 
     __slots__ = (
         *("_first", "_place", "_strength", "_tensors", "_version"),
-        *("constraint", "entry", "key", "p", "state"),
+        *("backend", "constraint", "entry", "key", "p", "state"),
     )
 
     def __init__(
@@ -34,29 +34,43 @@ class Slot:
         state: dict[str, Any],
         groups: Groups | None,
         key: tuple[Any, ...],
+        backend: str,
     ) -> None:
-        self.p, self.constraint, self.state, self.key = p, constraint, state, key
+        self.p, self.constraint, self.state, self.key, self.backend = p, constraint, state, key, backend
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
-                state[name] = torch.empty_strided(p.shape, p.stride(), dtype=value.dtype).copy_(value)
+                state[name] = torch.empty_strided(p.shape, p.stride(), dtype=value.dtype, device=p.device).copy_(value)
+        if backend == "triton" and "step" in state:  # counted on the device, as torch's fused step does
+            state["step"] = state["step"].to(device=p.device, dtype=torch.float32)
         moments = key[-1]
         # torch's first momentum is the first gradient itself: until the step has written it, the state has none.
         self._first: Tensor | None = None
         if "momentum_buffer" in moments and state.get("momentum_buffer") is None:
-            self._first = torch.empty_like(p, dtype=math_dtype(p))
+            # Zeros on a device: a first step that found_inf skips leaves them there, and the host does not know.
+            make = torch.zeros_like if backend == "triton" else torch.empty_like
+            self._first = make(p, dtype=math_dtype(p))
         used = {name: state[name] for name in (*moments, *_OTHER_STATE) if state.get(name) is not None}
         self._tensors = tuple(used.items())
         if self._first is not None:
             used["momentum_buffer"] = self._first
         _check_shapes(p, used, groups)
-        self.entry = native.Entry()
         retraction = "plain" if constraint is None else constraint.name
-        native.fill(self.entry, p, used, retraction, groups, fresh=self._first is not None)
-        if constraint is not None and (budget := constraint.budget) is not None:
-            self.entry.decoupled = 1
-            self.entry.keep, self.entry.of = budget.pattern or (0, 0)
+        budget = None if constraint is None else constraint.budget
+        self.entry: Any
+        if backend == "native":
+            self.entry = native.Entry()
+            native.fill(self.entry, p, used, retraction, groups, fresh=self._first is not None)
+            if budget is not None:
+                self.entry.decoupled = 1
+                self.entry.keep, self.entry.of = budget.pattern or (0, 0)
+        else:
+            self.entry = triton_launch.Entry()
+            depth, pattern = 2 if constraint is None else constraint.depth, None if budget is None else budget.pattern
+            triton_launch.fill(
+                self.entry, p, used, retraction, groups, depth=depth, pattern=pattern, fresh=self._first is not None
+            )
         self._place = (p.data_ptr(), p.shape, p.stride())
-        self._strength: float | None = None
+        self._strength: float | Tensor | None = None
         self._version = -1
 
     def holds(self, state: dict[str, Any], key: tuple[Any, ...]) -> bool:
@@ -71,10 +85,10 @@ class Slot:
                 return False
         return True
 
-    def aim(self, grad: Tensor, strength: float) -> None:
+    def aim(self, grad: Tensor, strength: float | Tensor) -> None:
         """Set what changes from step to step."""
         self.entry.grad = grad.data_ptr()
-        if strength != self._strength:
+        if isinstance(strength, Tensor) or strength != self._strength:
             self.entry.inside = self.entry.outside = self._strength = strength
 
     def done(self) -> None:

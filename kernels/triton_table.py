@@ -1,0 +1,194 @@
+"""Tables of addresses: how tensors become buckets, and a bucket's programs share its work.
+
+Tensors that share a dtype and a retraction form a bucket, and a bucket is one launch, however many they are.  Addresses
+of weights and state lie in a table on the device that is made once; what changes from step to step, the gradients and
+the strengths, follows by one asynchronous copy, and only if it did change.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from array import array
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symopt_kernels.groups import Groups
+from symopt_kernels.native import layout
+
+__all__ = ["DTYPES", "INTERPRETED", "PATTERNS", "UNAVAILABLE", "Entry", "Plan", "fill", "straight", "tile"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's interpreter runs the kernels on CPU tensors: for tests, thousands of times slower."""
+
+UNAVAILABLE = None if find_spec("triton") else "triton is not installed"
+"""Why the Triton step cannot run here, or None."""
+
+BLOCK = 2048  # weights of a program: 8 to each of 256 threads, which are 128 bits in half precision
+WIDTHS = (1, 16, 128, 1024, 4096)  # columns that one group may take up in a tile
+SHARE = 16  # lines that one program sums before it moves them; more are cut into parts
+PATTERNS = (2, 4, 8, 16)
+SAMPLE = 1024  # units from which the imbalance takes its quantile, at least
+RESIDENT = 2048  # programs that run at a time on a large GPU, about: so far ahead of the moves do the sums go
+
+_STATE = {"peak": "max_exp_avg_sq", "second": "exp_avg_sq"}
+_STATE |= {k: k for k in ("master", "factor_0", "factor_1", "imbalance", "metric_scale", "step", "trim")}
+
+
+class Entry:
+    """One tensor and its state: addresses, shape, and what the last step left."""
+
+    def __init__(self) -> None:
+        self.fields: dict[str, int] = {}
+        self.key: tuple[Any, ...] = ()
+        self.grad = 0
+        self.inside: float | Tensor = 0.0
+        self.plan: Plan | None = None
+        self.counted: tuple[Tensor, int] | None = None
+        self.device = torch.device("cpu")
+        self.seen: Tensor | None = None
+
+    @property
+    def zeros(self) -> int:
+        """Exact zeros after the step; waits for it."""
+        assert self.counted is not None
+        counts, i = self.counted
+        return int(counts[i])
+
+
+def fill(
+    entry: Entry,
+    weight: Tensor,
+    state: Mapping[str, Tensor],
+    retraction: str,
+    groups: Groups | None = None,
+    *,
+    depth: int = 2,
+    pattern: tuple[int, int] | None = None,
+    fresh: bool = False,
+) -> None:
+    """Point ``entry`` at a weight and its state, as ``native.fill``.
+
+    ``depth`` is that of ``sparse``; ``pattern`` is N:M.  ``fresh`` says that ``momentum_buffer`` holds nothing yet,
+    which the kernel itself remembers from then on: a step that ``found_inf`` skips leaves it so.
+    """
+    shape = layout(weight, groups)
+    assert shape is not None
+    bands, rows, count, run = shape
+    first = state.get("exp_avg", state.get("momentum_buffer"))
+    places = {name: state[key].data_ptr() if key in state else 0 for name, key in _STATE.items()}
+    places |= {"weight": weight.data_ptr(), "first": 0 if first is None else first.data_ptr()}
+    if fresh:
+        entry.seen = torch.zeros((), dtype=torch.int32, device=weight.device)
+    f = entry.fields = {**places, "seen": 0 if entry.seen is None else entry.seen.data_ptr(), "numel": weight.numel()}
+    f |= {"rows": rows, "groups": count, "run": run, "keep": pattern[0] if pattern else 0}
+    f |= dict.fromkeys(("begin", "units", "parts", "lines", "lag", "room", "marks"), 0)
+    wide = 16 // weight.element_size()
+    streams = [f[name] for name in ("weight", "master", "first", "factor_0", "factor_1")]
+    streams += [f["second"], f["peak"]] if groups is None else []
+    f["aligned"] = int(all(place % 16 == 0 for place in streams))
+    form: tuple[int, ...] = (depth,)
+    f["count"] = -(-weight.numel() // BLOCK)
+    if retraction == "group":
+        r, c, p = form = tile(rows, run)
+        f["aligned"] &= int((count if p == 1 else run) % wide == 0)
+        f["units"] = bands * -(-count // (c // p))
+        f["lines"] = -(-rows // r) * -(-run // p)
+        f["parts"] = 1 if f["lines"] <= SHARE else -(-f["lines"] // SHARE)
+        f["count"] = f["units"] * (1 if f["parts"] == 1 else 2 * f["parts"])
+        f["lag"] = max(1, min(f["units"], -(-RESIDENT // f["parts"])))
+    elif pattern is not None:
+        retraction, form = "nm", (pattern[1],)
+    elif retraction == "sparse" and depth > 2:
+        retraction = "sparse_deep"
+    units = weight.numel() if groups is None else bands * count
+    f["stride"] = max(1, units // SAMPLE)
+    f["samples"] = -(-units // f["stride"])
+    flags = (bool(f["master"]), bool(f["peak"]), bool(f["first"]), bool(f["trim"]))
+    entry.key = (retraction, str(weight.dtype).removeprefix("torch."), *flags, form)
+    entry.device, entry.plan = weight.device, None
+
+
+def tile(rows: int, run: int) -> tuple[int, int, int]:
+    """``(R, C, P)``: a tile has R rows and C columns, P of which belong to one group."""
+    p = next((width for width in WIDTHS if run <= width), WIDTHS[-1])
+    size = max(BLOCK, p)
+    r = 1 if rows == 1 else max(1, min(16, size // max(p, BLOCK // 16)))
+    return r, size // r, p
+
+
+class Bucket:
+    """The tables of one launch."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        from symopt_kernels.triton_memory import FIELDS
+
+        self.entries, device = entries, entries[0].device
+        rows, owners, marks, room = array("q"), array("i"), 0, 0
+        self.programs = 0
+        for i, entry in enumerate(entries):
+            f = entry.fields | {"begin": self.programs}
+            if f["parts"] > 1:
+                _, c, p = entry.key[-1]
+                f |= {"marks": marks, "room": room}
+                marks, room = marks + f["units"], room + f["units"] * (4 * f["parts"] + 2) * (c // p)
+            rows.extend(f[name] for name in FIELDS)
+            owners.extend([i] * f["count"])
+            self.programs += f["count"]
+
+        def put(values: array[int], dtype: torch.dtype) -> Tensor:
+            return torch.frombuffer(values, dtype=dtype).to(device, copy=True)
+
+        self.table, self.owners = put(rows, torch.int64), put(owners, torch.int32)
+        self.arrived = torch.zeros(len(entries), dtype=torch.int32, device=device)
+        self.zeros = torch.zeros(len(entries), dtype=torch.int64, device=device)
+        self.partial = torch.empty(3 * self.programs, dtype=torch.float32, device=device)
+        self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
+        self.room = torch.empty(max(1, room), dtype=torch.float32, device=device)
+        self.marks = torch.zeros(max(1, marks), dtype=torch.int32, device=device)
+        self.live = torch.zeros(3 * len(entries), dtype=torch.int64, device=device)
+        self._sent: array[int] | None = None
+        self._host: Tensor | None = None
+
+    def send(self) -> None:
+        """Gradients and strengths to the device, if they differ from what lies there."""
+        values = array("q")
+        for entry in self.entries:
+            given = isinstance(entry.inside, Tensor)
+            bits = 0 if given else struct.unpack("<i", struct.pack("<f", entry.inside))[0]
+            values.extend((entry.grad, bits, entry.inside.data_ptr() if given else 0))  # type: ignore[union-attr]
+        if values == self._sent:
+            return
+        self._sent = values
+        host = torch.frombuffer(values, dtype=torch.int64)
+        # torch's pinned allocator reuses memory only once the copies out of it are done.  A captured graph copies from
+        # it at every replay, so it is kept.
+        self._host = host if self.live.device.type == "cpu" else host.pin_memory()
+        self.live.copy_(self._host, non_blocking=True)
+
+
+def straight(entries: Sequence[Entry]) -> list[bool]:
+    """Which gradients lie at multiples of 16 bytes."""
+    return [entry.grad % 16 == 0 for entry in entries]
+
+
+class Plan:
+    """Which launches a list of entries makes."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries, self.straight = list(entries), straight(entries)
+        found: dict[Any, list[Entry]] = {}
+        for entry in entries:
+            *key, form = entry.key
+            if key[0] == "group":
+                form = (*form, bool(entry.fields["aligned"]) and entry.grad % 16 == 0)
+            found.setdefault((entry.device, (*key, form)), []).append(entry)
+        self.buckets = [(key, Bucket(members)) for (_, key), members in found.items()]
+        for _, bucket in self.buckets:
+            for i, entry in enumerate(bucket.entries):
+                entry.counted = bucket.zeros, i
