@@ -7,7 +7,7 @@ PACKAGING := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test bench-test sass sanitize bench lint format types install clean
+.PHONY: help quickstart test bench-test sass trainers sanitize bench lint format types install clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,10 @@ bench: $(VENV)/bench.stamp  ## time the native step against its peers; ARGS="--q
 sass: $(VENV)/test.stamp  ## compile the Triton step for GPUs that need not be there and count its instructions
 	@$(MAKE) -s install
 	$(BIN)/python tests/machine_code.py $(ARGS)
+
+trainers: $(VENV)/trainers.stamp  ## run examples/trainers under Hugging Face Trainer, Accelerate and Lightning
+	@$(MAKE) -s install
+	$(BIN)/pytest -c compatibility/pytest.ini compatibility $(ARGS)
 
 bench-test: $(VENV)/test.stamp $(VENV)/bench.stamp  ## run the benchmarks' own tests (their checks, not their times)
 	@$(MAKE) -s install

@@ -11,6 +11,7 @@ from torch.optim.adam import adam as torch_adam
 from symopt.constraints import Constraint, LowRank
 from symopt.optim import lowrank
 from symopt.optim.base import ConstrainedOptimizer
+from symopt.optim.options import shared_moment
 from symopt_kernels import reference
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import math_dtype
@@ -34,6 +35,10 @@ class _AdamBase(ConstrainedOptimizer):
         if "exp_avg_sq" not in state or not state["step"]:
             return None
         peak = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        constraint = self._constraint(p)
+        groups = None if constraint is None or len(self.members(p)) > 1 else self.groups(p, constraint)
+        if groups is not None and peak.shape == p.shape != (groups.count,):
+            peak = shared_moment(peak, groups)  # as loaded, until the first step
         return 1 / ((peak / (1 - group["betas"][1] ** state["step"])).sqrt() + group["eps"])  # type: ignore[no-any-return]
 
     def _init_moments(self, group: dict[str, Any], state: dict[str, Any], p: Tensor, groups: Groups | None) -> None:

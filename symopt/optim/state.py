@@ -12,6 +12,7 @@ from torch import Tensor
 from symopt.constraints import Constraint, LowRank
 from symopt.constraints.plane import flat
 from symopt.optim import compiled, joint, lowrank
+from symopt.optim.checkpoint import check
 from symopt.optim.options import DEFAULTS, shared_moment
 from symopt.optim.slot import Slot
 from symopt_kernels.groups import Groups
@@ -63,11 +64,14 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
         """Second moments that a group shares, written out for every weight."""
         if isinstance(constraint, LowRank):
             return lowrank.per_weight(self.state[p], p)
-        groups = self.groups(p, constraint)
-        shared = [k for k in ("exp_avg_sq", "max_exp_avg_sq") if groups is not None and k in self.state[p]]
+        groups, state = self.groups(p, constraint), self.state[p]
+        if groups is None:
+            return {}
+        # Loaded ones are per weight until the first step.
+        shared = [k for k in ("exp_avg_sq", "max_exp_avg_sq") if k in state and state[k].shape == (groups.count,)]
         members = self.members(p)
         place = next(i for i, member in enumerate(members) if member is p)
-        values = {k: groups.expand(self.state[p][k]).flatten() for k in shared if groups}
+        values = {k: groups.expand(state[k]).flatten() for k in shared}
         return {k: joint.parts(value, members)[place].contiguous() for k, value in values.items()}
 
     def members(self, p: Tensor) -> tuple[Tensor, ...]:
@@ -245,12 +249,23 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
 
         Second moments saved per weight are averaged over each group that shares one; group options that torch knows
         nothing of stay as they are if the checkpoint has none.
+
+        Raises:
+            ValueError, TypeError: if it is no such optimizer's state, or another's, or does not fit the weights;
+                nothing has been touched then.
         """
         # torch casts float state to the parameter's dtype, which costs an fp32 state of bf16 weights its last bits
         # (pytorch #43706).  What the last pre-hook leaves is what gets loaded, so that is what __setstate__ keeps.
         final: dict[str, Any] = {}
         own = [{key: group[key] for key in DEFAULTS} for group in self.param_groups]
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
+        if not isinstance(state_dict, dict):
+            check(self, state_dict)
+
+        def keep(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            check(self, loaded)
+            final.update(loaded)
+
+        handle = self.register_load_state_dict_pre_hook(keep)
         self._loading = {"final": final, "own": own}
         try:
             super().load_state_dict(state_dict)
@@ -280,7 +295,10 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("_loading", None)
-        super().__setstate__(state)
+        # torch takes state that is not empty for that of a parameter that has stepped; a budget's is there before.
+        stepped = {p: s for p, s in state["state"].items() if not isinstance(s, dict) or "step" in s}
+        super().__setstate__({**state, "state": stepped})
+        self.state = state["state"]
         if self._loading is not None:
             self._restore(**self._loading)
         for group in self.param_groups:

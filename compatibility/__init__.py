@@ -1,0 +1,1 @@
+"""What symopt was run with, and the table of it: ``python -m compatibility``."""
