@@ -2,7 +2,6 @@
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 import symopt
@@ -30,7 +29,7 @@ class Net(lightning.LightningModule):
 
 def main(folder, steps=100, resume=None, **options):
     """Train for ``steps`` in all with clipping and checkpoints; ``resume`` from one of them."""
-    keep = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=40)
+    keep = lightning.pytorch.callbacks.ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=40)
     trainer = lightning.Trainer("cpu", max_steps=steps, gradient_clip_val=1.0, callbacks=[keep], **options)
     x = torch.randn(64, 20, generator=torch.Generator().manual_seed(0))
     trainer.fit(Net(), torch.utils.data.DataLoader(list(x), batch_size=8), ckpt_path=resume)

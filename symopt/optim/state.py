@@ -258,8 +258,9 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
         # (pytorch #43706).  What the last pre-hook leaves is what gets loaded, so that is what __setstate__ keeps.
         final: dict[str, Any] = {}
         own = [{key: group[key] for key in DEFAULTS} for group in self.param_groups]
-        if not isinstance(state_dict, dict):
-            check(self, state_dict)
+        given: Any = state_dict
+        if not isinstance(given, dict):
+            check(self, given)
 
         def keep(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
             check(self, loaded)
