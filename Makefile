@@ -46,7 +46,7 @@ sass: $(VENV)/test.stamp  ## compile the Triton step for GPUs that need not be t
 	@$(MAKE) -s install
 	$(BIN)/python tests/machine_code.py $(ARGS)
 
-trainers: $(VENV)/trainers.stamp  ## run examples/trainers under Hugging Face Trainer, Accelerate and Lightning
+trainers: $(VENV)/trainers.stamp  ## trainers and export (docs/compatibility.md): Transformers, Accelerate, Lightning, ONNX Runtime, safetensors
 	@$(MAKE) -s install
 	$(BIN)/pytest -c compatibility/pytest.ini compatibility $(ARGS)
 

@@ -50,11 +50,11 @@ def constants(
     }
     # FMA contraction is on: fewer roundings.  Its default differs between Triton's versions.
     options = {"num_warps": max(1, triton_table.BLOCK // 256), "enable_fp_fusion": True}
+    if torch.version.hip is None:
+        options["maxnreg"] = 128  # ptxas 12.9 otherwise sometimes spills 8 bytes to get by with 64
     if retraction == "group":
         r, c, p, aligned = form
         options["num_warps"] = max(1, min(8, r * c // 256))
-        if torch.version.hip is None:
-            options["maxnreg"] = 128  # ptxas 12.9 otherwise sometimes spills 8 bytes to get by with 64
         lead = triton_directions.adam_lead if adaptive else triton_directions.sgd_lead
         return triton_groups.groups, {"LEAD": lead, **shared, "R": r, "C": c, "P": p, "ALIGNED": aligned}, options
     own = {

@@ -45,7 +45,7 @@ def plain(
 
 
 @triton.jit
-def pair(w, delta, decay, snaps, law, SATURATED: tl.constexpr):
+def pair(w, delta, decay, snaps, law, SATURATED: tl.constexpr, TRIMMED: tl.constexpr):
     """``reference.sparse``."""
     pull = tl.abs(delta)
     metric = tl.sqrt(law[4] * law[4] + (w + w) * (w + w))
@@ -54,9 +54,9 @@ def pair(w, delta, decay, snaps, law, SATURATED: tl.constexpr):
     delta = t * delta
     rho = 1 - t * decay
     new = (rho * rho + delta * delta) * w - rho * delta * metric
-    # What lives within a budget does not vanish.
-    least = tl.where(snaps, 0.0, tl.minimum(tl.abs(w), SNAP * law[5]))
-    new = tl.where(tl.abs(new) < least, w, new)
+    if TRIMMED:  # what lives within a budget does not vanish
+        gone = (tl.abs(new) < tl.minimum(tl.abs(w), SNAP * law[5])) & (snaps == 0)
+        new = tl.where(gone, w, new)
     return tl.where((tl.abs(new) <= SNAP * law[5]) & attracted, 0.0, new)
 
 
@@ -67,7 +67,7 @@ def sparse(
 ):  # fmt: skip
     """``reference.sparse``."""
     decay, snaps = decays(w, gain, law, TRIMMED, COUPLED)
-    return pair(w, law[0] * update, decay, snaps, law, SATURATED)
+    return pair(w, law[0] * update, decay, snaps, law, SATURATED, TRIMMED)
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def nm(
     chosen = law[3] >= 0  # else nothing is outside yet
     decay = tl.where(ahead >= tl.where(chosen, keep, DEPTH), law[2], law[1])
     snaps = ahead >= tl.where(chosen, keep, DEPTH)
-    return pair(w, law[0] * update, decay, snaps, law, SATURATED)
+    return pair(w, law[0] * update, decay, snaps, law, SATURATED, TRIMMED)
 
 
 @triton.jit
