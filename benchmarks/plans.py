@@ -1,8 +1,8 @@
 """How to impose a budget: accuracy for one change of symopt's plan at a time, and of pruning.
 
-    python -m benchmarks.plans        half an hour on two idle cores; the table in docs/budgets.md
+    python -m benchmarks.plans        a quarter of an hour on two idle cores; the table in docs/budgets.md
 
-Three seeds that benchmarks/frontier.py does not use; the score is the accuracy on all 1 500 images held out.
+Two seeds that benchmarks/frontier.py does not use; the score is the accuracy on all 1 500 images held out.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from benchmarks.tasks import TASKS
 from symopt.schedule import Plan
 
 CASES = (("lenet-300-100", "20%"), ("lenet-300-100", "1%"), ("lenet-5", "0.5%"), ("resnet", "0.5%"))
-SEEDS = (200, 201, 202)
+SEEDS = (200, 201)
 _FLOOR = symopt.budgets.FLOOR
-PRUNING = ((3e-3, 0.1, 0.6), (6e-3, 0.1, 0.6), (3e-3, 0.1, 0.8))
+PRUNING = ((3e-3, 0.1, 0.6), (6e-3, 0.1, 0.6))
 CHANGES: tuple[dict[str, float], ...] = (
     {},
-    *({"inside": x} for x in (0.0, 0.01, 0.04)),
+    *({"inside": x} for x in (0.0, 0.04)),
     *({"plasticity": x} for x in (0.0, 5.0)),
     *({"outside": x} for x in (1.0, 100.0)),
     *({"ramp": a, "commit": b} for a, b in ((0.3, 0.4), (0.6, 0.75))),
-    *({"floor": x} for x in (0.0, 0.25, 0.9)),
+    *({"floor": x} for x in (0.0, 0.9)),
 )
 
 
