@@ -40,6 +40,7 @@ def option(**values: Any) -> Spoil:
 BAD: dict[str, tuple[Spoil, str]] = {
     "a list": (lambda d: [d], "expected the dict that state_dict.. returns, got list"),
     "the module's": (lambda d: {"0.weight": torch.ones(3, 4)}, "no mapping 'state'; is it an optimizer's state"),
+    "nothing": (lambda d: {}, "no mapping 'state'"),
     "no groups": (lambda d: {"state": d["state"]}, "no list 'param_groups'"),
     "a wrapped one": (lambda d: {"optimizer": d}, "It has 'optimizer'"),
     "group is no dict": (lambda d: {**d, "param_groups": [3]}, r"param_groups\[0\] has no list 'params'"),
@@ -136,7 +137,7 @@ def test_a_truncated_file_is_refused_before_there_is_anything_to_load() -> None:
     torch.save(pair[1].state_dict(), file)
     whole = file.getvalue()
     for length in (0, 1, len(whole) // 2, len(whole) - 1):
-        with pytest.raises((RuntimeError, EOFError, pickle.UnpicklingError)):
+        with pytest.raises((RuntimeError, ValueError, EOFError, pickle.UnpicklingError)):
             pair[1].load_state_dict(torch.load(io.BytesIO(whole[:length]), weights_only=True))
     unchanged(before, pair)
 

@@ -14,7 +14,7 @@ __all__ = ["check"]
 
 _SHARED = ("exp_avg_sq", "max_exp_avg_sq")
 _MOMENTS = ("exp_avg", *_SHARED, "momentum_buffer")
-_LEAST = {"step": 0.0, "imbalance": 0.0, "metric_scale": torch.finfo(torch.float32).tiny}
+_LEAST = {"step": 0.0, "imbalance": 0.0, "critical": 0.0, "metric_scale": torch.finfo(torch.float32).tiny}
 
 
 def check(optimizer: Any, loaded: Any) -> None:
