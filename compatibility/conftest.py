@@ -27,8 +27,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     lines = [
         "# Compatibility",
         "",
-        "Written by `make trainers`; there is no row that was not run. What the suite itself runs in every CI (PyTorch's",
-        "own optimizer tests, schedulers, GradScaler, `torch.compile`, checkpoints both ways) is in `tests/`.",
+        "Written by `make trainers`; there is no row that was not run. What the suite itself runs in every CI",
+        "(torch's own optimizer tests, schedulers, GradScaler, `torch.compile`, checkpoints both ways) is in `tests/`.",
         "",
         f"Python {platform.python_version()}, {versions}, {platform.system()} {platform.machine()}.",
         "",
