@@ -223,7 +223,7 @@ def _gradient(owner: str, closure: Closure, params: list[nn.Parameter]) -> list[
     if loss.numel() != 1 or not loss.requires_grad:
         raise ValueError(f"{owner}: closure must return a scalar loss with a graph, and not call backward itself")
     try:
-        grads = torch.autograd.grad(loss.reshape(()), params, allow_unused=True)
+        grads: Any = torch.autograd.grad(loss.reshape(()), params, allow_unused=True)
     except RuntimeError as error:
         raise ValueError(f"{owner}: closure must return the loss without calling backward ({error})") from error
     return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, params, strict=True)]

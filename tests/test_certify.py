@@ -94,7 +94,7 @@ def test_adamw_counts_per_coordinate():
     p = 1 / ((second / (1 - 0.999**1500)).sqrt() + 1e-8)
     g = (net.weight - TARGET).detach()
     seen = groups.expand(p) * (g - g.T) / 2
-    assert row.critical == pytest.approx(float(seen.norm()) / 3**0.5, rel=1e-6)  # the step count is fp32
+    assert row.critical == pytest.approx(float(seen.norm()) / 3**0.5, rel=1e-5)  # the step count is fp32
     assert row.verdict == "exact"
 
 

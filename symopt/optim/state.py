@@ -115,7 +115,7 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
         for key in ("exp_avg_sq", "max_exp_avg_sq"):
             if groups is not None and key in state and state[key].shape == p.shape != (groups.count,):
                 state[key] = shared_moment(state[key], groups)
-        self._begin(group, state, state.get("master", p.detach()), self._names[p], constraint, groups)
+        self._begin(group, state, p.detach().to(math_dtype(p)), self._names[p], constraint, groups)
         if constraint.carries_factors:
             self._ready_factors(state, p, constraint)
         self._init_moments(group, state, p, groups)
