@@ -12,25 +12,21 @@ draw the split, and the *test* score is what counts.  Runs are kept in a CSV and
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import multiprocessing
-import statistics
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.methods import METHODS, Budget, run
+from benchmarks.runs import Job, Table, cell, interval, settings
 from benchmarks.tasks import TASKS, text_hash
 
 __all__ = ["main"]
 
 FIELDS = ("task", "method", "budget", "seed", "setting", "validation", "test", "alive", "allowed", "seconds")
-TUNING = (100, 101)
 BUDGETS = {
     "lenet-300-100": ["50%", "20%", "10%", "5%", "2%", "1%", "0.5%", "0.25%", "2:4"]
     + [f"neurons {n}%" for n in (50, 25, 10)],
@@ -38,7 +34,6 @@ BUDGETS = {
     "resnet": ["10%", "2%", "0.5%", "2:4"],
     "characters": ["10%", "2%", "0.5%", "2:4"],
 }
-Job = tuple[str, str, str, int, str]
 
 
 def _work(job: Job) -> dict[str, Any]:
@@ -51,74 +46,17 @@ def _work(job: Job) -> dict[str, Any]:
     return row | {"alive": found["alive"], "allowed": found["budget"], "seconds": round(time.perf_counter() - start, 1)}
 
 
-class Table:
-    """The CSV of all runs so far."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            path.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
-        with path.open(encoding="utf-8", newline="") as file:
-            self.rows: dict[Job, dict[str, Any]] = {_key(row): row for row in csv.DictReader(file)}
-
-    def complete(self, jobs: Iterable[Job], processes: int) -> None:
-        """Run what is missing and write every result down at once."""
-        jobs = [job for job in dict.fromkeys(jobs) if job not in self.rows]
-        start = time.perf_counter()
-        with multiprocessing.get_context("spawn").Pool(processes) as pool, self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            for i, row in enumerate(pool.imap_unordered(_work, jobs), 1):
-                writer.writerow(row)
-                file.flush()
-                self.rows[_key(row)] = row
-                left = (time.perf_counter() - start) / i * (len(jobs) - i)
-                print(f"\r[{i}/{len(jobs)}] {left / 60:.0f} minutes left ", end="", file=sys.stderr, flush=True)
-        if jobs:
-            print(file=sys.stderr)
-
-
-def _key(row: dict[str, Any]) -> Job:
-    return (row["task"], row["method"], row["budget"], int(row["seed"]), row["setting"])
-
-
-def _settings(method: str) -> list[str]:
-    return [json.dumps(setting, sort_keys=True) for setting in METHODS[method].grid]
-
-
-def _chosen(table: Table, task: str, method: str, budget: str) -> str:
-    """The setting with the best mean validation score on the tuning seeds."""
-
-    def score(setting: str) -> float:
-        return statistics.mean(float(table.rows[task, method, budget, seed, setting]["validation"]) for seed in TUNING)
-
-    settings = _settings(method)
-    return settings[0] if len(settings) == 1 else max(settings, key=score)
-
-
 def _scores(table: Table, task: str, method: str, budget: str, seeds: int) -> list[float]:
-    setting = _chosen(table, task, method, budget)
-    return [float(table.rows[task, method, budget, seed, setting]["test"]) for seed in range(seeds)]
-
-
-def _interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half of its 95 % interval."""
-    n = len(values)
-    return statistics.mean(values), statistics.stdev(values) / n**0.5 * _T[n] if n > 1 else 0.0
-
-
-def _cell(values: list[float], digits: int, sign: str = "") -> str:
-    mean, spread = _interval(values)
-    return f"{mean:{sign}.{digits}f} ± {spread:.{digits}f}"
+    return table.scores((task, method, budget), settings(METHODS[method].grid), seeds)
 
 
 def tables(table: Table, task: str, methods: list[str], budgets: list[str], seeds: int) -> list[str]:
     """Test scores per method and budget, then the first method minus each other one seed by seed, as Markdown."""
     digits, first = TASKS[task].decimals, methods[0]
     scores = {(m, b): _scores(table, task, m, b, seeds) for m in methods for b in budgets}
-    rows = {m: [_cell(scores[m, b], digits) for b in budgets] for m in methods}
+    rows = {m: [cell(scores[m, b], digits) for b in budgets] for m in methods}
     gaps = {m: [[x - y for x, y in zip(scores[first, b], scores[m, b], strict=True)] for b in budgets] for m in methods}
-    less = {m: [_cell(gap, digits, "+") for gap in gaps[m]] for m in methods[1:]}
+    less = {m: [cell(gap, digits, "+") for gap in gaps[m]] for m in methods[1:]}
     lines = []
     for title, corner, body in ((task, " method ", rows), (f"{task}: {first} minus", " ", less)):
         lines += [f"### {title}", "", f"|{corner}| " + " | ".join(budgets) + " |", "|---|" + "---|" * len(budgets)]
@@ -139,7 +77,7 @@ def plot(table: Table, cases: dict[str, tuple[list[str], list[str]]], seeds: int
         at = [float(b.removesuffix("%")) for b in shares]
         for method in methods:
             scores = [_scores(table, task, method, b, seeds) for b in shares]
-            means, spreads = zip(*map(_interval, scores), strict=True)
+            means, spreads = zip(*map(interval, scores), strict=True)
             first = method == methods[0]
             style: dict[str, Any] = {"linewidth": 2.5, "color": "black", "zorder": 3} if first else {"linewidth": 1}
             axis.errorbar(at, means, spreads, label=method, capsize=2, marker=".", **style)
@@ -148,10 +86,6 @@ def plot(table: Table, cases: dict[str, tuple[list[str], list[str]]], seeds: int
         axis.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-
-
-_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Student's t at 97.5 % for n - 1 degrees of freedom."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -173,14 +107,9 @@ def main(argv: list[str] | None = None) -> int:
         args.csv = Path("out/frontier-quick.csv")
     if "characters" in args.tasks:
         print(f"text: {text_hash()}")
-    table = Table(args.csv)
+    table = Table(args.csv, FIELDS, _work)
     cases = [(t, m, b) for t in args.tasks for m in args.methods for b in args.budgets or BUDGETS[t]]
-    tuned = [
-        (t, m, b, seed, s) for t, m, b in cases if len(METHODS[m].grid) > 1 for seed in TUNING for s in _settings(m)
-    ]
-    table.complete(tuned, args.processes)
-    final = [(t, m, b, seed, _chosen(table, t, m, b)) for t, m, b in cases for seed in range(args.seeds)]
-    table.complete(final, args.processes)
+    table.run({case: settings(METHODS[case[1]].grid) for case in cases}, args.seeds, args.processes)
     for task in args.tasks:
         print("\n".join(tables(table, task, args.methods, args.budgets or BUDGETS[task], args.seeds)))
     plot(table, {t: (args.methods, args.budgets or BUDGETS[t]) for t in args.tasks}, args.seeds, args.plot)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import symopt
+from benchmarks.runs import grid
 from benchmarks.tasks import Task
 from symopt import recipes
 
@@ -330,33 +331,24 @@ class Method:
     grid: tuple[dict[str, Any], ...]
 
 
-def _grid(**axes: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
-    rows: list[dict[str, Any]] = [{}]
-    for key, values in axes.items():
-        rows = [{**row, key: value} for row in rows for value in values]
-    return tuple(rows)
-
-
 METHODS: dict[str, Method] = {
     "symopt AdamW": Method(ours, ({"lr": 5e-3},)),
-    "symopt AdamW, lr tuned": Method(ours, _grid(lr=(2.5e-3, 5e-3, 1e-2))),
+    "symopt AdamW, lr tuned": Method(ours, grid(lr=(2.5e-3, 5e-3, 1e-2))),
     "symopt SGD": Method(ours_sgd, ({"lr": 0.1},)),
-    "dense": Method(dense, _grid(lr=(1e-3, 3e-3))),
+    "dense": Method(dense, grid(lr=(1e-3, 3e-3))),
     "gradual pruning": Method(
-        pruning, _grid(lr=(3e-3, 6e-3), begin=(0.1,), end=(0.6, 0.8)) + _grid(lr=(3e-3, 6e-3), begin=(0.3,), end=(0.6,))
+        pruning, grid(lr=(3e-3, 6e-3), begin=(0.1,), end=(0.6, 0.8)) + grid(lr=(3e-3, 6e-3), begin=(0.3,), end=(0.6,))
     ),
     "one-shot pruning": Method(
         pruning, tuple({"lr": lr, "begin": b, "end": b} for lr in (1e-3, 3e-3) for b in (0.2, 0.5))
     ),
-    "l1": Method(l1, _grid(lr=(3e-3,), strength=(1e-4, 1e-3), cut=(0.4, 0.7))),
-    "proximal l1": Method(proximal, _grid(lr=(3e-3,), strength=(0.03, 0.1), cut=(0.4, 0.7))),
-    "PAdam": Method(padam, _grid(lr=(3e-3,), strength=(0.03, 0.1), cut=(0.4, 0.7))),
-    "PAT": Method(pat, _grid(lr=(3e-3,), strength=(1e-4, 1e-3), cut=(0.4, 0.7))),
-    "spred": Method(
-        lambda *a, **k: factors(*a, depth=2, **k), _grid(lr=(0.1, 0.25), strength=(3e-4, 1e-3), cut=(0.7,))
-    ),
+    "l1": Method(l1, grid(lr=(3e-3,), strength=(1e-4, 1e-3), cut=(0.4, 0.7))),
+    "proximal l1": Method(proximal, grid(lr=(3e-3,), strength=(0.03, 0.1), cut=(0.4, 0.7))),
+    "PAdam": Method(padam, grid(lr=(3e-3,), strength=(0.03, 0.1), cut=(0.4, 0.7))),
+    "PAT": Method(pat, grid(lr=(3e-3,), strength=(1e-4, 1e-3), cut=(0.4, 0.7))),
+    "spred": Method(lambda *a, **k: factors(*a, depth=2, **k), grid(lr=(0.1, 0.25), strength=(3e-4, 1e-3), cut=(0.7,))),
     "deep factors": Method(
-        lambda *a, **k: factors(*a, depth=3, **k), _grid(lr=(0.1, 0.3), strength=(3e-4, 1e-3), cut=(0.7,))
+        lambda *a, **k: factors(*a, depth=3, **k), grid(lr=(0.1, 0.3), strength=(3e-4, 1e-3), cut=(0.7,))
     ),
-    "RigL": Method(rigl, _grid(lr=(3e-3, 6e-3), renew=(0.3, 0.5), cut=(0.75,))),
+    "RigL": Method(rigl, grid(lr=(3e-3, 6e-3), renew=(0.3, 0.5), cut=(0.75,))),
 }

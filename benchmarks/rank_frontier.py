@@ -13,13 +13,10 @@ seeds, which also draw the split, and the *test* score is what counts.  Runs are
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import multiprocessing
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import symopt
+from benchmarks.runs import Job, Table, cell, grid, settings
 from benchmarks.tasks import TASKS
 
 __all__ = ["main"]
@@ -34,11 +32,7 @@ __all__ = ["main"]
 TASK = TASKS["lenet-300-100"]
 LAYERS = ("0", "2")
 FIELDS = ("method", "ranks", "seed", "setting", "validation", "test", "found", "seconds")
-TUNING = (100, 101)
 RANKS = ("20,10", "10,8", "5,5")
-Job = tuple[str, str, int, str]
-_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Student's t at 97.5 % for n - 1 degrees of freedom."""
 
 
 # ------------------------------------------------------------------------------------------------------------ methods
@@ -123,18 +117,11 @@ def dense(seed: int, ranks: tuple[int, ...], *, lr: float) -> nn.Module:
     return net
 
 
-def _grid(**axes: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
-    rows: list[dict[str, Any]] = [{}]
-    for key, values in axes.items():
-        rows = [{**row, key: value} for row in rows for value in values]
-    return tuple(rows)
-
-
 METHODS: dict[str, tuple[Callable[..., nn.Module], tuple[dict[str, Any], ...]]] = {
     "symopt AdamW": (ours, ({"lr": 5e-3},)),
-    "truncated SVD": (truncated, _grid(lr=(1.5e-3, 3e-3, 6e-3), dense=(0.05, 0.1, 0.2, 0.4))),
-    "factored": (factored, _grid(lr=(1.5e-3, 3e-3, 6e-3), same_norm=(False, True))),
-    "dense": (dense, _grid(lr=(1e-3, 3e-3))),
+    "truncated SVD": (truncated, grid(lr=(1.5e-3, 3e-3, 6e-3), dense=(0.05, 0.1, 0.2, 0.4))),
+    "factored": (factored, grid(lr=(1.5e-3, 3e-3, 6e-3), same_norm=(False, True))),
+    "dense": (dense, grid(lr=(1e-3, 3e-3))),
 }
 
 
@@ -167,69 +154,23 @@ def _work(job: Job) -> dict[str, Any]:
     return row | {"seconds": round(time.perf_counter() - start, 1)}
 
 
-def _key(row: dict[str, Any]) -> Job:
-    return (row["method"], row["ranks"], int(row["seed"]), row["setting"])
-
-
-class Table:
-    """The CSV of all runs so far."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            path.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
-        with path.open(encoding="utf-8", newline="") as file:
-            self.rows: dict[Job, dict[str, Any]] = {_key(row): row for row in csv.DictReader(file)}
-
-    def complete(self, jobs: Iterable[Job], processes: int) -> None:
-        """Run what is missing and write every result down at once."""
-        jobs = [job for job in dict.fromkeys(jobs) if job not in self.rows]
-        with multiprocessing.get_context("spawn").Pool(processes) as pool, self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            for i, row in enumerate(pool.imap_unordered(_work, jobs), 1):
-                writer.writerow(row)
-                file.flush()
-                self.rows[_key(row)] = row
-                print(f"\r[{i}/{len(jobs)}] ", end="", file=sys.stderr, flush=True)
-
-    def chosen(self, method: str, ranks: str) -> str:
-        """The setting with the best mean validation score on the tuning seeds."""
-        settings = _settings(method)
-        if len(settings) == 1:
-            return settings[0]
-        rows = {s: [float(self.rows[method, ranks, seed, s]["validation"]) for seed in TUNING] for s in settings}
-        return max(settings, key=lambda s: statistics.mean(rows[s]))
-
-    def scores(self, method: str, ranks: str, seeds: int) -> list[float]:
-        setting = self.chosen(method, ranks)
-        return [float(self.rows[method, ranks, seed, setting]["test"]) for seed in range(seeds)]
-
-
 def _settings(method: str) -> list[str]:
-    return [json.dumps(setting, sort_keys=True) for setting in METHODS[method][1]]
-
-
-def _cell(values: list[float], sign: str = "") -> str:
-    """Mean and its 95 % interval."""
-    n = len(values)
-    spread = statistics.stdev(values) / n**0.5 * _T[n] if n > 1 else 0.0
-    return f"{statistics.mean(values):{sign}.2f} ± {spread:.2f}"
+    return settings(METHODS[method][1])
 
 
 def _print(table: Table, methods: list[str], ranks: list[str], seeds: int) -> None:
-    scores = {(m, r): table.scores(m, r, seeds) for m in methods for r in ranks}
+    scores = {(m, r): table.scores((m, r), _settings(m), seeds) for m in methods for r in ranks}
     head = [" | ".join(["", *(f"({r})" for r in ranks), ""]).strip(), "|---" * (len(ranks) + 1) + "|"]
     print("\n".join(["", "| test accuracy, % " + head[0], head[1]]))
     for m in methods:
-        print(f"| {m} | " + " | ".join(_cell(scores[m, r]) for r in ranks) + " |")
+        print(f"| {m} | " + " | ".join(cell(scores[m, r], 2) for r in ranks) + " |")
     print("\n".join(["", f"| {methods[0]} minus, seed by seed " + head[0], head[1]]))
     for m in methods[1:]:
         gaps = [[a - b for a, b in zip(scores[methods[0], r], scores[m, r], strict=True)] for r in ranks]
-        print(f"| {m} | " + " | ".join(_cell(gap, "+") for gap in gaps) + " |")
+        print(f"| {m} | " + " | ".join(cell(gap, 2, "+") for gap in gaps) + " |")
     print()
     for m in methods:
-        print(f"{m}: " + "; ".join(f"({r}) {table.chosen(m, r)}" for r in ranks))
+        print(f"{m}: " + "; ".join(f"({r}) {table.chosen((m, r), _settings(m))}" for r in ranks))
     low = [row for row in table.rows.values() if row["method"] != "dense"]
     print(f"ranks met exactly in {sum(row['found'] == row['ranks'] for row in low)} of {len(low)} runs")
 
@@ -248,12 +189,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         args.ranks, args.seeds, args.methods = ["5,5"], 1, ["symopt AdamW", "factored"]
         args.csv = Path("out/rank-frontier-quick.csv")
-    table = Table(args.csv)
-    cases = [(m, r) for m in args.methods for r in args.ranks]
-    tuned = [(m, r, seed, s) for m, r in cases for s in _settings(m) for seed in TUNING if len(_settings(m)) > 1]
-    table.complete(tuned, args.processes)
-    table.complete([(m, r, seed, table.chosen(m, r)) for m, r in cases for seed in range(args.seeds)], args.processes)
-    print(file=sys.stderr)
+    table = Table(args.csv, FIELDS, _work)
+    table.run({(m, r): _settings(m) for m in args.methods for r in args.ranks}, args.seeds, args.processes)
     _print(table, args.methods, args.ranks, args.seeds)
     return 0
 
