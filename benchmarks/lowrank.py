@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import symopt
 from benchmarks import timing
 from benchmarks.peers import load_pat
-from symopt.optim.lowrank import COLUMNS, EVERY
+from symopt.optim.lowrank import period
 
 __all__ = ["main"]
 
@@ -88,14 +88,14 @@ def main(argv: list[str] | None = None) -> int:
         print("| rank | symopt, ms | PAT, ms | PAT / symopt |\n|---|---|---|---|")
         for rank in args.ranks:
             (net, opt), (_, pat) = _ours(args.size, rank), _pat(args.size, rank)
-            period = max(EVERY, rank // COLUMNS)
+            whole = period(rank)
 
-            def block(opt: Any = opt, period: int = period) -> None:
-                for _ in range(period):
+            def block(opt: Any = opt, whole: int = whole) -> None:
+                for _ in range(whole):
                     opt.step()
 
             mine, theirs = timing.interleave((lambda: None, block), (lambda: None, pat.step), 50, args.seconds, warm=1)
-            mine = [x / period for x in mine]
+            mine = [x / whole for x in mine]
             ratio = timing.summarize([b / a for a, b in zip(mine, theirs, strict=True)])
             assert _rank(opt.state[net.w]) == rank, "the rank fell while it was timed"
             a, b = timing.summarize(mine).median, timing.summarize(theirs).median

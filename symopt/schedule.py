@@ -40,6 +40,9 @@ class Plan:
     """Share of training at which the ramp begins."""
 
 
+ZEROS = Plan()
+"""For weights and groups."""
+
 LOW_RANK = Plan(begin=0.1, ramp=0.12, commit=0.14, inside=0.006, outside=6.0)
 """Directions show early, once what is learned stands out of the random start, and want long training at the end."""
 
@@ -138,7 +141,7 @@ class Anneal:
 
     def _plan_of(self, constraint: Constraint) -> tuple[Plan, int]:
         """The plan of a budget, and the step after which what is outside is cut."""
-        plan = self.plan or (LOW_RANK if isinstance(constraint, LowRank) else Plan())
+        plan = self.plan or (LOW_RANK if isinstance(constraint, LowRank) else ZEROS)
         return plan, max(1, round((plan.commit if self.commit is None else self.commit) * self.total_steps))
 
     def _member(self, p: Tensor, name: str, constraint: Constraint) -> Member:
@@ -152,13 +155,16 @@ class Anneal:
         """Give every weight with a budget its strengths and threshold; from the commit on, cut what is outside."""
         held: dict[Member, tuple[dict[str, Any], Tensor]] = {}
         for group, p, name, constraint in self.optimizer.constrained():
-            if constraint.budget is None or is_cut(self.optimizer.state.get(p, {})):
+            if constraint.budget is None:
                 continue
             plan, last = self._plan_of(constraint)
-            if self.last_step % plan.every == 0 or self.last_step in (1, last):
-                if isinstance(constraint, LowRank):
-                    lowrank.align(group, self.optimizer.state.get(p, {}), p)
-                held[self._member(p, name, constraint)] = group, p
+            due = self.last_step % plan.every == 0 or self.last_step in (1, last)
+            state = self.optimizer.state.get(p, {})
+            if not due or is_cut(state):  # in this order: the second waits for the device
+                continue
+            if isinstance(constraint, LowRank):
+                lowrank.align(group, state, p)
+            held[self._member(p, name, constraint)] = group, p
         for pool in pools(held):
             plan, last = self._plan_of(pool.members[0].constraint)
             if self.last_step >= last:
@@ -246,6 +252,8 @@ class Anneal:
 
     def _check(self) -> None:
         for group, p, name, constraint in self.optimizer.constrained():
+            if id(p) in self._warned or self.optimizer.members(p)[0] is not p:
+                continue  # one warning for all members of a joint constraint
             lr = max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
             rule = {**group, "lr": lr}
             active = self.total_steps if self.commit is None else self.commit * self.total_steps
@@ -258,9 +266,7 @@ class Anneal:
                     continue  # SGD before its first gradient
                 rule |= {"decoupled_weight_decay": True, "strength": plan.outside * unit}
             needed = collapse_steps(self.optimizer, rule, p, constraint)
-            if self.optimizer.members(p)[0] is not p:
-                continue  # one warning for all members of a joint constraint
-            if needed is None or id(p) in self._warned or needed <= active:
+            if needed is None or needed <= active:
                 continue
             self._warned.add(id(p))
             state = self.optimizer.state.get(p, {})

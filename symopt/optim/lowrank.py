@@ -16,10 +16,15 @@ from symopt.optim.options import is_cut
 from symopt_kernels import lowrank as kernel
 from symopt_kernels.reference import math_dtype
 
-__all__ = ["COLUMNS", "EVERY", "align", "cut", "gain", "per_weight", "ready", "sizes", "step"]
+__all__ = ["align", "cut", "gain", "per_weight", "period", "ready", "sizes", "step"]
 
-EVERY, COLUMNS = 20, 16
-"""Steps between two alignments: 20, and one per 16 columns where there are many, as an alignment costs r**3."""
+EVERY = 20
+"""Steps between two alignments of few columns."""
+
+
+def period(columns: int) -> int:
+    """Steps between two alignments: one per 16 columns where there are many, as an alignment costs r**3."""
+    return max(EVERY, columns // 16)
 
 
 def ready(opt: Any, group: dict[str, Any], state: dict[str, Any], p: Tensor, c: LowRank) -> None:
@@ -122,10 +127,9 @@ def step(opt: Any, group: dict[str, Any], p: Tensor, c: LowRank) -> None:
         return
     if float(lr) == 0:
         return  # such a step changes no bit, and a product rounds
-    due = max(EVERY, factors[0].shape[1] // COLUMNS)
     state["factor_u"], state["factor_v"] = new
     state["factor_age"] += 1
-    if state["factor_age"] >= due:
+    if state["factor_age"] >= period(factors[0].shape[1]):
         snaps = saturated and bool(torch.as_tensor(decay).max() > 0)
         turn(state, saturated, factors if snaps else None)
     write(state, p)
