@@ -321,8 +321,7 @@ LOOP void decide(int64_t n, T* __restrict second, T* __restrict peak, const doub
       lr *= p * unbias1;
       gain = DIRECTION == ADAM ? p : root(count);
     }
-    bool outer = root(ww[j]) <= threshold;
-    double decay = (outer ? outside : inside) * gain;
+    double norm = root(ww[j]), decay = (norm <= threshold ? outside : inside) * gain;
     double metric = root(c * c + 4 * ww[j]), pull = lr * root(uu[j]);
     double most = saturated ? larger(metric, larger(scale, decay + 2 * pull)) : larger(decay, 1.0);
     double t = 1 / most, gate_sq = (c + metric) / 2, rho = 1 - t * decay;
@@ -331,10 +330,10 @@ LOOP void decide(int64_t n, T* __restrict second, T* __restrict peak, const doub
     // A group must not snap because two large terms cancel to within their rounding.
     double terms = a * a * ww[j] + b * b * uu[j], rest = terms - 2 * a * b * uw[j];
     double far = root(rest < NOISE * terms ? NOISE * terms : rest);
-    bool small = far <= SNAP * scale, may_snap = root(ww[j]) <= most_snaps, lost = !(far <= Law<double>::largest);
+    bool small = far <= SNAP * scale, may_snap = norm <= most_snaps, lost = !(far <= Law<double>::largest);
     bool snapped = small & (pull < decay) & may_snap;
-    bool stays = small & !may_snap & (far < root(ww[j]));  // what lives within a budget does not vanish
-    double counted = (snapped | lost) ? 0.0 : stays ? root(ww[j]) : far;
+    bool stays = small & !may_snap & (far < norm);  // what lives within a budget does not vanish
+    double counted = (snapped | lost) ? 0.0 : stays ? norm : far;
     sum += counted;
     square += counted * counted;
     keep[j] = snapped ? T(0) : stays ? T(1) : T(a);

@@ -193,7 +193,8 @@ def group(
 
     then exact zeros as in :func:`sparse`, by the norm of the group.  ``decay`` is a number or one value per group.
     """
-    metric = (imbalance * imbalance + 4 * groups.sum(w * w)).sqrt()
+    squares = groups.sum(w * w)
+    metric = (imbalance * imbalance + 4 * squares).sqrt()
     pull = groups.sum(delta * delta).sqrt()
     t = time_scale(metric, pull, decay, metric_scale if saturated else None)
     delta, rho = groups.scale(t, delta), 1 - t * decay
@@ -204,7 +205,7 @@ def group(
     size = groups.sum(new * new).sqrt()
     small = size <= SNAP * metric_scale
     if isinstance(snaps, Tensor):
-        stays = small & ~snaps & (size < groups.sum(w * w).sqrt())
+        stays = small & ~snaps & (size < squares.sqrt())
         new = torch.where(groups.expand(stays).reshape(w.shape), w, new)
     return torch.where(groups.expand(small & (pull < decay) & snaps).reshape(w.shape), 0.0, new)
 

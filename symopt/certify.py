@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from symopt import annotation
 from symopt.constrain import bundles
 from symopt.constraints import Constraint
-from symopt.constraints.plane import flat
+from symopt.constraints.plane import flat, parts
 from symopt.optim import ConstrainedOptimizer
 from symopt.schedule import collapse_steps
 
@@ -247,8 +247,8 @@ def _folded(held: Held, others: list[nn.Parameter] | None = None) -> Iterator[No
 
 
 def _write(members: tuple[nn.Parameter, ...], value: Tensor) -> None:
-    for p, part in zip(members, value.flatten().split([p.numel() for p in members]), strict=True):
-        p.copy_(part.reshape(p.shape))
+    for p, part in zip(members, parts(value, members), strict=True):
+        p.copy_(part)
 
 
 def _descend(closure: Closure, held: Held, params: list[nn.Parameter], steps: int) -> None:
@@ -263,10 +263,8 @@ def _descend(closure: Closure, held: Held, params: list[nn.Parameter], steps: in
             p.grad = g
         for _, members, constraint in held:
             grads = flat(tuple(p.grad for p in members if p.grad is not None))
-            for p, part in zip(
-                members, constraint.fold(grads).flatten().split([p.numel() for p in members]), strict=True
-            ):
-                p.grad = part.reshape(p.shape)
+            for p, part in zip(members, parts(constraint.fold(grads), members), strict=True):
+                p.grad = part
         return loss.detach()
 
     search.step(projected)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from symopt.budgets import Member, pools
 from symopt.constrain import bundles, release
 from symopt.constraints import LowRank
-from symopt.constraints.plane import flat
+from symopt.constraints.plane import flat, parts
 from symopt.folding.analysis import Opaque, Traced, analyse, same_graph, shapes_of, trace
 from symopt.folding.surgery import carry_out, cut_to, sizes_of
 from symopt.folding.thin import Thin, make_thin, split_layers
@@ -172,9 +172,8 @@ def _plain(model: M) -> tuple[M, dict[str, int], dict[str, Thin], int]:
             weights = [plain.get_parameter(name).detach() for name in names]
             if isinstance(constraint, LowRank) and constraint.rank is not None:
                 cut[names[0]] = max(0, int((constraint.size(weights[0]) > 0).sum()) - constraint.rank)
-            folded = constraint.fold(flat(tuple(weights)))
-            for w, part in zip(weights, folded.flatten().split([w.numel() for w in weights]), strict=True):
-                w.copy_(part.reshape(w.shape))
+            for w, part in zip(weights, parts(constraint.fold(flat(weights)), weights), strict=True):
+                w.copy_(part)
             if constraint.shared:
                 for name in names[1:]:
                     parent, _, child = name.rpartition(".")

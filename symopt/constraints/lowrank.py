@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -133,18 +133,7 @@ class LowRank(Constraint):
     def mirror(self, factors: Factors) -> Factors:
         return (-factors[0], -factors[1])
 
-    def retract(
-        self,
-        w: Tensor,
-        delta: Tensor,
-        decay: Tensor | float,
-        imbalance: Tensor,
-        metric_scale: Tensor,
-        groups: Groups | None,
-        *,
-        saturated: bool = True,
-        snaps: Tensor | bool = True,
-    ) -> Tensor:
+    def retract(self, *args: Any, **kwargs: Any) -> Tensor:
         raise TypeError(f"{self} steps its factors, which are optimizer state (symopt_kernels.lowrank)")
 
     def start(self, w: Tensor, relative: float, groups: Groups | None = None) -> tuple[Tensor, Tensor]:

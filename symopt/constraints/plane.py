@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,12 +14,19 @@ from symopt.constraints.base import Constraint, Factors, Outs, heavy_factor
 from symopt_kernels import mirror as kernel
 from symopt_kernels.groups import Groups
 
-__all__ = ["Plane", "flat", "whole"]
+__all__ = ["Plane", "flat", "parts", "whole"]
 
 
-def flat(parts: tuple[Tensor, ...]) -> Tensor:
+def flat(weights: Sequence[Tensor]) -> Tensor:
     """Several weights as the one vector that a joint constraint sees; a single one as it is."""
-    return parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
+    return weights[0] if len(weights) == 1 else torch.cat([w.flatten() for w in weights])
+
+
+def parts(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The inverse of :func:`flat`: the pieces of ``x``, in the shapes of ``weights``."""
+    if len(weights) == 1:
+        return (x.reshape(weights[0].shape),)
+    return tuple(part.reshape(w.shape) for part, w in zip(x.split([w.numel() for w in weights]), weights, strict=True))
 
 
 def whole(x: Tensor) -> Groups:
@@ -137,9 +145,9 @@ class Plane(Constraint):
         groups = groups or self.partition(w)
         if isinstance(decay, Tensor) and decay.dim() > 0:
             decay = decay.reshape(()) if decay.numel() == 1 else groups.expand(decay).reshape(w.shape)
-        parts = self.onto(w), self.onto(delta), self.off(delta)
+        projected = self.onto(w), self.onto(delta), self.off(delta)
         flags: Any = {"saturated": saturated, "snaps": snaps}
-        return kernel.mirror(w, *parts, decay, imbalance, metric_scale, self.gates(w), **flags)
+        return kernel.mirror(w, *projected, decay, imbalance, metric_scale, self.gates(w), **flags)
 
     def penalty(self, w: Tensor) -> Tensor:
         return self.size(w).sum()

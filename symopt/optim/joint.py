@@ -12,25 +12,18 @@ import torch
 from torch import Tensor
 
 from symopt.annotation import Bond
-from symopt.constraints.plane import flat
+from symopt.constraints.plane import flat, parts
 from symopt.optim.options import shared_moment
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import math_dtype
 
-__all__ = ["SHARED", "check", "gather", "gradient", "parts", "scatter", "share", "template", "weight"]
+__all__ = ["SHARED", "check", "gather", "gradient", "scatter", "share", "template", "weight"]
 
 Members = tuple[Tensor, ...]
 
 SHARED = ("step", "exp_avg_sq", "max_exp_avg_sq", "imbalance", "metric_scale", "critical")
 
 _OWN = ("exp_avg", "momentum_buffer")
-
-
-def parts(x: Tensor, members: Members) -> tuple[Tensor, ...]:
-    """The pieces of a flat vector, in the shapes of ``members``."""
-    if len(members) == 1:
-        return (x.reshape(members[0].shape),)
-    return tuple(part.reshape(p.shape) for part, p in zip(x.split([p.numel() for p in members]), members, strict=True))
 
 
 def weight(states: list[dict[str, Any]], members: Members) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from symopt.constraints import Constraint, LowRank
-from symopt.constraints.plane import flat
+from symopt.constraints.plane import flat, parts
 from symopt.optim import compiled, joint, lowrank
 from symopt.optim.checkpoint import check
 from symopt.optim.options import DEFAULTS, shared_moment
@@ -72,7 +72,7 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
         members = self.members(p)
         place = next(i for i, member in enumerate(members) if member is p)
         values = {k: groups.expand(state[k]).flatten() for k in shared}
-        return {k: joint.parts(value, members)[place].contiguous() for k, value in values.items()}
+        return {k: parts(value, members)[place].contiguous() for k, value in values.items()}
 
     def members(self, p: Tensor) -> tuple[Tensor, ...]:
         """All parameters under the constraint of ``p``, in its order."""
@@ -121,7 +121,7 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
         for key in ("exp_avg_sq", "max_exp_avg_sq"):
             if groups is not None and key in state and state[key].shape == p.shape != (groups.count,):
                 state[key] = shared_moment(state[key], groups)
-        self._begin(group, state, state.get("master", p.detach().to(math_dtype(p))), self._names[p], constraint, groups)
+        self._begin(group, [state], (p,), constraint, groups)
         if isinstance(constraint, LowRank):
             lowrank.ready(self, group, state, p, constraint)
             return state
@@ -139,8 +139,7 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
         for state, p in zip(states, members, strict=True):
             self._fit(state, p, constraint)
         joint.share(states, members, groups)
-        w, names = joint.weight(states, members).detach(), ", ".join(self._names[p] for p in members)
-        self._begin(group, states[0], w, names, constraint, groups)
+        self._begin(group, states, members, constraint, groups)
         for state, p in zip(states, members, strict=True):
             state.update({key: states[0][key] for key in joint.SHARED if key in states[0]})
             self._init_moments(group, state, p, groups)
@@ -170,15 +169,16 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
     def _begin(
         self,
         group: dict[str, Any],
-        state: dict[str, Any],
-        w: Tensor,
-        name: str,
+        states: list[dict[str, Any]],
+        members: tuple[Tensor, ...],
         constraint: Constraint,
         groups: Groups | None,
     ) -> None:
-        """Create what the constraint itself keeps."""
+        """Create what the constraint itself keeps, in the first of ``states``."""
+        state, name = states[0], ", ".join(self._names[p] for p in members)
         automatic = self.automatic(group, constraint)
         if "imbalance" not in state or "metric_scale" not in state:
+            w = joint.weight(states, members).detach().to(math_dtype(members[0]))
             # What is known to lie above the critical strength never has to come back.
             c, scale = constraint.start(w, 0.0 if automatic else group["imbalance"], groups)
             if not bool(scale > 0):
