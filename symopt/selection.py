@@ -11,54 +11,92 @@ from symopt_kernels import native, triton_launch
 
 __all__ = ["largest_groups", "largest_weights"]
 
+_SHIFT = native.HISTOGRAM_SHIFT
 
-def largest_weights(tensors: list[Tensor], keep: int, floors: list[int]) -> list[float]:
-    """Per tensor the absolute value up to which its weights are not among the ``keep`` largest of all; -1: all are.
 
-    Of every tensor at least its floor is kept.  Of equal values at the threshold fewer than ``keep`` may be left.
+def largest_weights(tensors: list[Tensor], keep: int) -> list[float]:
+    """Per tensor the absolute value up to which its weights are not among the ``keep`` that live; -1: all are.
+
+    Those of one tensor are compared by size, those of several by :func:`_shares`.  Of equal values at the threshold
+    fewer than ``keep`` may be left.
     """
     sizes = [w.numel() for w in tensors]
     if keep >= sum(sizes):
         return [-1.0] * len(tensors)
-    if len(tensors) == 1:
-        return [_kth(tensors, sizes[0] - keep)]
-    found: list[float | None] = [None] * len(tensors)
-    # Tensors below their floor get it; what is left is shared anew by the others.
-    while True:
-        shared = [i for i, t in enumerate(found) if t is None]
-        left = keep - sum(floors[i] for i, t in enumerate(found) if t is not None)
-        many = sum(sizes[i] for i in shared)
-        t = _kth([tensors[i] for i in shared], many - left) if left < many else -1.0
-        poor = [i for i in shared if int((tensors[i].abs() > t).sum()) < floors[i]]
-        if not poor or len(poor) == len(shared):
-            return [t if f is None else f for f in found]
-        for i in poor:
-            found[i] = _kth([tensors[i]], sizes[i] - floors[i]) if floors[i] < sizes[i] else -1.0
+    counts = [_histogram(w) for w in tensors]
+    found = [keep] if len(tensors) == 1 else _shares(counts, keep)
+    gone = [size - live for size, live in zip(sizes, found, strict=True)]
+    return [_kth(w, k, c) if k > 0 else -1.0 for w, k, c in zip(tensors, gone, counts, strict=True)]
 
 
-def largest_groups(sizes: list[Tensor], costs: list[int], keep: float, floors: list[int]) -> list[Tensor]:
-    """Per tensor which of its groups are kept: its floor, then the largest of all in order, while their cost fits."""
-    inside = [torch.zeros_like(s, dtype=torch.bool) for s in sizes]
-    for mine, s, n in zip(inside, sizes, floors, strict=True):
-        mine[s.sort(descending=True, stable=True).indices[:n]] = True
-    left = keep - sum(n * cost for n, cost in zip(floors, costs, strict=True))
-    # What is inside already is put first and costs nothing.
-    order = torch.cat([s.masked_fill(i, math.inf) for s, i in zip(sizes, inside, strict=True)])
-    order = order.sort(descending=True, stable=True).indices
-    each = torch.cat([torch.where(i, 0, cost) for i, cost in zip(inside, costs, strict=True)])
+def _shares(counts: list[Tensor], keep: int) -> list[int]:
+    """How many weights of each tensor live: the ``keep`` with the largest ``w**2 / sum of w'**2 over |w'| >= |w|``.
+
+    This is the layer-adaptive score of Lee et al. (ICLR 2021, arXiv 2010.07611): what cutting a weight would change of
+    its layer, relative to what would be left of it.  The scale of a tensor, which means nothing behind a normalisation,
+    drops out, and no tensor dies, as the score of its largest weight is 1.  No weights are sorted: all of a histogram's
+    bin count as its middle, so the j-th of them scores ``1 / (above / middle**2 + j)``.
+    """
+    table = torch.stack(counts)
+    owner, size = table.nonzero().unbind(1)
+    many = table[owner, size]
+    middle = ((size << _SHIFT) + (1 << (_SHIFT - 1))).int().view(torch.float32).double()
+    square = middle.nan_to_num(math.inf).clamp(max=torch.finfo(torch.float32).max).square()
+    mass = many * square
+    above = [part.flip(0).cumsum(0).flip(0) - part for part in mass.split(owner.bincount().tolist())]
+    first = torch.cat(above) / square
+    # As a function of x = 1 / score, x - first of a bin live: piecewise linear in sum, solved for keep.
+    x, order = torch.cat([first, first + many]).sort()
+    slope = torch.ones_like(x).copysign(len(first) - 0.5 - order).cumsum(0)
+    reached = (x.diff() * slope[:-1]).cumsum(0)
+    i = torch.searchsorted(reached, keep).clamp(max=len(reached) - 1)
+    cut = x[i + 1] - (reached[i] - keep) / slope[i]
+    live = (cut - first + 1e-9).floor().clamp(min=0).minimum(many).long()
+    # What rounding down has left goes to the best of the rest.
+    order = first.argsort(stable=True)
+    spare = (many - live)[order]
+    live[order] += (keep - live.sum() - (spare.cumsum(0) - spare)).clamp(min=0).minimum(spare)
+    return owner.new_zeros(len(counts)).index_add(0, owner, live).tolist()
+
+
+def largest_groups(sizes: list[Tensor], costs: list[int], keep: float) -> list[Tensor]:
+    """Per tensor which of its groups live: the largest, then those of all with the most layer-adaptive score per cost.
+
+    That is :func:`_shares`' score, of groups; in its order, while their cost fits into ``keep``.
+    """
+    scores = []
+    for s, cost in zip(sizes, costs, strict=True):
+        square, order = s.double().square().sort(descending=True, stable=True)
+        score = torch.where(square > 0, square / square.cumsum(0), 0.0) / cost
+        score[:1] = math.inf
+        scores.append(torch.empty_like(score).scatter_(0, order, score))
+    order = torch.cat(scores).sort(descending=True, stable=True).indices
+    each = torch.cat([torch.full_like(s, cost, dtype=torch.int64) for s, cost in zip(sizes, costs, strict=True)])
     chosen = torch.zeros_like(each, dtype=torch.bool)
-    chosen[order] = each[order].cumsum(0) <= left
+    chosen[order] = each[order].cumsum(0) <= keep
     return list(chosen.split([s.numel() for s in sizes]))
 
 
-def _kth(tensors: list[Tensor], k: int) -> float:
-    """The ``k``-th smallest absolute value, exactly; natively where it can be, since a step waits for it."""
-    place, *others = {w.device for w in tensors}
-    if not others and all(w.dtype == torch.float32 and native.layout(w) is not None for w in tensors):
-        if place.type == "cpu" and native.UNAVAILABLE is None:
-            return native.rank(tensors, k)
-        if place.type == "cuda" and triton_launch.UNAVAILABLE is None:
-            from symopt_kernels import triton_select
+def _histogram(w: Tensor) -> Tensor:
+    """How many weights have a size with these upper bits, which order floats as the sizes do."""
+    if _native(w):
+        return native.histogram(w)
+    sizes = w.flatten().float().view(torch.int32) & 0x7FFFFFFF
+    return torch.bincount(sizes >> _SHIFT, minlength=1 << (31 - _SHIFT))
 
-            return float(triton_select.rank(tensors, k))
-    return float(torch.cat([w.flatten() for w in tensors]).abs().kthvalue(k).values)
+
+def _kth(w: Tensor, k: int, counts: Tensor) -> float:
+    """The ``k``-th smallest absolute value, exactly; natively where it can be, since a step waits for it."""
+    if _native(w):
+        return native.rank(w, k, counts)
+    fast = w.dtype == torch.float32 and w.device.type == "cuda" and native.layout(w) is not None
+    if fast and triton_launch.UNAVAILABLE is None:
+        from symopt_kernels import triton_select
+
+        return float(triton_select.rank([w], k))
+    return float(w.flatten().abs().kthvalue(k).values)
+
+
+def _native(w: Tensor) -> bool:
+    dense = w.dtype == torch.float32 and w.device.type == "cpu" and native.layout(w) is not None
+    return dense and native.UNAVAILABLE is None
