@@ -316,8 +316,8 @@ def _symopt(make: Any, task: Task, seed: int, budget: Budget, plan: Any, **optio
     return net
 
 
-def ours(task: Task, seed: int, budget: Budget, *, lr: float, plan: Any = None) -> nn.Module:
-    return _symopt(symopt.AdamW, task, seed, budget, plan, lr=lr, fused=True)
+def ours(task: Task, seed: int, budget: Budget, *, lr: float, plan: Any = None, **options: Any) -> nn.Module:
+    return _symopt(symopt.AdamW, task, seed, budget, plan, lr=lr, fused=True, **options)
 
 
 def ours_sgd(task: Task, seed: int, budget: Budget, *, lr: float, plan: Any = None) -> nn.Module:

@@ -1,4 +1,4 @@
-"""How to impose a budget: accuracy for one change of symopt's plan at a time, and of pruning.
+"""How to impose a budget: accuracy for one change of symopt's at a time, and of pruning.
 
     python -m benchmarks.plans        a quarter of an hour on two idle cores; the table in docs/budgets.md
 
@@ -31,10 +31,12 @@ CHANGES: tuple[dict[str, Any], ...] = (
     *({"ramp": a, "commit": b} for a, b in ((0.3, 0.4), (0.6, 0.75))),
     {"every": 5},
     {"between tensors": "by size"},
+    {"time_scale": "none"},
+    {"imbalance": 0.0},
 )
 
 
-def _by_size(counts: list[Tensor], keep: int) -> list[int]:
+def _by_size(counts: list[Tensor], keep: int) -> Tensor:
     """Instead of the layer-adaptive score of ``symopt.selection``; everywhere at least one lives."""
     table = torch.stack(counts)
     above = table.sum(0).flip(0).cumsum(0).flip(0)
@@ -44,7 +46,7 @@ def _by_size(counts: list[Tensor], keep: int) -> list[int]:
     for i, many in enumerate(table[:, lowest].tolist()):
         live[i] += min(many, spare)
         spare -= min(many, spare)
-    return [max(1, n) for n in live.tolist()]
+    return live.clamp(min=1)
 
 
 def _score(job: tuple[str, str, dict[str, Any], str, int]) -> float:
@@ -55,7 +57,8 @@ def _score(job: tuple[str, str, dict[str, Any], str, int]) -> float:
         plan = dict(setting["plan"])
         if plan.pop("between tensors", None) == "by size":
             symopt.selection._shares = _by_size
-        setting = {**setting, "plan": Plan(**plan)}
+        others = {key: plan.pop(key) for key in ("time_scale", "imbalance") if key in plan}
+        setting = {**setting, "plan": Plan(**plan), **others}
     found = run(method, TASKS[task], seed, Budget(budget), **setting)
     return float(found["validation"] + 2 * found["test"]) / 3  # 500 and 1 000 images
 

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from symopt.constraints import Constraint, GroupSparse
 from symopt.constraints.budget import Budget
-from symopt.selection import largest_groups, largest_weights
+from symopt.selection import Threshold, largest_groups, largest_weights
 from symopt_kernels.groups import Groups
 
 __all__ = ["Member", "Pool", "pools"]
@@ -89,7 +90,7 @@ class Pool:
         """The budget when a share ``full`` of all that is too much has still to go."""
         return self.count + round((self.total - self.count) * full)
 
-    def thresholds(self, keep: float) -> list[float]:
+    def thresholds(self, keep: float) -> list[Threshold]:
         """Per member the size up to which units are outside if the pool may keep ``keep``; -1 where none is outside.
 
         Kernels add up a group in another order than torch, so between groups the middle of two sizes is taken.
@@ -98,14 +99,14 @@ class Pool:
             return [math.inf] * len(self.members)
         if self.members[0].groups is None:
             return self._limits(int(keep))
-        limits = []
+        limits: list[Threshold] = []
         for m, inside in zip(self.members, self._inside(keep), strict=True):
             sizes = m.sizes()
-            below, above = sizes[~inside], sizes[inside]
-            limits.append(float(below.max() + above.min()) / 2 if below.numel() else -1.0)
+            middle = (sizes.masked_fill(inside, 0.0).max() + sizes.masked_fill(~inside, math.inf).min()) / 2
+            limits.append(torch.where(inside.all(), -1.0, middle))
         return limits
 
-    def _limits(self, keep: int) -> list[float]:
+    def _limits(self, keep: int) -> list[Threshold]:
         return largest_weights([m.w.detach() for m in self.members], keep)
 
     def _inside(self, keep: float) -> list[Tensor]:

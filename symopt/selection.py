@@ -9,27 +9,35 @@ from torch import Tensor
 
 from symopt_kernels import native, triton_launch
 
-__all__ = ["largest_groups", "largest_weights"]
+__all__ = ["Threshold", "largest_groups", "largest_weights"]
+
+Threshold = float | Tensor
+"""A number, or one on the device of what it belongs to."""
 
 _SHIFT = native.HISTOGRAM_SHIFT
 
 
-def largest_weights(tensors: list[Tensor], keep: int) -> list[float]:
+def largest_weights(tensors: list[Tensor], keep: int) -> list[Threshold]:
     """Per tensor the absolute value up to which its weights are not among the ``keep`` that live; -1: all are.
 
     Those of one tensor are compared by size, those of several by :func:`_shares`.  Of equal values at the threshold
-    fewer than ``keep`` may be left.
+    fewer than ``keep`` may be left.  On a CUDA device thresholds stay there, and the host does not wait for them.
     """
     sizes = [w.numel() for w in tensors]
     if keep >= sum(sizes):
         return [-1.0] * len(tensors)
     counts = [_histogram(w) for w in tensors]
-    found = [keep] if len(tensors) == 1 else _shares(counts, keep)
-    gone = [size - live for size, live in zip(sizes, found, strict=True)]
-    return [_kth(w, k, c) if k > 0 else -1.0 for w, k, c in zip(tensors, gone, counts, strict=True)]
+    if len(tensors) == 1:
+        return [_kth(tensors[0], sizes[0] - keep, counts[0])]
+    live = _shares(counts, keep)
+    if live.is_cpu:
+        gone = [size - n for size, n in zip(sizes, live.tolist(), strict=True)]
+        return [_kth(w, k, c) if k > 0 else -1.0 for w, k, c in zip(tensors, gone, counts, strict=True)]
+    rest = [size - n for size, n in zip(sizes, live.unbind(), strict=True)]
+    return [torch.where(k > 0, _kth(w, k.clamp(min=1), c), -1.0) for w, k, c in zip(tensors, rest, counts, strict=True)]
 
 
-def _shares(counts: list[Tensor], keep: int) -> list[int]:
+def _shares(counts: list[Tensor], keep: int) -> Tensor:
     """How many weights of each tensor live: the ``keep`` with the largest ``w**2 / sum of w'**2 over |w'| >= |w|``.
 
     This is the layer-adaptive score of Lee et al. (ICLR 2021, arXiv 2010.07611): what cutting a weight would change of
@@ -38,25 +46,32 @@ def _shares(counts: list[Tensor], keep: int) -> list[int]:
     bin count as its middle, so the j-th of them scores ``1 / (above / middle**2 + j)``.
     """
     table = torch.stack(counts)
-    owner, size = table.nonzero().unbind(1)
-    many = table[owner, size]
+    size = torch.arange(table.shape[1], device=table.device)
+    if table.is_cpu:  # few bins are in use; a device would have to tell the host how many
+        size = table.any(0).nonzero().flatten()
+        table = table[:, size]
     middle = ((size << _SHIFT) + (1 << (_SHIFT - 1))).int().view(torch.float32).double()
     square = middle.nan_to_num(math.inf).clamp(max=torch.finfo(torch.float32).max).square()
-    mass = many * square
-    above = [part.flip(0).cumsum(0).flip(0) - part for part in mass.split(owner.bincount().tolist())]
-    first = torch.cat(above) / square
+    mass = table * square
+    first = ((mass.flip(1).cumsum(1).flip(1) - mass) / square).flatten()
+    many = table.flatten()
+    owner = torch.arange(len(counts), device=table.device).repeat_interleave(len(size), output_size=len(many))
+    if table.is_cpu:
+        used = many.nonzero().flatten()
+        first, many, owner = first[used], many[used], owner[used]
     # As a function of x = 1 / score, x - first of a bin live: piecewise linear in sum, solved for keep.
     x, order = torch.cat([first, first + many]).sort()
     slope = torch.ones_like(x).copysign(len(first) - 0.5 - order).cumsum(0)
     reached = (x.diff() * slope[:-1]).cumsum(0)
     i = torch.searchsorted(reached, keep).clamp(max=len(reached) - 1)
-    cut = x[i + 1] - (reached[i] - keep) / slope[i]
+    cut = x[1:].take(i) - (reached.take(i) - keep) / slope.take(i)
     live = (cut - first + 1e-9).floor().clamp(min=0).minimum(many).long()
     # What rounding down has left goes to the best of the rest.
     order = first.argsort(stable=True)
     spare = (many - live)[order]
-    live[order] += (keep - live.sum() - (spare.cumsum(0) - spare)).clamp(min=0).minimum(spare)
-    return owner.new_zeros(len(counts)).index_add(0, owner, live).tolist()
+    more = (keep - live.sum() - (spare.cumsum(0) - spare)).clamp(min=0).minimum(spare)
+    live = live.scatter_add(0, order, more)
+    return owner.new_zeros(len(counts)).index_add(0, owner, live)
 
 
 def largest_groups(sizes: list[Tensor], costs: list[int], keep: float) -> list[Tensor]:
@@ -68,12 +83,12 @@ def largest_groups(sizes: list[Tensor], costs: list[int], keep: float) -> list[T
     for s, cost in zip(sizes, costs, strict=True):
         square, order = s.double().square().sort(descending=True, stable=True)
         score = torch.where(square > 0, square / square.cumsum(0), 0.0) / cost
-        score[:1] = math.inf
+        score[:1].fill_(math.inf)
         scores.append(torch.empty_like(score).scatter_(0, order, score))
     order = torch.cat(scores).sort(descending=True, stable=True).indices
     each = torch.cat([torch.full_like(s, cost, dtype=torch.int64) for s, cost in zip(sizes, costs, strict=True)])
     chosen = torch.zeros_like(each, dtype=torch.bool)
-    chosen[order] = each[order].cumsum(0) <= keep
+    chosen.scatter_(0, order, each[order].cumsum(0) <= keep)
     return list(chosen.split([s.numel() for s in sizes]))
 
 
@@ -81,20 +96,21 @@ def _histogram(w: Tensor) -> Tensor:
     """How many weights have a size with these upper bits, which order floats as the sizes do."""
     if _native(w):
         return native.histogram(w)
-    sizes = w.flatten().float().view(torch.int32) & 0x7FFFFFFF
-    return torch.bincount(sizes >> _SHIFT, minlength=1 << (31 - _SHIFT))
+    bits = (w.flatten().float().view(torch.int32) & 0x7FFFFFFF).long() >> _SHIFT
+    counts = bits.new_zeros(1 << (31 - _SHIFT))
+    return counts.scatter_add_(0, bits, bits.new_ones(()).expand_as(bits))
 
 
-def _kth(w: Tensor, k: int, counts: Tensor) -> float:
-    """The ``k``-th smallest absolute value, exactly; natively where it can be, since a step waits for it."""
+def _kth(w: Tensor, k: int | Tensor, counts: Tensor) -> Threshold:
+    """The ``k``-th smallest absolute value, exactly; by a kernel where it can be, since a step waits for it."""
     if _native(w):
-        return native.rank(w, k, counts)
+        return native.rank(w, int(k), counts)
     fast = w.dtype == torch.float32 and w.device.type == "cuda" and native.layout(w) is not None
     if fast and triton_launch.UNAVAILABLE is None:
         from symopt_kernels import triton_select
 
-        return float(triton_select.rank([w], k))
-    return float(w.flatten().abs().kthvalue(k).values)
+        return triton_select.rank([w], k)
+    return w.flatten().abs().kthvalue(int(k)).values
 
 
 def _native(w: Tensor) -> bool:

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import symopt
 from symopt import selection
@@ -343,6 +344,50 @@ def test_groups_of_several_tensors_compete_by_their_scores_per_cost(scope: str) 
     limits = pool.thresholds(pool.count)
     for w, i, t in zip(ws, inside, limits, strict=True):
         assert torch.equal(w.flatten(1).norm(dim=1) > t, i)
+
+
+@pytest.mark.parametrize("kind", ["one weight", "several weights", "groups", "groups by cost"])
+def test_thresholds_on_a_device_are_found_there(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device everything raises for which a host would have to wait for a value."""
+    constraint: symopt.Constraint = symopt.Sparse(density=0.1, scope="global")
+    if kind.startswith("groups"):
+        constraint = symopt.GroupSparse("out", keep=0.5, scope="flops" if kind.endswith("cost") else "global")
+    monkeypatch.setattr(selection, "_kth", lambda w, k, counts: w.new_empty(()))
+    ws = [torch.empty(8, 4, device="meta") for _ in range(1 if kind == "one weight" else 3)]
+    (pool,) = pools([member(w, constraint, str(i)) for i, w in enumerate(ws)])
+    limits = pool.thresholds(pool.count)
+    assert all(isinstance(limit, Tensor) and limit.is_meta for limit in limits)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        float(limits[0])
+
+
+def test_shares_on_a_device_are_those_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There all bins take part, here those in use."""
+    counts = [selection._histogram(w) for w in (torch.randn(50, 40), torch.randn(90, 40) ** 3, torch.zeros(30))]
+    found = {keep: selection._shares(counts, keep) for keep in (3, 100, 3000, 5600)}
+    monkeypatch.setattr(Tensor, "is_cpu", False)
+    for keep, live in found.items():
+        assert int(live.sum()) == keep and torch.equal(live, selection._shares(counts, keep))
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a value is handed to Python."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_anneal_reads_nothing_back_between_its_first_step_and_the_cut(optimizer: str) -> None:
+    net, opt, anneal, x, y = budgeted("2:4", optimizer, 1000)
+    train(net, opt, anneal, x, y, 3)
+    anneal.last_step = 39
+    with Reads() as reads:
+        anneal.step()
+    assert anneal.last_step % 20 == 0 and reads.count == 0
 
 
 def test_flops_budgets_differ_in_positions_alone_and_still_share() -> None:
