@@ -15,6 +15,7 @@ Threshold = float | Tensor
 """A number, or one on the device of what it belongs to."""
 
 _SHIFT = native.HISTOGRAM_SHIFT
+_FAR, _ROUNDING = 1e6, 1e-5
 
 
 def largest_weights(tensors: list[Tensor], keep: int) -> list[Threshold]:
@@ -59,13 +60,15 @@ def _shares(counts: list[Tensor], keep: int) -> Tensor:
     if table.is_cpu:
         used = many.nonzero().flatten()
         first, many, owner = first[used], many[used], owner[used]
-    # As a function of x = 1 / score, x - first of a bin live: piecewise linear in sum, solved for keep.
-    x, order = torch.cat([first, first + many]).sort()
+    # As a function of x = 1 / score, x - first of a bin live: piecewise linear in sum, solved for keep.  Far out a double
+    # does not tell x from x + 1; those weights are only ranked.
+    near = torch.where(first < _FAR, many, 0)
+    x, order = torch.cat([first.clamp(max=_FAR), first.clamp(max=_FAR) + near]).sort()
     slope = torch.ones_like(x).copysign(len(first) - 0.5 - order).cumsum(0)
     reached = (x.diff() * slope[:-1]).cumsum(0)
     i = torch.searchsorted(reached, keep).clamp(max=len(reached) - 1)
     cut = x[1:].take(i) - (reached.take(i) - keep) / slope.take(i)
-    live = (cut - first + 1e-9).floor().clamp(min=0).minimum(many).long()
+    live = (cut - first - _ROUNDING).floor().clamp(min=0).maximum(first == 0).minimum(near).long()
     # What rounding down has left goes to the best of the rest.
     order = first.argsort(stable=True)
     spare = (many - live)[order]

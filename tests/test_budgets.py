@@ -361,6 +361,19 @@ def test_thresholds_on_a_device_are_found_there(kind: str, monkeypatch: pytest.M
         float(limits[0])
 
 
+@given(st.integers(0, 2**31), st.integers(2, 6), st.data())
+def test_shares_are_exact_over_all_magnitudes(seed: int, count: int, data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    numels, powers = (torch.randint(1, top, (count,), generator=generator).tolist() for top in (2000, 9))
+    ws = [torch.randn(n, generator=generator) ** k for n, k in zip(numels, powers, strict=True)]
+    ws = [w * 10.0 ** data.draw(st.integers(-20, 12)) for w in ws]
+    ws[0] = ws[0].where(torch.rand(numels[0], generator=generator) < 0.2, 0.0)
+    keep = data.draw(st.integers(count, sum(numels)))
+    live = selection._shares([selection._histogram(w) for w in ws], keep).tolist()
+    assert sum(live) == keep
+    assert all(1 <= n <= numel for n, numel in zip(live, numels, strict=True))
+
+
 def test_shares_on_a_device_are_those_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """There all bins take part, here those in use."""
     counts = [selection._histogram(w) for w in (torch.randn(50, 40), torch.randn(90, 40) ** 3, torch.zeros(30))]
