@@ -60,8 +60,8 @@ def _shares(counts: list[Tensor], keep: int) -> Tensor:
     if table.is_cpu:
         used = many.nonzero().flatten()
         first, many, owner = first[used], many[used], owner[used]
-    # As a function of x = 1 / score, x - first of a bin live: piecewise linear in sum, solved for keep.  Far out, where a
-    # double does not tell x from x + 1, weights are only ranked.
+    # As a function of x = 1 / score, x - first of a bin live: piecewise linear in sum, solved for keep.  Far out, where
+    # a double does not tell x from x + 1, weights are only ranked.
     near = torch.where(first < _FAR, many, 0)
     x, order = torch.cat([first.clamp(max=_FAR), first.clamp(max=_FAR) + near]).sort()
     slope = torch.ones_like(x).copysign(len(first) - 0.5 - order).cumsum(0)
