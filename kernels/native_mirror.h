@@ -20,6 +20,21 @@ template <class T, class W> struct Orbits {
 
   Orbits(const Mirror& mirror, const Law<T>& law) : copies(new Block<T, W>[mirror.copies]), m(mirror), k(law) {}
 
+  // Blocks are shorter than what hardware needs to see a stream coming.
+  void expect(int64_t start, int64_t end, bool all) const {
+    const int64_t bytes = sizeof(T), n = std::min(end - start, BLOCK);
+    const auto fetch = [&](const void* from, int64_t size) {
+      const char* p = static_cast<const char*>(from) + start * size;
+      for (int64_t i = 0; from && i < n * size; i += 64) __builtin_prefetch(p + i);
+    };
+    for (int64_t j = 0; j < m.copies; j++) {
+      const Entry& e = *m.members[j];
+      fetch(e.weight, sizeof(W)), fetch(e.master, bytes), fetch(e.first, bytes);
+      if (all || !e.first) fetch(e.grad, sizeof(W));
+    }
+    fetch(m.members[0]->second, bytes);
+  }
+
   T* moment(void* of) const { return of ? static_cast<T*>(of) + at : nullptr; }
 
   void advance_pair(int64_t start, int64_t count, Survey& s, bool& apart) {
@@ -312,6 +327,7 @@ template <class T, class W> static const MirrorFunctions* mirror_functions() {
         Orbits<T, W> o(m, k);
         for (int64_t i = begin; i < end; i += BLOCK) {
           bool apart = false;
+          o.expect(i + BLOCK, end, true);
           if (m.copies == 2) {
             o.advance_pair(i, std::min(end - i, BLOCK), s, apart);
           } else {
@@ -336,6 +352,7 @@ template <class T, class W> static const MirrorFunctions* mirror_functions() {
         Orbits<T, W> o(m, k);
         for (int64_t i = begin; i < end; i += BLOCK) {
           if (m.each && glided[i / BLOCK] && std::isfinite(k.inside)) continue;
+          o.expect(i + BLOCK, end, false);
           if (m.copies == 2) {
             tally.square += o.step_pair(i, std::min(end - i, BLOCK), gate, glided[i / BLOCK], tally);
             continue;
