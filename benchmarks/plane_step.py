@@ -1,61 +1,89 @@
-"""Cost of the step of a tie, against torch's fused AdamW on the same two tensors without a constraint.
+"""Cost of the step of a fixed plane, against torch's fused step of the same tensors without a constraint.
 
-    python -m benchmarks.plane_step [--size 1024]
+    python -m benchmarks.plane_step [--size 1024] [--seconds 3] [--threads 2 1] [--only Tied]
 
-Prints nothing unless the tied weights are equal bit for bit after the steps.  "on the way": the weights differ; "on the
-plane": they are equal.
+Steps are taken in turns; what is printed is the least of each, because whatever else the machine does only adds time,
+and in brackets the ratio of the medians.
+Prints nothing unless weights that were on the plane still are, bit for bit for ties.  "on the way": the weights are off
+the plane; "on the plane": they lie on it.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+from collections.abc import Callable
 
 import torch
 
 import symopt
+from benchmarks.timing import interleave, summarize, threads
+
+PLANES: dict[str, tuple[int, Callable[[], symopt.Constraint]]] = {
+    "`Tied()`": (2, symopt.Tied),
+    "`Tied()`, four copies": (4, symopt.Tied),
+    '`Tied(mode="elementwise")`': (2, lambda: symopt.Tied(mode="elementwise")),
+    "`Symmetric()`": (1, symopt.Symmetric),
+    "`ZeroMean()`": (1, symopt.ZeroMean),
+}
+"""How many square weights are bound together, and by what; those that take the reference step come last."""
+
+OPTIMIZERS = {
+    "AdamW": (symopt.AdamW, torch.optim.AdamW, {}),
+    "Adam": (symopt.Adam, torch.optim.Adam, {}),
+    "SGD, momentum": (symopt.SGD, torch.optim.SGD, {"momentum": 0.9}),
+}
 
 
-def build(size: int, *, equal: bool) -> torch.nn.Module:
+def build(size: int, copies: int) -> torch.nn.Module:
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(size, size, bias=False), torch.nn.Linear(size, size, bias=False))
-    if equal:
-        net[1].load_state_dict(net[0].state_dict())
+    net = torch.nn.Sequential(*(torch.nn.Linear(size, size, bias=False) for _ in range(copies)))
     for p in net.parameters():
         p.grad = torch.randn_like(p)
     return net
 
 
-def best(step: object, rounds: int = 7, repeats: int = 5) -> float:
-    """Milliseconds per step, best of ``rounds``."""
-    assert callable(step)
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            step()
-        times.append((time.perf_counter() - start) / repeats)
-    return 1000 * min(times)
+def row(size: int, name: str, optimizer: str, *, on_plane: bool, seconds: float) -> str:
+    copies, make = PLANES[name]
+    mine_cls, torch_cls, options = OPTIMIZERS[optimizer]
+    plain = torch_cls(build(size, copies).parameters(), lr=1e-5, fused=True, **options)
+    net = symopt.constrain(build(size, copies), {"*.weight": make()})
+    opt = mine_cls(net, lr=1e-5, **options)
+    constraint = symopt.constraints(net)["0.weight"]
+    if on_plane:
+        with torch.no_grad():
+            flat = torch.cat([p.flatten() for p in net.parameters()])
+            folded = constraint.fold(flat if copies > 1 else net[0].weight)
+            for p, part in zip(net.parameters(), folded.flatten().chunk(copies), strict=True):
+                p.copy_(part.reshape(p.shape))
+    times = interleave((lambda: None, opt.step), (lambda: None, plain.step), 10_000, seconds)
+    flat = torch.cat([p.detach().flatten() for p in net.parameters()])
+    weight = flat if copies > 1 else flat.reshape(size, size)
+    if (float(constraint.violation(weight)) <= constraint.rounding(weight)) != on_plane:
+        raise SystemExit(f"{name}: not where it should be; no timing is worth printing")
+    (mine, theirs), medians = map(min, times), [summarize(t).median for t in times]
+    where, backend = "on the plane" if on_plane else "on the way", next(iter(opt.backends()))[1]
+    ratio = f"{mine / theirs:.2f} ({medians[0] / medians[1]:.2f})"
+    return f"| {name} | {optimizer} | {backend} | {where} | {mine:.2f} | {theirs:.2f} | {ratio} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=1024)
-    size = parser.parse_args().size
-    plain = torch.optim.AdamW(build(size, equal=False).parameters(), lr=1e-3, fused=True)
-    rows = []
-    for mode in ("joint", "elementwise"):
-        for equal in (False, True):
-            net = symopt.constrain(build(size, equal=equal), {"*.weight": symopt.Tied(mode=mode)})
-            opt = symopt.AdamW(net, lr=1e-3)
-            mine, theirs = best(opt.step), best(plain.step)
-            if equal and not torch.equal(net[0].weight, net[1].weight):
-                raise SystemExit("tied weights that were equal are not; no timing is worth printing")
-            where = "on the plane" if equal else "on the way"
-            rows.append(f"| {mode} | {where} | {mine:.2f} | {theirs:.2f} | {mine / theirs:.2f} |")
-    print(f"two {size} x {size} fp32 weights, {torch.get_num_threads()} threads\n")
-    print("| Tied | | symopt, ms | torch fused, no constraint, ms | ratio |\n|---|---|---|---|---|")
-    print("\n".join(rows))
+    parser.add_argument("--seconds", type=float, default=3.0, help="per row")
+    parser.add_argument("--only", default="", help="a part of a constraint's name")
+    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
+    arguments = parser.parse_args()
+    for count in arguments.threads:
+        with threads(count):
+            print(f"{arguments.size} x {arguments.size} fp32 weights, threads: {count}\n")
+            print("| constraint | optimizer | backend | | symopt, ms | torch fused, no constraint, ms | ratio |")
+            print("|---|---|---|---|---|---|---|")
+            for name in PLANES:
+                for optimizer in OPTIMIZERS if "Tied" in name else ("AdamW",):
+                    for on_plane in (False, True) if arguments.only in name else ():
+                        given = {"on_plane": on_plane, "seconds": arguments.seconds}
+                        print(row(arguments.size, name, optimizer, **given), flush=True)
+            print()
 
 
 if __name__ == "__main__":

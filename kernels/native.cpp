@@ -24,6 +24,8 @@ namespace {
 namespace baseline {
 #include "native_step.h"
 #include "native_walk.h"
+#include "native_pair.h"
+#include "native_mirror.h"
 }  // namespace baseline
 #if defined(__x86_64__)
 #define SYMOPT_F16C
@@ -31,6 +33,8 @@ SYMOPT_TARGET("avx2,fma,f16c")
 namespace avx2 {
 #include "native_step.h"
 #include "native_walk.h"
+#include "native_pair.h"
+#include "native_mirror.h"
 }  // namespace avx2
 SYMOPT_TARGET_END
 SYMOPT_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c" SYMOPT_WIDE)
@@ -38,17 +42,19 @@ namespace avx512 {
 #include "native_step.h"
 #include "native_avx512.h"
 #include "native_walk.h"
+#include "native_pair.h"
+#include "native_mirror.h"
 }  // namespace avx512
 SYMOPT_TARGET_END
 #endif
 
-const Functions* const* choose([[maybe_unused]] int instructions) {
+// The functions of one instruction set and number format.
+#define SYMOPT_CHOOSE(table, instructions) (SYMOPT_BETTER(table, instructions) baseline::table)
 #if defined(__x86_64__)
-  if (instructions == 2) return avx512::table;
-  if (instructions == 1) return avx2::table;
+#define SYMOPT_BETTER(table, instructions) (instructions) == 2 ? avx512::table : (instructions) == 1 ? avx2::table :
+#else
+#define SYMOPT_BETTER(table, instructions)
 #endif
-  return baseline::table;
-}
 
 // -------------------------------------------------------------------------------------------------------------- tasks
 
@@ -78,6 +84,14 @@ struct Work {
 };
 
 template <class T> double read(const void* p) { return double(*static_cast<const T*>(p)); }
+
+// A number of the state, in the precision in which the entry is stepped.
+double read(const Entry& e, const void* p) { return e.dtype == 1 ? read<double>(p) : read<float>(p); }
+
+void write(const Entry& e, void* p, double x) {
+  if (e.dtype == 1) *static_cast<double*>(p) = x;
+  else *static_cast<float*>(p) = float(x);
+}
 
 void cut(Work& w) {
   Entry& e = *w.e;
@@ -153,40 +167,42 @@ Law<double> law(const Entry& e, const Settings& s) {
   k.outside = s.lr * trim[1] * amplify;
   k.threshold = trim[2], k.snaps = trim[2] < 0 && !e.trim ? HUGE_VAL : trim[2];
   k.imbalance_decay = trim[3];
-  bool wide = e.dtype == 1;
-  k.imbalance = !e.imbalance ? 0 : wide ? read<double>(e.imbalance) : read<float>(e.imbalance);
-  k.metric_scale = !e.metric_scale ? 1 : wide ? read<double>(e.metric_scale) : read<float>(e.metric_scale);
+  k.imbalance = e.imbalance ? read(e, e.imbalance) : 0;
+  k.metric_scale = e.metric_scale ? read(e, e.metric_scale) : 1;
   return k;
 }
 
-// reference.py's imbalance_law, or the factor given for this step.
-void finish(Work& w, const Settings& s) {
-  Entry& e = *w.e;
-  Tally all;
-  for (int64_t i = 0; i < w.tasks; i++) all.add(w.tallies[i].sum, w.tallies[i].square, w.tallies[i].zeros);
-  e.zeros = all.zeros;
-  if (!e.imbalance || e.retraction == SPARSE_FREE || e.retraction == PLAIN) return;
-  double c = w.k.imbalance, keep = w.k.imbalance_decay;
+// reference.py's imbalance_law, or the factor given for this step.  `sample` holds some decays, or nothing where all are
+// `k.inside`; `all` the sizes of the units.
+void decay_imbalance(const Entry& e, const Law<double>& k, double* sample, int64_t samples, const Tally& all) {
+  double c = k.imbalance, keep = k.imbalance_decay;
   if (keep < 0) {
-    double decay = w.k.inside;
-    if (w.sample) {
-      for (int64_t i = 0; i < w.samples; i++)
-        if (w.sample[i] != w.sample[i]) w.sample[i] = HUGE_VAL;  // as kthvalue: NaN comes last
-      double* low = w.sample.get() + w.samples / 10;
-      std::nth_element(w.sample.get(), low, w.sample.get() + w.samples);
+    double decay = k.inside;
+    if (sample) {
+      for (int64_t i = 0; i < samples; i++)
+        if (sample[i] != sample[i]) sample[i] = HUGE_VAL;  // as kthvalue: NaN comes last
+      double* low = sample + samples / 10;
+      std::nth_element(sample, low, sample + samples);
       decay = *low;
     }
-    if (s.saturated) {
+    if (k.saturated) {
       double typical = 2 * all.square / std::max(all.sum, Law<double>::smallest);
-      decay /= std::max(w.k.metric_scale, typical);
+      decay /= std::max(k.metric_scale, typical);
     }
     double rho = std::max(1 - decay, 0.0);
     keep = std::max(rho * rho * rho * rho, FASTEST);
   }
   c *= keep;
-  if (c <= SNAP * w.k.metric_scale) c = 0;
-  if (e.dtype == 1) *static_cast<double*>(e.imbalance) = c;
-  else *static_cast<float*>(e.imbalance) = float(c);
+  if (c <= SNAP * k.metric_scale) c = 0;
+  write(e, e.imbalance, c);
+}
+
+void finish(Work& w) {
+  Tally all;
+  for (int64_t i = 0; i < w.tasks; i++) all.add(w.tallies[i].sum, w.tallies[i].square, w.tallies[i].zeros);
+  w.e->zeros = all.zeros;
+  if (!w.e->imbalance || w.e->retraction == SPARSE_FREE || w.e->retraction == PLAIN) return;
+  decay_imbalance(*w.e, w.k, w.sample.get(), w.samples, all);
 }
 
 struct Job {
@@ -223,7 +239,7 @@ void run_part(Work& w, int64_t i, const Settings& s) {
       if (spins < 1000) breathe();
       else std::this_thread::yield();  // more threads than cores: whoever is summing may need this one
     w.f->apply(e, w.k, unit, begin, end, keep, shift, w.tallies[static_cast<size_t>(j * w.parts + part)]);
-    if (--w.left == 0) finish(w, s);
+    if (--w.left == 0) finish(w);
     return;
   }
   double* own = sums + part * w.sums_size;
@@ -256,7 +272,7 @@ void run_task(Job& job, int64_t task) {
       w.f->apply(e, w.k, unit, 0, unit.rows * unit.width, keep, shift, tally);
     }
   }
-  if (--w.left == 0) finish(w, *job.settings);
+  if (--w.left == 0) finish(w);
 }
 
 void worker(void* argument) {
@@ -270,6 +286,8 @@ void run(std::vector<Work>& works, const Settings& s, int64_t tasks, int64_t ele
   if (s.parallel && threads > 1 && elements > SERIAL) s.parallel(worker, &job, threads, 0);
   else worker(&job);
 }
+
+#include "native_mirror_tasks.h"
 
 }  // namespace
 
@@ -289,7 +307,7 @@ SYMOPT_PUBLIC int symopt_instructions() {
 #endif
 }
 
-SYMOPT_PUBLIC int symopt_sizes() { return int(sizeof(Entry) * 1000 + sizeof(Settings)); }
+SYMOPT_PUBLIC int symopt_sizes() { return int((sizeof(Entry) * 1000 + sizeof(Settings)) * 1000 + sizeof(Mirror)); }
 
 // Steps `count` tensors.  Returns 0, or 1 if memory ran out before anything was changed.
 SYMOPT_PUBLIC int symopt_step(Entry* const* entries, int64_t count, const Settings* settings) try {
@@ -300,7 +318,7 @@ SYMOPT_PUBLIC int symopt_step(Entry* const* entries, int64_t count, const Settin
   for (int64_t i = 0; i < count; i++) {
     Work& w = works[static_cast<size_t>(i)];
     w.e = entries[i];
-    w.f = choose(s.instructions)[w.e->dtype];
+    w.f = SYMOPT_CHOOSE(table, s.instructions)[w.e->dtype];
     cut(w);
     w.first_task = tasks;
     tasks += w.split ? 2 * w.tasks : w.tasks;
@@ -316,6 +334,16 @@ SYMOPT_PUBLIC int symopt_step(Entry* const* entries, int64_t count, const Settin
   }
   for (Work& w : works) w.k = law(*w.e, s);
   run(works, s, tasks, elements);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+// The same for weights that planes make equal.
+SYMOPT_PUBLIC int symopt_step_mirror(const Mirror* const* mirrors, int64_t count, const Settings* settings) try {
+  if (settings->found_inf && *settings->found_inf != 0) return 0;
+  std::vector<MirrorWork> works(mirrors, mirrors + count);
+  for (MirrorWork& w : works) step_mirror(w, *settings);
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;

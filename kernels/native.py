@@ -22,12 +22,12 @@ from torch import Tensor
 from symopt_kernels.groups import Groups
 
 __all__ = [
-    *("DTYPES", "HISTOGRAM_SHIFT", "INSTRUCTIONS", "THREADS", "UNAVAILABLE", "Entry", "Settings"),
-    *("fill", "histogram", "layout", "rank", "step"),
+    *("DTYPES", "HISTOGRAM_SHIFT", "INSTRUCTIONS", "THREADS", "UNAVAILABLE", "Entry", "Mirror", "Settings"),
+    *("fill", "fill_mirror", "histogram", "layout", "rank", "step"),
 ]
 
 DIRECTIONS = ("sgd", "adam", "adamw")
-RETRACTIONS = ("plain", "sparse", "sparse_free", "group")
+RETRACTIONS = ("plain", "sparse", "sparse_free", "group", "mirror")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HISTOGRAM_SHIFT = 16
 """Bits of a float that a histogram of sizes leaves out: 7 of the mantissa stay, so its bins are 0.8 % wide."""
@@ -44,6 +44,19 @@ class Entry(Structure):
         ("zeros", c_int64),
         *[(name, c_int32) for name in ("retraction", "dtype", "fresh", "wide_step", "keep", "of", "decoupled")],
     ]
+
+
+class Mirror(Structure):
+    """Tensors that a plane makes equal, as ``struct Mirror`` of ``native_types.h``; ``entries`` are those of each."""
+
+    _fields_: ClassVar = [
+        ("members", POINTER(c_void_p)),
+        ("critical", c_void_p),
+        ("copies", c_int64),
+        ("spread", c_double),
+        ("each", c_int32),
+    ]
+    entries: list[Entry]
 
 
 class Settings(Structure):
@@ -70,13 +83,14 @@ def _find() -> tuple[Any, str | None]:
         sizes = library.symopt_sizes()
     except (OSError, AttributeError) as error:
         return None, f"the C++ extension does not load: {error}"
-    if sizes != ctypes.sizeof(Entry) * 1000 + ctypes.sizeof(Settings):
+    if sizes != (ctypes.sizeof(Entry) * 1000 + ctypes.sizeof(Settings)) * 1000 + ctypes.sizeof(Mirror):
         return None, "the C++ extension was built from another version of symopt; install symopt again"
     library.symopt_histogram.argtypes = [c_void_p, c_int64, c_void_p]
     library.symopt_histogram.restype = None
     library.symopt_rank.argtypes = [c_void_p, c_int64, c_void_p, c_int64]
     library.symopt_rank.restype = c_float
-    library.symopt_step.argtypes = [POINTER(c_void_p), c_int64, POINTER(Settings)]
+    for step in (library.symopt_step, library.symopt_step_mirror):
+        step.argtypes = [POINTER(c_void_p), c_int64, POINTER(Settings)]
     return library, None
 
 
@@ -167,8 +181,30 @@ def fill(
     entry.wide_step = "step" in state and state["step"].dtype == torch.float64
 
 
+def fill_mirror(
+    mirror: Mirror,
+    weights: Sequence[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    *,
+    spread: float,
+    each: bool,
+    fresh: bool = False,
+) -> None:
+    """Point ``mirror`` at contiguous weights of one shape; what they share is in the first of their states.
+
+    With ``each`` every orbit has its own gate.  ``spread`` turns a strength per coordinate into one per gate; a state
+    ``critical`` makes the strength automatic, else that of ``entries[0]`` counts.
+    """
+    mirror.entries = [Entry() for _ in weights]
+    for entry, weight, state in zip(mirror.entries, weights, states, strict=True):
+        fill(entry, weight, state, "mirror", fresh=fresh)
+    mirror.members = (c_void_p * len(weights))(*map(ctypes.addressof, mirror.entries))
+    mirror.critical = states[0]["critical"].data_ptr() if "critical" in states[0] else None
+    mirror.copies, mirror.spread, mirror.each = len(weights), spread, each
+
+
 def step(
-    entries: Sequence[Entry],
+    entries: Sequence[Entry | Mirror],
     direction: str,
     *,
     lr: float,
@@ -210,9 +246,11 @@ def step(
         instructions=INSTRUCTIONS.index(instructions),
         parallel=_parallel,
     )
-    table = (c_void_p * len(entries))(*map(ctypes.addressof, entries))
-    if _library.symopt_step(table, len(entries), byref(settings)):
-        raise MemoryError("the native step found no memory for its bookkeeping; nothing was changed")
+    for kind, function in ((Entry, _library.symopt_step), (Mirror, _library.symopt_step_mirror)):
+        found = [entry for entry in entries if isinstance(entry, kind)]
+        table = (c_void_p * len(found))(*map(ctypes.addressof, found))
+        if found and function(table, len(found), byref(settings)):
+            raise MemoryError("the native step found no memory for its bookkeeping")
 
 
 def histogram(x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ constexpr int HISTOGRAM_SHIFT = 16;       // bits of a size that a histogram lea
 constexpr int64_t SERIAL = 1 << 15;       // below this many elements waking threads costs more than it saves
 
 enum Direction { SGD, ADAM, ADAMW };
-enum Retraction { PLAIN, SPARSE, SPARSE_FREE, GROUP };
+enum Retraction { PLAIN, SPARSE, SPARSE_FREE, GROUP, MIRROR };
 
 struct Bfloat { uint16_t bits; };
 struct Half { uint16_t bits; };
@@ -94,6 +94,16 @@ struct Entry {
   int32_t decoupled;       // strengths bypass Adam's preconditioner, as AdamW's do
 };
 
+// Weights that a plane makes equal: orbit i is weight i of every member.  What they share (second moments, counter,
+// imbalance, strength) is that of the first.
+struct Mirror {
+  Entry* const* members;
+  void* critical;      // running estimate behind an automatic strength, or null
+  int64_t copies;
+  double spread;       // what turns AdamW's strength per coordinate into one per gate
+  int32_t each;        // every orbit has a gate of its own, else there is one for all
+};
+
 struct Settings {
   double lr, beta1, beta2, eps, momentum, dampening, weight_decay;
   double imbalance_decay;   // negative: the automatic law
@@ -141,6 +151,29 @@ struct Functions {
   void (*settle)(const Entry&, const Law<double>&, const Unit&, double*, int64_t, int64_t, void*, void*, Tally&, double*,
                  int64_t);
   void (*apply)(const Entry&, const Law<double>&, const Unit&, int64_t, int64_t, const void*, const void*, Tally&);
+};
+
+// What the first sweep adds up, over all weights: `off` is what a weight lacks to the mean of its orbit, x the same of
+// the update, d = x times Adam's preconditioner.
+struct Survey {
+  double ww = 0, uu = 0, uw = 0, dd = 0, dw = 0;  // off^2, x^2, x off, d^2, d off
+  double all = 0, paces = 0, most = 0;            // update^2; inverse preconditioners; largest pull of one orbit, squared
+  int64_t moving = 0;                             // blocks that the second sweep has to move
+  void add(const Survey& s) {
+    ww += s.ww, uu += s.uu, uw += s.uw, dd += s.dd, dw += s.dw, all += s.all, paces += s.paces, moving += s.moving;
+    most = s.most <= most || most != most ? most : s.most;
+  }
+};
+
+// One for all: time scale, s^2, and what its own shrink and gradient take from it.
+struct Gate {
+  double t, square, own;
+};
+
+struct MirrorFunctions {
+  void (*survey)(const Mirror&, const Law<double>&, int64_t, int64_t, Survey&, char*, double*, int64_t);
+  void (*step)(const Mirror&, const Law<double>&, int64_t, int64_t, const Gate&, const char*, Tally&);
+  void (*snap)(const Mirror&, const Law<double>&, int64_t, int64_t);
 };
 
 }  // namespace

@@ -90,6 +90,15 @@ def _off_basis(*weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
 PLANES = [
     PlaneRow("tied", lambda k: symopt.Tied(k), ((3, 4), (3, 4)), lambda e: _equal(e[:12], e[12:])),
     PlaneRow(
+        "tied-three", lambda k: symopt.Tied(k), ((5,),) * 3, lambda e: [*_equal(e[:5], e[5:10]), *_equal(e[:5], e[10:])]
+    ),
+    PlaneRow(
+        "tied-elementwise-pair",
+        lambda k: symopt.Tied(k, "elementwise"),
+        ((3, 4), (3, 4)),
+        lambda e: _equal(e[:12], e[12:]),
+    ),
+    PlaneRow(
         "tied-elementwise",
         lambda k: symopt.Tied(k, "elementwise"),
         ((3, 4),) * 3,

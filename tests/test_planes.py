@@ -165,9 +165,10 @@ class Explicit:
         return on - (delta - pull) + (self.gate @ s_new) * d_new
 
 
-def follow(row, opt_row, time_scale, imbalance=1.0, steps=12):
+def follow(row, opt_row, time_scale, imbalance=1.0, steps=12, backend=None):
     module, params, constraint = bound(row)
-    opt = opt_row.cls(module, lr=opt_row.lr, time_scale=time_scale, imbalance=imbalance, **opt_row.options)
+    options = {"time_scale": time_scale, "imbalance": imbalance, "backend": backend, **opt_row.options}
+    opt = opt_row.cls(module, lr=opt_row.lr, **options)
     oracle = Explicit(row, constraint, opt_row)
     oracle.basis = getattr(constraint, "basis", None)
     w = flat(params).detach().clone().flatten()
@@ -209,7 +210,7 @@ def test_the_suite_notices_a_wrong_retraction(row, monkeypatch):
     original = kernel.mirror
     monkeypatch.setattr(kernel, "mirror", lambda *args, **kwargs: original(*args, **kwargs) * (1 + 1e-9))
     with pytest.raises(AssertionError, match="not close"):
-        follow(row, opt_row, "saturated")
+        follow(row, opt_row, "saturated", backend="reference")
 
 
 @every_optimizer

@@ -91,7 +91,7 @@ class Plane(Constraint):
 
     def needed(self, x: Tensor, running: Tensor | None, *, per_coordinate: bool) -> Tensor:
         """Running estimate of the critical strength, ``x`` being the smoothed gradient or AdamW's update."""
-        spread = torch.as_tensor(self.spread(x)).to(x)
+        spread = torch.as_tensor(self.spread(x), dtype=x.dtype, device=x.device)
         critical, typical = self.critical(x), x.square().mean().sqrt() * spread.max()
         if per_coordinate:  # AdamW's update of a steady gradient is 1
             critical, typical = critical / spread.max(), torch.ones_like(typical)
@@ -176,4 +176,4 @@ class Plane(Constraint):
         return 64 * torch.finfo(w.dtype).eps
 
     def no_kernel(self, backend: str) -> str | None:
-        return "a plane has no fused kernel"
+        return "of planes only Tied parameters of one shape and order have a fused kernel, on CPUs"

@@ -18,6 +18,7 @@ from symopt import annotation
 from symopt.backends import BACKENDS, FUSED, check_backend, choose, why_not
 from symopt.constraints import Constraint, LowRank
 from symopt.optim import compiled, joint, lowrank
+from symopt.optim.joint_slot import JointSlot
 from symopt.optim.launch import step_native, step_triton
 from symopt.optim.options import DEFAULTS, OWN_STATE, check_group
 from symopt.optim.slot import Slot
@@ -62,7 +63,7 @@ class ConstrainedOptimizer(ConstrainedState):
         self._bound = {}
         self._members = {}
         self._groups = {}
-        self._slots: dict[Tensor, Slot] = {}
+        self._slots: dict[Tensor, Slot | JointSlot] = {}
         self._epoch = -1
         self._loading = None
         given = {"strength": strength, "time_scale": time_scale, "imbalance": imbalance, "backend": backend}
@@ -230,9 +231,11 @@ class ConstrainedOptimizer(ConstrainedState):
             if there := [slot for slot in slots if slot.backend == "triton"]:
                 step_triton(self, group, there)
 
-    def _plan(self, group: dict[str, Any]) -> tuple[list[Slot], list[tuple[tuple[Tensor, ...], Constraint]], bool]:
+    def _plan(
+        self, group: dict[str, Any]
+    ) -> tuple[list[Slot | JointSlot], list[tuple[tuple[Tensor, ...], Constraint]], bool]:
         """What has a gradient: for fused kernels, for the reference, and whether torch has anything to step."""
-        slots: list[Slot] = []
+        slots: list[Slot | JointSlot] = []
         rest: list[tuple[tuple[Tensor, ...], Constraint]] = []
         plain = False
         check_backend(type(self).__name__, group["backend"])
@@ -242,13 +245,15 @@ class ConstrainedOptimizer(ConstrainedState):
         for p in group["params"]:
             if (members := self._members.get(p)) is not None and (constraint := self._constraint(p)) is not None:
                 if p is members[0] and any(member.grad is not None for member in members):
-                    self._backend(group, p, constraint)
-                    rest.append((members, constraint))
+                    if (joined := self._joint_slot(group, members, constraint, key)) is None:
+                        rest.append((members, constraint))
+                    else:
+                        slots.append(joined)
                 continue
             if p.grad is None:
                 continue
             slot = self._slots.get(p)
-            if slot is None or not slot.holds(self.state[p], key):
+            if not isinstance(slot, Slot) or not slot.holds(self.state[p], key):
                 constraint = self._constraint(p)
                 if constraint is None and group["backend"] not in FUSED:
                     plain = True
@@ -265,19 +270,40 @@ class ConstrainedOptimizer(ConstrainedState):
                 except ValueError as error:
                     raise ValueError(f"{self._names[p]}: {error}; load state that belongs to this weight") from None
             slots.append(slot)
-        for p in [*(slot.p for slot in slots), *(p for held, _ in rest for p in held)]:
+        for p in [*(p for slot in slots for p in slot.members), *(p for held, _ in rest for p in held)]:
             if p.grad is not None and p.grad.layout is not torch.strided:
                 way = "leave backend at None" if self._constraint(p) is None else "leave it out of symopt.constrain"
                 reason = f"sparse gradients are not supported here; use sparse=False or {way}"
                 raise RuntimeError(f"{self._names[p]}: {reason}")
         return slots, rest, plain
 
+    def _joint_slot(
+        self, group: dict[str, Any], members: tuple[Tensor, ...], constraint: Constraint, key: tuple[Any, ...]
+    ) -> JointSlot | None:
+        """What the native step needs to know of a joint constraint; None if the reference steps it."""
+        p, key = members[0], (self.automatic(group, constraint), *key)
+        slot = self._slots.get(p)
+        if isinstance(slot, JointSlot) and slot.holds([self.state[q] for q in members], key):
+            return slot
+        if self._backend(group, p, constraint) == "reference":
+            return None
+        states = self._ready_joint(group, members, constraint)
+        try:
+            slot = self._slots[p] = JointSlot(members, constraint, states, key)
+        except ValueError as error:
+            raise ValueError(f"{self._names[p]}: {error}; load state that belongs to this weight") from None
+        return slot
+
     def _backend(self, group: dict[str, Any], p: Tensor, constraint: Constraint | None) -> str:
         return choose(group["backend"], self._names[p], self._reasons(group, p, constraint))
 
     def _reasons(self, group: dict[str, Any], p: Tensor, constraint: Constraint | None) -> dict[str, str | None]:
-        groups = None if constraint is None else self.groups(p, constraint)
-        return {b: why_not(b, p, constraint, groups, differentiable=group["differentiable"]) for b in BACKENDS}
+        members, differentiable = self.members(p), group["differentiable"]
+        groups = None if constraint is None or len(members) > 1 else self.groups(p, constraint)
+        found = {
+            b: [why_not(b, q, constraint, groups, differentiable=differentiable) for q in members] for b in BACKENDS
+        }
+        return {b: next(filter(None, reasons), None) for b, reasons in found.items()}
 
     def backends(self) -> Iterator[tuple[str, str, dict[str, str | None]]]:
         """Name, backend and, per backend, why not that one, of every parameter (:func:`symopt.explain` prints it)."""

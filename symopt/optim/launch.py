@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symopt.optim.slot import Slot, gradient
+from symopt.optim.joint_slot import JointSlot
+from symopt.optim.slot import Slot
 from symopt_kernels import native, triton_launch
 
 __all__ = ["step_native", "step_triton"]
 
 
-def step_native(optimizer: Any, group: dict[str, Any], slots: Sequence[Slot]) -> None:
+def step_native(optimizer: Any, group: dict[str, Any], slots: Sequence[Slot | JointSlot]) -> None:
     """Step tensors on the CPU."""
 
     def number(x: Tensor | float) -> float:
@@ -25,9 +26,9 @@ def step_native(optimizer: Any, group: dict[str, Any], slots: Sequence[Slot]) ->
     _done(slots, grads)
 
 
-def step_triton(optimizer: Any, group: dict[str, Any], slots: Sequence[Slot]) -> None:
+def step_triton(optimizer: Any, group: dict[str, Any], slots: Sequence[Slot | JointSlot]) -> None:
     """Step tensors on a GPU, without waiting for it: what is a tensor there stays one."""
-    device = slots[0].p.device
+    device = slots[0].members[0].device
 
     def number(x: Tensor | float) -> Tensor | float:
         return float(x) if not isinstance(x, Tensor) or x.device != device else x.to(torch.float32)
@@ -43,15 +44,15 @@ def step_triton(optimizer: Any, group: dict[str, Any], slots: Sequence[Slot]) ->
     _done(slots, grads)
 
 
-def _aim(optimizer: Any, group: dict[str, Any], slots: Sequence[Slot], number: Any) -> list[Tensor]:
-    """Point every slot at its gradient; the list keeps them alive until the call is over."""
-    grads = [gradient(slot.p) for slot in slots]
-    for slot, grad in zip(slots, grads, strict=True):
-        constraint = slot.constraint
-        if constraint is None or "trim" in slot.state:  # a budget's strengths are in its state
-            slot.aim(grad, 0.0)
+def _aim(optimizer: Any, group: dict[str, Any], slots: Sequence[Slot | JointSlot], number: Any) -> list[Tensor]:
+    """Point every slot at its gradients; the list keeps them alive until the call is over."""
+    grads = []
+    for slot in slots:
+        constraint, state = slot.constraint, slot.state
+        if constraint is None or "trim" in state or "critical" in state:  # the strengths are in the state
+            grads += slot.aim(0.0)
         else:
-            slot.aim(grad, number(optimizer.strength(group, constraint, slot.state)))
+            grads += slot.aim(number(optimizer.strength(group, constraint, state)))
     return grads
 
 
@@ -68,8 +69,8 @@ def _shared(optimizer: Any, group: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _done(slots: Sequence[Slot], grads: list[Tensor]) -> None:
+def _done(slots: Sequence[Slot | JointSlot], grads: list[Tensor]) -> None:
     # Autograd must see that the weights changed under it.
-    torch.autograd.graph.increment_version([slot.p for slot in slots])
+    torch.autograd.graph.increment_version([p for slot in slots for p in slot.members])
     for slot in slots:
         slot.done()

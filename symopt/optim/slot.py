@@ -85,11 +85,18 @@ class Slot:
                 return False
         return True
 
-    def aim(self, grad: Tensor, strength: float | Tensor) -> None:
-        """Set what changes from step to step."""
+    @property
+    def members(self) -> tuple[Tensor, ...]:
+        """What it steps."""
+        return (self.p,)
+
+    def aim(self, strength: float | Tensor) -> list[Tensor]:
+        """Set what changes from step to step; what is returned must live until the step is over."""
+        grad = gradient(self.p)
         self.entry.grad = grad.data_ptr()
         if isinstance(strength, Tensor) or strength != self._strength:
             self.entry.inside = self.entry.outside = self._strength = strength
+        return [grad]
 
     def done(self) -> None:
         """The step has been taken."""

@@ -13,6 +13,7 @@ from symopt.constraints import Constraint, LowRank
 from symopt.constraints.plane import flat, parts
 from symopt.optim import compiled, joint, lowrank
 from symopt.optim.checkpoint import check
+from symopt.optim.joint_slot import JointSlot
 from symopt.optim.options import DEFAULTS, shared_moment
 from symopt.optim.slot import Slot
 from symopt_kernels.groups import Groups
@@ -31,7 +32,7 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
     _members: dict[Tensor, tuple[Tensor, ...]]
     """Every parameter of a joint constraint -> all of them, in its order."""
     _groups: dict[Tensor, tuple[torch.Size, Groups]]
-    _slots: dict[Tensor, Slot]
+    _slots: dict[Tensor, Slot | JointSlot]
     _epoch: int
     number: int
     params: list[Tensor]

@@ -1,0 +1,381 @@
+// The step of weights that a fixed plane makes equal: kernels/mirror.py for orbits of equally many copies.
+//
+// Included like native_step.h, once per instruction set.  Copy j of orbit i is weight i of member j.  A joint gate needs
+// its sums before any weight can move, so there are two sweeps: `survey` advances the moments and sums, `step` moves.  A
+// block whose copies are equal already takes, without imbalance, the plain step whatever the gate: the first sweep then
+// moves it at once, and on the plane no second one is needed.
+
+#define LOOP [[gnu::noinline]] static  // as in native_step.h
+
+// All copies of up to BLOCK neighbouring orbits.
+template <class T, class W> struct Orbits {
+  std::unique_ptr<Block<T, W>[]> copies;
+  const Mirror& m;
+  const Law<T>& k;
+  int64_t n = 0, at = 0;
+  T speed[BLOCK];                                  // Adam's preconditioner
+  T w_mean[BLOCK], u_mean[BLOCK];                  // of weight and update, over the copies
+  T forth[BLOCK], lost[BLOCK], shift[BLOCK];       // w' = w - forth u_mean + lost (w - w_mean) - shift (u - u_mean)
+  T ww[BLOCK], uu[BLOCK], uw[BLOCK], rest[BLOCK];  // sums over the copies, of what is off the plane
+
+  Orbits(const Mirror& mirror, const Law<T>& law) : copies(new Block<T, W>[mirror.copies]), m(mirror), k(law) {}
+
+  // Blocks are shorter than what hardware needs to see a stream coming.
+  void expect(int64_t start, int64_t end, bool all) const {
+    const int64_t bytes = sizeof(T), n = std::min(end - start, BLOCK);
+    const auto fetch = [&](const void* from, int64_t size) {
+      const char* p = static_cast<const char*>(from) + start * size;
+      for (int64_t i = 0; from && i < n * size; i += 64) __builtin_prefetch(p + i);
+    };
+    for (int64_t j = 0; j < m.copies; j++) {
+      const Entry& e = *m.members[j];
+      fetch(e.weight, sizeof(W)), fetch(e.master, bytes), fetch(e.first, bytes);
+      if (all || !e.first) fetch(e.grad, sizeof(W));
+    }
+    fetch(m.members[0]->second, bytes);
+  }
+
+  T* moment(void* of) const { return of ? static_cast<T*>(of) + at : nullptr; }
+
+  void advance_pair(int64_t start, int64_t count, Survey& s, bool& apart) {
+    at = start, n = count;
+    Block<T, W>&a = copies[0], &b = copies[1];
+    const Entry &e = *m.members[0], &f = *m.members[1];
+    a.open(e, k, at, n), b.open(f, k, at, n);
+    T *second = moment(e.second), *peak = moment(e.peak), *on = rest;
+    if (k.direction == SGD) {
+      a.direct(e, k), b.direct(f, k);
+      T *u0 = const_cast<T*>(a.u), *u1 = const_cast<T*>(b.u);  // only read here
+      apart = survey_pair<T, false, false>(n, a.g, b.g, u0, u1, a.w, b.w, second, peak, on, k, s);
+    } else {
+      auto survey = peak ? survey_pair<T, true, true> : survey_pair<T, true, false>;
+      apart = survey(n, a.g, b.g, moment(e.first), moment(f.first), a.w, b.w, second, peak, on, k, s);
+    }
+  }
+
+  // The weights become what the first sweep has found them to be if they are equal.
+  void glide_pair() {
+    for (int64_t j = 0; j < 2; j++) std::copy(rest, rest + n, copies[j].w);
+    close();
+  }
+
+  double step_pair(int64_t start, int64_t count, const Gate& gate, bool glided, Tally& tally) {
+    at = start, n = count;
+    Block<T, W>&a = copies[0], &b = copies[1];
+    const Entry& e = *m.members[0];
+    a.recall(e, k, at, n), b.recall(*m.members[1], k, at, n);
+    const T* second = moment(e.peak ? e.peak : e.second);
+    double square = 0;
+    if (!m.each) {
+      auto move = k.direction == SGD ? move_pair<T, false> : move_pair<T, true>;
+      square = move(n, a.u, b.u, a.w, b.w, second, gate, glided, k);
+    } else {
+      auto move = k.direction == SGD ? (k.imbalance == 0 ? move_pair_each<T, false, true> : move_pair_each<T, false, false>)
+                                     : (k.imbalance == 0 ? move_pair_each<T, true, true> : move_pair_each<T, true, false>);
+      move(n, a.u, b.u, a.w, b.w, second, k, tally);
+    }
+    close();
+    return square;
+  }
+
+  void open(int64_t start, int64_t count, bool advance) {
+    at = start, n = count;
+    T* square = rest;
+    std::fill(square, square + n, T(0));
+    for (int64_t j = 0; j < m.copies; j++) {
+      Block<T, W>& b = copies[j];
+      if (advance) b.open(*m.members[j], k, at, n), b.direct(*m.members[j], k);
+      else b.recall(*m.members[j], k, at, n);
+      if (advance && k.direction != SGD) add_square(n, b.g, square);
+    }
+    const Entry& e = *m.members[0];
+    T* second = static_cast<T*>(e.second) + at;
+    T* peak = e.peak ? static_cast<T*>(e.peak) + at : nullptr;
+    if (k.direction == SGD) std::fill(speed, speed + n, T(1));
+    else if (!advance) precondition(n, peak ? peak : second, speed, k);
+    else second_moment(n, square, second, peak, speed, T(1) / T(m.copies), k);
+    for (int64_t j = 1; j < m.copies; j++) {
+      difference(n, copies[0].w, copies[j].w, w_mean, j > 1);
+      difference(n, copies[0].u, copies[j].u, u_mean, j > 1);
+    }
+    mean(n, copies[0].w, w_mean, T(1) / T(m.copies));
+    mean(n, copies[0].u, u_mean, T(1) / T(m.copies));
+    proportional(n, speed, forth, k.lr * k.unbias1);
+  }
+
+  bool together() const {
+    int32_t apart = 0;
+    for (int64_t j = 1; j < m.copies && !apart; j++) apart = differ(n, copies[0].w, copies[j].w);
+    return !apart;
+  }
+
+  void sum_orbits() {
+    for (T* sums : {ww, uu, uw}) std::fill(sums, sums + n, T(0));
+    for (int64_t j = 0; j < m.copies; j++) add_orbits(n, copies[j].w, copies[j].u, w_mean, u_mean, ww, uu, uw);
+  }
+
+  void close() {
+    for (int64_t j = 0; j < m.copies; j++) copies[j].close(*m.members[j], 0);
+  }
+
+  // On the plane, without imbalance: w' = w - forth u_mean.
+  void glide() {
+    for (int64_t j = 0; j < m.copies; j++) glide_copy(n, copies[j].w, u_mean, forth);
+    close();
+  }
+
+  // One gate: writes the step and returns the squared distance from the plane.
+  double move(const Gate& gate, bool glided) {
+    gate_joint(n, speed, forth, lost, shift, gate, k);
+    if (glided) std::fill(forth, forth + n, T(0));
+    double square = 0;
+    for (int64_t j = 0; j < m.copies; j++)
+      square += move_copy(n, copies[j].w, copies[j].u, w_mean, u_mean, forth, lost, shift);
+    close();
+    return square;
+  }
+
+  // A gate for every orbit.
+  void move_each(Tally& tally) {
+    sum_orbits();
+    gate_each(n, speed, forth, ww, uu, uw, lost, shift, k);
+    std::fill(rest, rest + n, T(0));
+    for (int64_t j = 0; j < m.copies; j++)
+      add_rest(n, copies[j].w, copies[j].u, w_mean, u_mean, lost, shift, rest);
+    T *snaps = ww, *pull_sq = uu;
+    settle_each(n, speed, forth, pull_sq, rest, snaps, k, tally);
+    for (int64_t j = 0; j < m.copies; j++)
+      move_or_snap(n, copies[j].w, copies[j].u, w_mean, u_mean, forth, lost, shift, snaps);
+    close();
+  }
+
+  // -- the loops, out of line for the compiler's sake -----------------------------------------------------------------
+
+  LOOP void add_square(int64_t n, const T* __restrict g, T* __restrict square) {
+    for (int64_t i = 0; i < n; i++) square[i] += g[i] * g[i];
+  }
+
+  LOOP void precondition(int64_t n, const T* __restrict second, T* __restrict speed, const Law<T>& k) {
+    const T unbias2 = k.unbias2, eps = k.eps;
+    for (int64_t i = 0; i < n; i++) speed[i] = 1 / (root(second[i] * unbias2) + eps);
+  }
+
+  static void second_moment(int64_t n, const T* square, T* second, T* peak, T* speed, T share, const Law<T>& k) {
+    accumulate(n, square, second, share * k.fresh2, k.beta2);
+    if (peak)
+      for (int64_t i = 0; i < n; i++) peak[i] = second[i] <= peak[i] ? peak[i] : second[i];
+    precondition(n, peak ? peak : second, speed, k);
+  }
+
+  LOOP void accumulate(int64_t n, const T* __restrict square, T* __restrict second, T fresh, T beta) {
+    for (int64_t i = 0; i < n; i++) second[i] = beta * second[i] + fresh * square[i];
+  }
+
+  LOOP void difference(int64_t n, const T* __restrict x, const T* __restrict y, T* __restrict to, bool add) {
+    if (add)
+      for (int64_t i = 0; i < n; i++) to[i] += y[i] - x[i];
+    else
+      for (int64_t i = 0; i < n; i++) to[i] = y[i] - x[i];
+  }
+
+  // From the first copy on, so that the mean of equal numbers is that number.
+  LOOP void mean(int64_t n, const T* __restrict x, T* __restrict to, T share) {
+    for (int64_t i = 0; i < n; i++) to[i] = x[i] + share * to[i];
+  }
+
+  LOOP void proportional(int64_t n, const T* __restrict x, T* __restrict to, T factor) {
+    for (int64_t i = 0; i < n; i++) to[i] = factor * x[i];
+  }
+
+  LOOP int32_t differ(int64_t n, const T* x, const T* y) {
+    int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+    for (int64_t i = 0; i < n; i++) count += x[i] != y[i];
+    return count;
+  }
+
+  LOOP void glide_copy(int64_t n, T* __restrict w, const T* __restrict u_mean, const T* __restrict forth) {
+    for (int64_t i = 0; i < n; i++) w[i] = w[i] - forth[i] * u_mean[i];
+  }
+
+  LOOP void gate_joint(int64_t n, const T* __restrict speed, const T* __restrict forth, T* __restrict lost,
+                       T* __restrict shift, const Gate& gate, const Law<T>& k) {
+    const bool coupled = k.direction == ADAM;
+    const T own = T(gate.own), rate = T(gate.t * k.inside), reach = T((1 - gate.own) * gate.square * gate.t);
+    for (int64_t i = 0; i < n; i++) {
+      // A weight that has no gradient has a decay without bounds; its factor must not overshoot zero.
+      T decay = coupled ? rate * speed[i] : rate, fits = 1 / larger(decay, T(1));
+      decay = smaller(decay, T(1));
+      lost[i] = own * decay - own - decay;
+      shift[i] = reach * fits * forth[i];
+    }
+  }
+
+  LOOP double move_copy(int64_t n, T* __restrict w, const T* __restrict u, const T* __restrict w_mean,
+                        const T* __restrict u_mean, const T* __restrict forth, const T* __restrict lost,
+                        const T* __restrict shift) {
+    T square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t i = 0; i < n; i++) {
+      T off = w[i] - w_mean[i], back = shift[i] * (u[i] - u_mean[i]), rest = off + lost[i] * off - back;
+      w[i] = w[i] - forth[i] * u_mean[i] + lost[i] * off - back;
+      square += rest * rest;
+    }
+    return double(square);
+  }
+
+  LOOP void add_orbits(int64_t n, const T* w, const T* u, const T* w_mean, const T* u_mean, T* __restrict ww,
+                       T* __restrict uu, T* __restrict uw) {
+    for (int64_t i = 0; i < n; i++) {
+      T off = w[i] - w_mean[i], d = u[i] - u_mean[i];
+      ww[i] += off * off, uu[i] += d * d, uw[i] += d * off;
+    }
+  }
+
+  LOOP void gate_each(int64_t n, const T* __restrict speed, const T* __restrict forth, const T* __restrict ww,
+                      const T* __restrict uu, const T* __restrict uw, T* __restrict lost, T* __restrict shift,
+                      const Law<T>& k) {
+    const bool coupled = k.direction == ADAM, saturated = k.saturated;
+    const T c = k.imbalance, scale = k.metric_scale, inside = k.inside;
+    for (int64_t i = 0; i < n; i++) {
+      T decay = coupled ? inside * speed[i] : inside, pull = forth[i] * root(uu[i]), metric = root(c * c + 4 * ww[i]);
+      T most = saturated ? larger(metric, larger(scale, decay + 2 * pull)) : larger(decay, T(1));
+      T t = 1 / most, square = (c + metric) / 2;
+      decay = t * decay;
+      T own = decay + t * forth[i] * uw[i] / larger(square, Law<T>::smallest);
+      lost[i] = own * decay - own - decay;
+      shift[i] = (1 - own) * square * t * forth[i];
+    }
+  }
+
+  LOOP void add_rest(int64_t n, const T* w, const T* u, const T* w_mean, const T* u_mean, const T* lost, const T* shift,
+                     T* __restrict rest) {
+    for (int64_t i = 0; i < n; i++) {
+      T off = w[i] - w_mean[i], x = off + lost[i] * off - shift[i] * (u[i] - u_mean[i]);
+      rest[i] += x * x;
+    }
+  }
+
+  LOOP void settle_each(int64_t n, const T* __restrict speed, const T* __restrict forth, const T* __restrict pull_sq,
+                        const T* __restrict rest, T* __restrict snaps, const Law<T>& k, Tally& tally) {
+    const bool coupled = k.direction == ADAM;
+    const T inside = k.inside, snap = T(SNAP) * k.metric_scale;
+    T sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum, square)
+    for (int64_t i = 0; i < n; i++) {
+      T decay = coupled ? inside * speed[i] : inside, far = root(rest[i]);
+      bool snapped = (far <= snap) & (forth[i] * root(pull_sq[i]) < decay);
+      snaps[i] = snapped ? T(1) : T(0);
+      far = (snapped | !(far <= Law<T>::largest)) ? T(0) : far;
+      sum += far, square += far * far;
+    }
+    tally.add(sum, square, 0);
+  }
+
+  LOOP void move_or_snap(int64_t n, T* __restrict w, const T* __restrict u, const T* __restrict w_mean,
+                         const T* __restrict u_mean, const T* __restrict forth, const T* __restrict lost,
+                         const T* __restrict shift, const T* __restrict snaps) {
+    for (int64_t i = 0; i < n; i++) {
+      T off = w[i] - w_mean[i], glide = forth[i] * u_mean[i];
+      T x = w[i] - glide + lost[i] * off - shift[i] * (u[i] - u_mean[i]), on = w_mean[i] - glide;
+      w[i] = snaps[i] != 0 ? on : x;
+    }
+  }
+
+  // Adds what one gate needs, and the largest pull of a single orbit for those that have one each.
+  void survey(Survey& s, bool each) {
+    for (int64_t j = 0; j < m.copies; j++)
+      add_survey(n, copies[j].w, copies[j].u, w_mean, u_mean, speed, s);
+    if (k.direction == ADAM) s.paces += paces(n, speed);
+    if (each) {
+      sum_orbits();
+      const bool scaled = k.direction == ADAMW;
+      for (int64_t i = 0; i < n; i++) {
+        double pull = scaled ? double(speed[i]) * speed[i] * uu[i] : double(uu[i]);
+        s.most = pull <= s.most || s.most != s.most ? s.most : pull;  // NaN stays
+      }
+    }
+  }
+
+  LOOP double paces(int64_t n, const T* speed) {
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += 1 / speed[i];
+    return double(sum);
+  }
+
+  LOOP void add_survey(int64_t n, const T* w, const T* u, const T* w_mean, const T* u_mean, const T* speed, Survey& s) {
+    constexpr int64_t EXACT = 256;  // as add_sums
+    for (int64_t start = 0; start < n; start += EXACT) {
+      const int64_t end = n - start < EXACT ? n : start + EXACT;
+      T ww = 0, uu = 0, uw = 0, dd = 0, dw = 0, all = 0;
+#pragma omp simd reduction(+ : ww, uu, uw, dd, dw, all)
+      for (int64_t i = start; i < end; i++) {
+        T off = w[i] - w_mean[i], x = u[i] - u_mean[i], d = speed[i] * x;
+        ww += off * off, uu += x * x, uw += x * off, dd += d * d, dw += d * off, all += u[i] * u[i];
+      }
+      s.ww += ww, s.uu += uu, s.uw += uw, s.dd += dd, s.dw += dw, s.all += all;
+    }
+  }
+};
+
+template <class T, class W> static const MirrorFunctions* mirror_functions() {
+  static const MirrorFunctions table = {
+      [](const Mirror& m, const Law<double>& law, int64_t begin, int64_t end, Survey& s, char* glided, double* sample,
+         int64_t stride) {
+        const Law<T> k(law);
+        Orbits<T, W> o(m, k);
+        for (int64_t i = begin; i < end; i += BLOCK) {
+          bool apart = false;
+          o.expect(i + BLOCK, end, true);
+          if (m.copies == 2) {
+            o.advance_pair(i, std::min(end - i, BLOCK), s, apart);
+          } else {
+            o.open(i, std::min(end - i, BLOCK), true);
+            o.survey(s, m.each && m.critical);
+            apart = !o.together();
+          }
+          if (sample) {
+            const T* second = o.moment(m.members[0]->peak ? m.members[0]->peak : m.members[0]->second);
+            for (int64_t j = (i + stride - 1) / stride * stride; j < i + o.n; j += stride)
+              o.precondition(1, second + (j - i), o.speed, k), sample[j / stride] = double(o.speed[0]);
+          }
+          glided[i / BLOCK] = k.imbalance == 0 && !apart;
+          if (!glided[i / BLOCK]) s.moving++;
+          else if (m.copies == 2) o.glide_pair();
+          else o.glide();
+        }
+      },
+      [](const Mirror& m, const Law<double>& law, int64_t begin, int64_t end, const Gate& gate, const char* glided,
+         Tally& tally) {
+        const Law<T> k(law);
+        Orbits<T, W> o(m, k);
+        for (int64_t i = begin; i < end; i += BLOCK) {
+          if (m.each && glided[i / BLOCK] && std::isfinite(k.inside)) continue;
+          o.expect(i + BLOCK, end, false);
+          if (m.copies == 2) {
+            tally.square += o.step_pair(i, std::min(end - i, BLOCK), gate, glided[i / BLOCK], tally);
+            continue;
+          }
+          o.open(i, std::min(end - i, BLOCK), false);
+          if (m.each) o.move_each(tally);
+          else tally.square += o.move(gate, glided[i / BLOCK]);
+        }
+      },
+      // The last step onto the plane: what was on it is the mean of what was written.
+      [](const Mirror& m, const Law<double>& law, int64_t begin, int64_t end) {
+        const Law<T> k(law);
+        Orbits<T, W> o(m, k);
+        for (int64_t i = begin; i < end; i += BLOCK) {
+          o.open(i, std::min(end - i, BLOCK), false);
+          for (int64_t j = 0; j < m.copies; j++) std::copy(o.w_mean, o.w_mean + o.n, o.copies[j].w);
+          o.close();
+        }
+      }};
+  return &table;
+}
+
+static const MirrorFunctions* const mirror_table[] = {mirror_functions<float, float>(), mirror_functions<double, double>(),
+                                                      mirror_functions<float, Bfloat>(), mirror_functions<float, Half>()};
+
+#undef LOOP

@@ -1,0 +1,117 @@
+// How weights that a plane makes equal are cut into tasks, and what is decided between the sweeps of native_mirror.h.
+//
+// The cut depends on the shape alone and sums of tasks are added in its order, so results do not depend on the number of
+// threads.
+
+constexpr double MARGIN = 2, MEMORY = 0.999, FLOOR = 0.25;  // as in mirror.py
+
+struct MirrorWork {
+  const Mirror* m;
+  int64_t orbits, part, tasks, stride = 1, samples = 0;
+  std::vector<Survey> surveys;
+  std::vector<Tally> tallies;
+  std::vector<char> glided;  // blocks that the first sweep has moved
+  std::vector<double> sample;
+
+  MirrorWork(const Mirror* mirror) : m(mirror), orbits(mirror->members[0]->numel) {
+    int64_t most = std::max<int64_t>(1, orbits / CHUNKS), few = CHUNK / 2 / m->copies;
+    part = (std::max(most, few) + BLOCK - 1) / BLOCK * BLOCK;
+    tasks = (orbits + part - 1) / part;
+    surveys.resize(static_cast<size_t>(tasks)), tallies.resize(static_cast<size_t>(tasks));
+    glided.resize(static_cast<size_t>((orbits + BLOCK - 1) / BLOCK));
+    stride = std::max<int64_t>(1, orbits / SAMPLE);
+    samples = (orbits + stride - 1) / stride;
+    sample.resize(static_cast<size_t>(samples));
+  }
+};
+
+template <class F> struct Sweep {
+  const F& f;
+  int64_t tasks;
+  std::atomic<int64_t> next{0};
+  static void worker(void* argument) {
+    Sweep& sweep = *static_cast<Sweep*>(argument);
+    for (int64_t task; (task = sweep.next++) < sweep.tasks;) sweep.f(task);
+  }
+};
+
+// f(begin, end, task) for every task of the work.
+template <class F> void sweep(const MirrorWork& w, const Settings& s, bool backwards, const F& f) {
+  const auto one = [&](int64_t i) {
+    const int64_t task = backwards ? w.tasks - 1 - i : i;
+    f(task * w.part, std::min(w.orbits, (task + 1) * w.part), static_cast<size_t>(task));
+  };
+  Sweep<decltype(one)> all{one, w.tasks};
+  const unsigned threads = unsigned(std::min<int64_t>(s.threads, w.tasks));
+  if (s.parallel && threads > 1 && w.orbits * w.m->copies > SERIAL) s.parallel(all.worker, &all, threads, 0);
+  else all.worker(&all);
+}
+
+// torch.maximum: NaN wins.
+inline double greater(double a, double b) { return a != a || a > b ? a : b; }
+
+// The strength in units of lr, from the running estimate of what is needed.
+double automatic(const MirrorWork& w, const Law<double>& k, const Survey& all, double amplify) {
+  const Mirror& m = *w.m;
+  const bool decoupled = k.direction == ADAMW;
+  const double squares = m.each ? all.most : decoupled ? all.dd : all.uu;
+  double critical = k.unbias1 * std::sqrt(squares) / amplify, typical = 1;
+  if (decoupled) critical /= m.spread;  // per coordinate; its update of a steady gradient is 1
+  else typical = k.unbias1 * std::sqrt(all.all / double(w.orbits * m.copies)) / amplify * m.spread;
+  const Entry& e = *m.members[0];
+  write(e, m.critical, greater(MEMORY * read(e, m.critical), greater(critical, FLOOR * typical)));
+  return MARGIN * read(e, m.critical);
+}
+
+// mirror.py for one gate.  Returns whether it attracts what is off the plane.
+bool decide(const MirrorWork& w, const Law<double>& k, const Survey& all, Gate& gate) {
+  const bool coupled = k.direction == ADAM;
+  const double lr = k.lr * k.unbias1, c = k.imbalance, pace = coupled ? double(w.orbits) / all.paces : 1;
+  const double decay = k.inside * pace, metric = std::sqrt(c * c + 4 * all.ww), pull = lr * std::sqrt(all.dd);
+  const double least = std::max(decay, 1.0), drive = greater(metric, greater(k.metric_scale, decay + 2 * pull));
+  gate.t = 1 / (k.saturated ? drive : least);
+  gate.square = (c + metric) / 2;
+  // The gate sees the gradient through its own preconditioner; else the threshold would not be that of the norm.
+  const double gradient = coupled && k.inside != 0 ? pace * all.uw : all.dw;
+  gate.own = gate.t * decay + gate.t * lr * gradient / std::max(gate.square, Law<double>::smallest);
+  return coupled ? lr * std::sqrt(all.uu) < k.inside : pull < k.inside;
+}
+
+void step_mirror(MirrorWork& w, const Settings& s) {
+  const Mirror& m = *w.m;
+  const Entry& e = *m.members[0];
+  const MirrorFunctions& f = *SYMOPT_CHOOSE(mirror_table, s.instructions)[e.dtype];
+  Law<double> k = law(e, s);
+  const double amplify = s.direction == SGD && e.first ? (1 - s.dampening) / (1 - s.momentum) : 1;
+  const bool counts = k.imbalance != 0 && s.imbalance_decay < 0;  // sizes and decays, for the law of the imbalance
+  double* sample = counts && k.direction == ADAM ? w.sample.data() : nullptr;
+  sweep(w, s, false, [&](int64_t begin, int64_t end, size_t task) {
+    f.survey(m, k, begin, end, w.surveys[task], w.glided.data(), sample, w.stride);
+  });
+  Survey all;
+  for (const Survey& part : w.surveys) all.add(part);
+  if (m.critical) k.inside = s.lr * automatic(w, k, all, amplify) * amplify;
+  if (k.direction == ADAMW) k.inside *= m.spread;
+  Gate gate{1, 0, 0};
+  const bool attracted = !m.each && decide(w, k, all, gate);
+  // On the plane only a gate that is no number moves anything.
+  const bool moves = all.moving || !std::isfinite(m.each ? k.inside : gate.own * gate.t);
+  Tally left;
+  if (moves) {
+    sweep(w, s, true, [&](int64_t begin, int64_t end, size_t task) {
+      f.step(m, k, begin, end, gate, w.glided.data(), w.tallies[task]);
+    });
+    for (const Tally& part : w.tallies) left.add(part.sum, part.square, 0);
+    if (!m.each) {
+      left.sum = std::sqrt(left.square);
+      if (left.sum <= SNAP * k.metric_scale && attracted) {
+        left = Tally();
+        if (all.ww > 0 || k.imbalance != 0)
+          sweep(w, s, false, [&](int64_t begin, int64_t end, size_t) { f.snap(m, k, begin, end); });
+      }
+      if (!std::isfinite(left.sum)) left = Tally();
+    }
+  }
+  for (int64_t i = 0; sample && i < w.samples; i++) sample[i] *= k.inside;
+  if (k.imbalance != 0) decay_imbalance(e, k, sample, w.samples, left);
+}

@@ -1,0 +1,303 @@
+"""The native step of a plane against the reference: the same weights and state, on the way and on the plane."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import symopt
+from symopt_kernels import native
+from table import OPTIMIZERS, PLANES, OptimizerRow, PlaneRow, ids, plane_module
+from test_backends import HALF, Run, close, equal, gradient, step_alike, tensors
+
+torch.set_num_threads(1)
+
+
+def reason(row: PlaneRow) -> str | None:
+    module = plane_module(row)
+    return symopt.constraints(module)["w0"].no_kernel("native")
+
+
+TIES = [row for row in PLANES if reason(row) is None]
+OTHERS = [row for row in PLANES if reason(row) is not None]
+FEW = [row for row in OPTIMIZERS if row.id in ("sgd", "sgd-nesterov", "adam-amsgrad", "adamw")]
+
+every_tie = pytest.mark.parametrize("row", TIES, ids=ids)
+every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
+few_optimizers = pytest.mark.parametrize("opt_row", FEW, ids=ids)
+
+
+def large(row: PlaneRow, shape: tuple[int, ...] = (37, 51)) -> PlaneRow:
+    """Several blocks, the last one not full."""
+    return replace(row, shapes=(shape,) * len(row.shapes))
+
+
+def both(
+    row: PlaneRow,
+    opt_row: OptimizerRow,
+    strength: float | None = None,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> list[Run]:
+    """The same weights on the two backends, native first."""
+    runs: list[Run] = []
+    for backend in ("native", "reference"):
+        module = plane_module(row, strength, dtype=dtype)
+        given = {"lr": opt_row.lr, **opt_row.options, **options}
+        runs.append((module, opt_row.cls(module, backend=backend, **given)))
+    return runs
+
+
+def weights(run: Run) -> list[Tensor]:
+    return [p.detach() for p in run[0].parameters()]
+
+
+def tied(run: Run) -> bool:
+    first, *rest = weights(run)
+    return all(torch.equal(first, w) for w in rest)
+
+
+def make_equal(runs: list[Run], part: slice = slice(None)) -> None:
+    with torch.no_grad():
+        for run in runs:
+            first, *rest = weights(run)
+            for w in rest:
+                w.flatten()[part].copy_(first.flatten()[part])
+
+
+def test_ties_have_a_kernel_and_other_planes_say_why_not() -> None:
+    assert {row.id for row in TIES} == {"tied", "tied-three", "tied-elementwise", "tied-elementwise-pair"}
+    for row in TIES:
+        module = plane_module(row)
+        assert [backend for _, backend, _ in symopt.AdamW(module).backends()] == ["native"] * len(row.shapes)
+    for row in OTHERS:
+        assert "one shape and order have a fused kernel" in symopt.explain(symopt.AdamW(plane_module(row)))
+    module = plane_module(TIES[0])
+    module.w1.data = module.w1.data.T.contiguous().T
+    assert "contiguous" in symopt.explain(symopt.AdamW(module))
+    with pytest.raises(ValueError, match="contiguous"):
+        opt = symopt.AdamW(module, backend="native")
+        module.w0.grad = torch.ones_like(module.w0)
+        opt.step()
+
+
+@pytest.mark.parametrize("time_scale", ["none", "saturated"])
+@pytest.mark.parametrize("strength", [None, 0.3])
+@every_optimizer
+@every_tie
+def test_twenty_steps(row: PlaneRow, opt_row: OptimizerRow, strength: float | None, time_scale: str) -> None:
+    for made in (row, large(row)) if time_scale == "saturated" else (row,):  # many weights grow without bounds
+        runs = both(made, opt_row, strength, time_scale=time_scale)
+        start = [w.clone() for w in weights(runs[0])]
+        for t in range(20):
+            step_alike(runs, t)
+            close(*runs)
+        assert not any(torch.equal(w, old) for w, old in zip(weights(runs[0]), start, strict=True))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("imbalance", [0.0, 0.1])
+@pytest.mark.parametrize("strength", [None, 20.0])
+@every_optimizer
+@every_tie
+def test_onto_the_plane_and_along_it(
+    row: PlaneRow, opt_row: OptimizerRow, strength: float | None, imbalance: float, sign: int
+) -> None:
+    """Gradients that differ by little: the plane is reached, at the same step, and held bit for bit."""
+    runs = both(row, opt_row, strength, imbalance=imbalance, lr=0.01)
+    with torch.no_grad():
+        for run in runs:
+            first, *rest = weights(run)
+            for i, w in enumerate(rest):
+                w.copy_(first + 0.01 * (i + 1) * torch.sin(torch.arange(w.numel()) + 1.0).reshape(w.shape))
+    arrived = None
+    for t in range(400):
+        first = gradient(weights(runs[0])[0], t)
+        grads = [sign * (first + 0.01 * gradient(w, t + i)) for i, w in enumerate(weights(runs[0]))]
+        for module, opt in runs:
+            for p, g in zip(module.parameters(), grads, strict=True):
+                p.grad = g
+            opt.step()
+        close(*runs)
+        assert tied(runs[0]) == tied(runs[1])
+        if tied(runs[0]) and arrived is None:
+            arrived = t
+        if arrived is not None and imbalance == 0:
+            assert tied(runs[0])
+        if arrived is not None and t > arrived + 10:
+            break
+    assert arrived is not None or imbalance > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@every_optimizer
+@every_tie
+def test_lower_precision(row: PlaneRow, opt_row: OptimizerRow, dtype: torch.dtype) -> None:
+    for made in (row, large(row)):
+        runs = both(made, opt_row, None, dtype)
+        for t in range(12):
+            step_alike(runs, t)
+            close(*runs, "backends, fp32")
+
+
+@pytest.mark.parametrize("imbalance", [0.0, 1.0])
+@few_optimizers
+@every_tie
+def test_blocks_that_are_on_the_plane_beside_others_that_are_not(
+    row: PlaneRow, opt_row: OptimizerRow, imbalance: float
+) -> None:
+    runs = both(large(row), opt_row, None if imbalance == 0 else 0.3, imbalance=imbalance)
+    make_equal(runs, slice(300, 1100))
+    for t in range(6):
+        step_alike(runs, t)
+        close(*runs)
+    assert not tied(runs[0])
+
+
+@pytest.mark.parametrize("instructions", native.INSTRUCTIONS)
+@few_optimizers
+@every_tie
+def test_every_instruction_set(
+    row: PlaneRow, opt_row: OptimizerRow, instructions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(native.step.__kwdefaults__, "instructions", instructions)
+    for imbalance, strength in ((0.0, None), (1.0, 0.3)):
+        for dtype, kind in ((torch.float64, "backends"), (torch.float32, "backends, fp32")):
+            runs = both(large(row), opt_row, strength, dtype, imbalance=imbalance)
+            for t in range(4):
+                step_alike(runs, t)
+                close(*runs, kind)
+            make_equal(runs)
+            for t in range(4):
+                step_alike(runs, t)
+                close(*runs, kind)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@few_optimizers
+@every_tie
+def test_results_do_not_depend_on_the_number_of_threads(row: PlaneRow, opt_row: OptimizerRow, threads: None) -> None:
+    results = []
+    for count in (1, 2, 3):
+        run = both(large(row, (300, 257)), opt_row, dtype=torch.float32)[0]
+        for t in range(2):
+            step_alike([run], t)
+            torch.set_num_threads(count)  # not before: the first step's metric_scale is a sum of torch's
+        make_equal([run], slice(0, 40000))
+        step_alike([run], 3)
+        torch.set_num_threads(1)
+        results.append({key: value.clone() for key, value in tensors(run).items()})
+    assert all(torch.equal(results[0][key], other[key]) for other in results[1:] for key in results[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@few_optimizers
+@every_tie
+def test_bad_gradients_show_in_the_weight(row: PlaneRow, opt_row: OptimizerRow, bad: float) -> None:
+    for on_the_plane in (False, True):
+        runs = both(large(row), opt_row)
+        if on_the_plane:
+            make_equal(runs)
+        for module, opt in runs:
+            for p in module.parameters():
+                p.grad = torch.ones_like(p)
+            module.w0.grad.view(-1)[7] = bad
+            opt.step()
+        have, want = ([w.isfinite() for w in weights(run)] for run in runs)
+        assert all(torch.equal(x, y) for x, y in zip(have, want, strict=True))
+
+
+@few_optimizers
+@every_tie
+def test_whatever_happens_between_steps_is_noticed(row: PlaneRow, opt_row: OptimizerRow) -> None:
+    def other_values(run: Run) -> None:
+        with torch.no_grad():
+            run[0].w0.mul_(1.5)
+
+    def swap_data(run: Run) -> None:
+        run[0].w0.data = run[0].w0.data.clone() + 0.1
+
+    def given_strength(run: Run) -> None:
+        run[1].param_groups[0]["strength"] = 0.3
+
+    def automatic_strength(run: Run) -> None:
+        run[1].param_groups[0]["strength"] = None
+
+    def reload(run: Run) -> None:
+        run[1].load_state_dict(copy.deepcopy(run[1].state_dict()))
+
+    def no_gradient(run: Run) -> None:
+        run[0].w0.requires_grad_(False)
+
+    def anneal(run: Run) -> None:
+        run[1].param_groups[0]["imbalance_decay"] = 0.9
+
+    def toggle(run: Run) -> None:
+        group = run[1].param_groups[0]
+        group["backend"] = {"native": "reference", "reference": "native"}[group["backend"]]
+
+    runs = both(row, opt_row)
+    for t, event in enumerate(
+        (swap_data, other_values, given_strength, reload, automatic_strength, anneal, no_gradient, toggle, toggle)
+    ):
+        for _ in range(2):
+            step_alike(runs, t)
+            close(*runs)
+        for run in runs:
+            event(run)
+        if event is no_gradient:
+            for module, opt in runs:
+                module.w0.grad = None
+                opt.step()
+            close(*runs)
+
+
+@few_optimizers
+@every_tie
+def test_scaled_gradients_and_those_that_overflowed(row: PlaneRow, opt_row: OptimizerRow) -> None:
+    runs = both(row, opt_row)
+    step_alike(runs, 0)
+    for _, opt in runs:
+        opt.grad_scale = torch.tensor(8.0)
+    step_alike(runs, 1)
+    close(*runs)
+    before = copy.deepcopy(runs[0])
+    for _, opt in runs:
+        opt.found_inf = torch.tensor(1.0)
+    step_alike(runs, 2)
+    assert equal(runs[0], before)
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "metric_scale"])
+def test_state_that_does_not_fit_is_refused(key: str) -> None:
+    module = plane_module(TIES[0])
+    opt = symopt.AdamW(module)
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    for p in module.parameters():
+        opt.state[p][key] = torch.ones(3, 7, dtype=torch.float64)
+    with pytest.raises((ValueError, RuntimeError)):
+        opt.step()
+
+
+def test_the_comparison_notices_a_wrong_learning_rate() -> None:
+    for row in TIES:
+        runs = both(row, OPTIMIZERS[0])
+        runs[1][1].param_groups[0]["lr"] *= 1 + 1e-6
+        with pytest.raises(AssertionError):
+            for t in range(20):
+                step_alike(runs, t)
+                close(*runs)
