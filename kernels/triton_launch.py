@@ -13,12 +13,38 @@ import torch
 from torch import Tensor
 
 from symopt_kernels import triton_table
-from symopt_kernels.triton_table import DTYPES, INTERPRETED, PATTERNS, UNAVAILABLE, Entry, Plan, fill, straight, tile
+from symopt_kernels.triton_table import (
+    DTYPES,
+    INTERPRETED,
+    PATTERNS,
+    UNAVAILABLE,
+    Entry,
+    Mirror,
+    Plan,
+    fill,
+    fill_mirror,
+    straight,
+    tile,
+)
 
-__all__ = ["DTYPES", "INTERPRETED", "PATTERNS", "UNAVAILABLE", "Entry", "constants", "fill", "step", "tile"]
+__all__ = [
+    "DTYPES",
+    "INTERPRETED",
+    "PATTERNS",
+    "UNAVAILABLE",
+    "Entry",
+    "Mirror",
+    "fill",
+    "fill_mirror",
+    "launches",
+    "step",
+    "tile",
+]
+
+Launch = tuple[Any, dict[str, Any], dict[str, Any]]
 
 
-def constants(
+def launches(
     key: tuple[Any, ...],
     direction: str,
     *,
@@ -27,11 +53,11 @@ def constants(
     saturated: bool = True,
     weight_decay: bool = False,
     stochastic: bool = False,
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The kernel of a bucket, its compile-time arguments and its launch options."""
+) -> list[Launch]:
+    """What steps a bucket: kernels, one after the other, with their compile-time arguments and launch options."""
     import triton.language as tl
 
-    from symopt_kernels import triton_directions, triton_groups, triton_retractions, triton_step
+    from symopt_kernels import triton_directions, triton_groups, triton_mirror, triton_retractions, triton_step
 
     retraction, dtype, master, peak, first, trimmed, form = key
     adaptive = direction != "sgd"
@@ -52,11 +78,21 @@ def constants(
     options = {"num_warps": max(1, triton_table.BLOCK // 256), "enable_fp_fusion": True}
     if torch.version.hip is None:
         options["maxnreg"] = 128  # ptxas 12.9 otherwise sometimes spills 8 bytes to get by with 64
+    lead = triton_directions.adam_lead if adaptive else triton_directions.sgd_lead
     if retraction == "group":
         r, c, p, aligned = form
         options["num_warps"] = max(1, min(8, r * c // 256))
-        lead = triton_directions.adam_lead if adaptive else triton_directions.sgd_lead
-        return triton_groups.groups, {"LEAD": lead, **shared, "R": r, "C": c, "P": p, "ALIGNED": aligned}, options
+        return [(triton_groups.groups, {"LEAD": lead, **shared, "R": r, "C": c, "P": p, "ALIGNED": aligned}, options)]
+    if retraction == "mirror":
+        pair, each, automatic, aligned = form
+        if each and master and "maxnreg" in options:
+            options["maxnreg"] = 168  # moments, weights and their copies are all in registers
+        options["num_warps"] = max(1, triton_table.BLOCK // 512)
+        shared |= {"LEAD": lead, "DECOUPLED": direction == "adamw", "PAIR": pair, "EACH": each, "AUTOMATIC": automatic}
+        shared |= {"BLOCK": triton_table.BLOCK // 2, "ALIGNED": aligned}
+        kernels = [triton_mirror.surveys] if automatic or not each else []
+        kernels += [triton_mirror.moves] if each else [triton_mirror.moves, triton_mirror.snaps]
+        return [(kernel, {k: v for k, v in shared.items() if k in kernel.arg_names}, options) for kernel in kernels]
     own = {
         "DIRECTION": triton_directions.adam if adaptive else triton_directions.sgd,
         "RETRACTION": getattr(triton_retractions, retraction),
@@ -67,7 +103,7 @@ def constants(
         "DEPTH": form[0],
         "BLOCK": triton_table.BLOCK,
     }
-    return triton_step.singles, {**shared, **own}, options
+    return [(triton_step.singles, {**shared, **own}, options)]
 
 
 def step(
@@ -89,7 +125,7 @@ def step(
     found_inf: Tensor | None = None,
     seed: int | None = None,
 ) -> None:
-    """``native.step`` on the device: one launch per bucket, and the host waits for nothing.
+    """``native.step`` on the device: one launch per bucket (of ties up to three), and the host waits for nothing.
 
     ``lr`` and an entry's strength (``inside``) may be fp32 tensors on the device, read when the kernel runs.  With a
     ``seed``, bf16 weights without an fp32 copy are rounded stochastically; give every step another one.
@@ -112,7 +148,13 @@ def step(
         "imbalance_decay": -1.0 if imbalance_decay is None else imbalance_decay,
     }
     for key, bucket in plan.buckets:
-        kernel, fixed, options = constants(
+        given: dict[str, Any] = {name: float(value) for name, value in numbers.items()}
+        amplified = direction == "sgd" and key[4]
+        given["amplify"] = float((1 - dampening) / (1 - momentum)) if amplified else 1.0
+        given |= {"lr_at": lr_at, "found_inf": found_inf, "grad_scale": grad_scale}
+        given |= {"seed": 0 if seed is None else seed, "programs": bucket.programs}
+        bucket.send()
+        for kernel, fixed, options in launches(
             key,
             direction,
             nesterov=nesterov,
@@ -120,23 +162,6 @@ def step(
             saturated=saturated,
             weight_decay=weight_decay != 0,
             stochastic=seed is not None,
-        )
-        given = {name: float(value) for name, value in numbers.items()}
-        amplified = direction == "sgd" and key[4]
-        given["amplify"] = float((1 - dampening) / (1 - momentum)) if amplified else 1.0
-        tensors = {k: getattr(bucket, k) for k in ("table", "live", "owners", "arrived", "partial", "zeros")}
-        if key[0] == "group":
-            tensors |= {"ticket": bucket.ticket, "room": bucket.room, "marks": bucket.marks}
-            del given["weight_decay"]
-        bucket.send()
-        kernel[(bucket.programs,)](
-            **tensors,
-            **given,
-            **fixed,
-            lr_at=lr_at,
-            found_inf=found_inf,
-            grad_scale=grad_scale,
-            seed=0 if seed is None else seed,
-            programs=bucket.programs,
-            **options,
-        )
+        ):
+            own = {k: given[k] if k in given else getattr(bucket, k) for k in kernel.arg_names if k not in fixed}
+            kernel[(bucket.programs,)](**own, **fixed, **options)

@@ -29,7 +29,7 @@ from symopt_kernels.triton_memory import (
     scalar,
 )
 
-__all__ = ["finish", "settings"]
+__all__ = ["count_step", "decay_imbalance", "finish", "settings"]
 
 FASTEST = tl.constexpr(0.98)
 SAMPLE = tl.constexpr(1024)  # as in reference.py; triton_table counts the strides
@@ -88,6 +88,46 @@ def low_decile(key, samples):
 
 
 @triton.jit
+def decay_imbalance(
+    table, entry, law, numbers, gain, size, square,
+    COUPLED: tl.constexpr, PEAK: tl.constexpr, SATURATED: tl.constexpr,
+):  # fmt: skip
+    """``reference.imbalance_law``, or the given factor; ``size`` and ``square`` are sums over the units."""
+    c, scale, keep = law[4], law[5], law[6]
+    if keep < 0:
+        decay = law[1] * gain
+        if COUPLED:
+            source = address(table, entry, PEAK_ if PEAK else SECOND, tl.float32, False)
+            stride, samples = field(table, entry, STRIDE), narrow(table, entry, SAMPLES)
+            which = tl.arange(0, 2 * SAMPLE)
+            v = tl.load(source + which * stride, mask=which < samples, other=0.0, cache_modifier=".cg")
+            key = law[1] / (tl.sqrt(v * numbers[8]) + numbers[6])
+            key = tl.where(key >= 0, key, float("inf"))  # as kthvalue: NaN comes last
+            key = tl.where(which < samples, key.to(tl.int32, bitcast=True), 0x7FFFFFFF)
+            decay = low_decile(key, samples)
+        if SATURATED:
+            typical = 2 * square / tl.maximum(size, TINY)
+            decay = decay / tl.maximum(scale, typical)
+        rho = tl.maximum(1 - decay, 0.0)
+        keep = tl.maximum(rho * rho * (rho * rho), FASTEST)
+    c = c * keep
+    c = tl.where(c <= SNAP * scale, 0.0, c)
+    tl.store(address(table, entry, IMBALANCE, tl.float32, False), c)
+
+
+@triton.jit
+def count_step(table, entry, arrived, numbers, ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr):
+    """The step count, or that there is a momentum now; the next step may begin."""
+    if ADAPTIVE:
+        tl.store(address(table, entry, STEP, tl.float32, False), numbers[9])
+    elif MOMENTUM:
+        seen = field(table, entry, SEEN)
+        if seen != 0:
+            tl.store(seen.to(tl.pointer_type(tl.int32)), 1)
+    tl.store(arrived + entry, 0)
+
+
+@triton.jit
 def finish(
     table, entry, partial, zeros, arrived, law, numbers, programs, gain,
     LAW: tl.constexpr, COUPLED: tl.constexpr, PEAK: tl.constexpr, ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr,
@@ -106,30 +146,7 @@ def finish(
             none += tl.load(partial + 2 * programs + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.int64)
         tl.store(zeros + entry, tl.sum(none, 0))
         if LAW:
-            c, scale, keep = law[4], law[5], law[6]
-            if keep < 0:
-                decay = law[1] * gain
-                if COUPLED:
-                    source = address(table, entry, PEAK_ if PEAK else SECOND, tl.float32, False)
-                    stride, samples = field(table, entry, STRIDE), narrow(table, entry, SAMPLES)
-                    which = tl.arange(0, 2 * SAMPLE)
-                    v = tl.load(source + which * stride, mask=which < samples, other=0.0, cache_modifier=".cg")
-                    key = law[1] / (tl.sqrt(v * numbers[8]) + numbers[6])
-                    key = tl.where(key >= 0, key, float("inf"))  # as kthvalue: NaN comes last
-                    key = tl.where(which < samples, key.to(tl.int32, bitcast=True), 0x7FFFFFFF)
-                    decay = low_decile(key, samples)
-                if SATURATED:
-                    typical = 2 * tl.sum(squares, 0) / tl.maximum(tl.sum(sums, 0), TINY)
-                    decay = decay / tl.maximum(scale, typical)
-                rho = tl.maximum(1 - decay, 0.0)
-                keep = tl.maximum(rho * rho * (rho * rho), FASTEST)
-            c = c * keep
-            c = tl.where(c <= SNAP * scale, 0.0, c)
-            tl.store(address(table, entry, IMBALANCE, tl.float32, False), c)
-    if ADAPTIVE:
-        tl.store(address(table, entry, STEP, tl.float32, False), numbers[9])
-    elif MOMENTUM:
-        seen = field(table, entry, SEEN)
-        if seen != 0:
-            tl.store(seen.to(tl.pointer_type(tl.int32)), 1)
-    tl.store(arrived + entry, 0)
+            decay_imbalance(
+                table, entry, law, numbers, gain, tl.sum(sums, 0), tl.sum(squares, 0), COUPLED, PEAK, SATURATED
+            )
+    count_step(table, entry, arrived, numbers, ADAPTIVE, MOMENTUM)

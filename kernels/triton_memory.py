@@ -16,6 +16,7 @@ __all__ = [
     "load_weight",
     "narrow",
     "narrow_double",
+    "number",
     "put",
     "scalar",
     "store_weight",
@@ -24,12 +25,13 @@ __all__ = [
 FIELDS = (
     *("weight", "master", "first", "second", "peak", "factor_0", "factor_1", "imbalance", "metric_scale", "step"),
     *("trim", "seen", "numel", "rows", "groups", "run", "keep", "aligned", "begin", "count"),
-    *("stride", "samples", "units", "parts", "lines", "lag", "room", "marks"),
+    *("stride", "samples", "units", "parts", "lines", "lag", "room", "marks", "critical", "spread"),
 )
 """Columns of the table of tensors, all int64: addresses, the shape of its groups as ``native.layout`` has it, and how
 programs share the work: ``count`` of them from ``begin`` on; groups in ``units`` tiles of ``lines`` blocks, each cut
 into ``parts``; ``room`` and ``marks`` are where their partial sums and counters lie.  The imbalance's law looks at
-``samples`` units, ``stride`` apart."""
+``samples`` units, ``stride`` apart.  A tie has a row for each of its ``rows`` copies; ``spread`` is an fp32 number by
+its bits."""
 
 WEIGHT = tl.constexpr(FIELDS.index("weight"))
 MASTER_ = tl.constexpr(FIELDS.index("master"))
@@ -59,6 +61,8 @@ LINES = tl.constexpr(FIELDS.index("lines"))
 LAG = tl.constexpr(FIELDS.index("lag"))
 ROOM = tl.constexpr(FIELDS.index("room"))
 MARKS = tl.constexpr(FIELDS.index("marks"))
+CRITICAL = tl.constexpr(FIELDS.index("critical"))
+SPREAD = tl.constexpr(FIELDS.index("spread"))
 WIDTH = tl.constexpr(len(FIELDS))
 SNAP = tl.constexpr(1e-6)
 TINY = tl.constexpr(1.1754943508222875e-38)
@@ -110,6 +114,12 @@ def narrow_double(p):
     near = (size - (896 << 23)).to(tl.int32).to(tl.float32, bitcast=True)
     near = tl.where(size < (897 << 23), 0.0, tl.where(size >= (1151 << 23), float("inf"), near))
     return tl.where(bits < 0, -near, near)
+
+
+@triton.jit
+def number(table, entry, NAME: tl.constexpr):
+    """A field that is an fp32 number by its bits."""
+    return tl.load(table + entry * WIDTH + NAME).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -20,7 +20,10 @@ from torch import Tensor
 from symopt_kernels.groups import Groups
 from symopt_kernels.native import layout
 
-__all__ = ["DTYPES", "INTERPRETED", "PATTERNS", "UNAVAILABLE", "Entry", "Plan", "fill", "straight", "tile"]
+__all__ = [
+    *("DTYPES", "INTERPRETED", "PATTERNS", "UNAVAILABLE", "Entry", "Mirror", "Plan"),
+    *("fill", "fill_mirror", "straight", "tile"),
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,6 +38,8 @@ SHARE = 16  # lines that one program sums before it moves them; more are cut int
 PATTERNS = (2, 4, 8, 16)
 SAMPLE = 1024  # units from which the imbalance takes its quantile, at least
 RESIDENT = 2048  # programs that run at a time on a large GPU, about: so far ahead of the moves do the sums go
+SUMS = 8  # partial sums of a program, at most
+GATE = 8  # numbers of a tie's gate
 
 _STATE = {"peak": "max_exp_avg_sq", "second": "exp_avg_sq"}
 _STATE |= {k: k for k in ("master", "factor_0", "factor_1", "imbalance", "metric_scale", "step", "trim")}
@@ -59,6 +64,12 @@ class Entry:
         assert self.counted is not None
         counts, i = self.counted
         return int(counts[i])
+
+
+class Mirror(Entry):
+    """Tensors that a plane makes equal; ``entries`` are those of each."""
+
+    entries: list[Entry]
 
 
 def fill(
@@ -87,7 +98,7 @@ def fill(
         entry.seen = torch.zeros((), dtype=torch.int32, device=weight.device)
     f = entry.fields = {**places, "seen": 0 if entry.seen is None else entry.seen.data_ptr(), "numel": weight.numel()}
     f |= {"rows": rows, "groups": count, "run": run, "keep": pattern[0] if pattern else 0}
-    f |= dict.fromkeys(("begin", "units", "parts", "lines", "lag", "room", "marks"), 0)
+    f |= dict.fromkeys(("begin", "units", "parts", "lines", "lag", "room", "marks", "critical", "spread"), 0)
     wide = 16 // weight.element_size()
     streams = [f[name] for name in ("weight", "master", "first", "factor_0", "factor_1")]
     streams += [f["second"], f["peak"]] if groups is None else []
@@ -114,6 +125,39 @@ def fill(
     entry.device, entry.plan = weight.device, None
 
 
+def fill_mirror(
+    mirror: Mirror,
+    weights: Sequence[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    *,
+    spread: float,
+    each: bool,
+    fresh: bool = False,
+) -> None:
+    """Point ``mirror`` at contiguous weights of one shape, as ``native.fill_mirror``."""
+    mirror.entries = [Entry() for _ in weights]
+    first = mirror.entries[0]
+    for entry, weight, state in zip(mirror.entries, weights, states, strict=True):
+        fill(entry, weight, state, "mirror", fresh=fresh and entry is first)
+    critical, f = states[0].get("critical"), first.fields
+    f |= {"rows": len(weights), "count": -(-f["numel"] // (BLOCK // 2)), "spread": _bits(spread)}
+    f["critical"] = 0 if critical is None else critical.data_ptr()
+    wide = 16 // weights[0].element_size()  # accesses of 128 bits must not cross the end
+    f["aligned"] = int(f["numel"] % wide == 0 and all(entry.fields["aligned"] for entry in mirror.entries))
+    mirror.key = (*first.key[:-1], (len(weights) == 2, each, critical is not None))
+    mirror.fields, mirror.device, mirror.plan = f, first.device, None
+
+
+def _bits(x: float) -> int:
+    """Those of an fp32 number."""
+    return struct.unpack("<i", struct.pack("<f", x))[0]  # type: ignore[no-any-return]
+
+
+def members(entry: Entry) -> Sequence[Entry]:
+    """Its rows in the table."""
+    return entry.entries if isinstance(entry, Mirror) else (entry,)
+
+
 def tile(rows: int, run: int) -> tuple[int, int, int]:
     """``(R, C, P)``: a tile has R rows and C columns, P of which belong to one group."""
     p = next((width for width in WIDTHS if run <= width), WIDTHS[-1])
@@ -128,39 +172,42 @@ class Bucket:
     def __init__(self, entries: Sequence[Entry]) -> None:
         from symopt_kernels.triton_memory import FIELDS
 
-        self.entries, device = entries, entries[0].device
+        self.rows, device = [row for entry in entries for row in members(entry)], entries[0].device
         rows, owners, marks, room = array("q"), array("i"), 0, 0
-        self.programs = 0
-        for i, entry in enumerate(entries):
+        self.programs, i = 0, 0
+        for entry in entries:
             f = entry.fields | {"begin": self.programs}
             if f["parts"] > 1:
                 _, c, p = entry.key[-1]
                 f |= {"marks": marks, "room": room}
                 marks, room = marks + f["units"], room + f["units"] * (4 * f["parts"] + 2) * (c // p)
-            rows.extend(f[name] for name in FIELDS)
+            for row in (f, *(other.fields for other in members(entry)[1:])):
+                rows.extend(row[name] for name in FIELDS)
             owners.extend([i] * f["count"])
             self.programs += f["count"]
+            i += len(members(entry))
 
         def put(values: array[int], dtype: torch.dtype) -> Tensor:
             return torch.frombuffer(values, dtype=dtype).to(device, copy=True)
 
         self.table, self.owners = put(rows, torch.int64), put(owners, torch.int32)
-        self.arrived = torch.zeros(len(entries), dtype=torch.int32, device=device)
-        self.zeros = torch.zeros(len(entries), dtype=torch.int64, device=device)
-        self.partial = torch.empty(3 * self.programs, dtype=torch.float32, device=device)
+        self.arrived = torch.zeros(i, dtype=torch.int32, device=device)
+        self.zeros = torch.zeros(i, dtype=torch.int64, device=device)
+        self.partial = torch.empty(SUMS * self.programs, dtype=torch.float32, device=device)
+        self.gates = torch.zeros(GATE * i, dtype=torch.float32, device=device)
         self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
         self.room = torch.empty(max(1, room), dtype=torch.float32, device=device)
         self.marks = torch.zeros(max(1, marks), dtype=torch.int32, device=device)
-        self.live = torch.zeros(3 * len(entries), dtype=torch.int64, device=device)
+        self.live = torch.zeros(3 * i, dtype=torch.int64, device=device)
         self._sent: array[int] | None = None
         self._host: Tensor | None = None
 
     def send(self) -> None:
         """Gradients and strengths to the device, if they differ from what lies there."""
         values = array("q")
-        for entry in self.entries:
+        for entry in self.rows:
             given = isinstance(entry.inside, Tensor)
-            bits = 0 if given else struct.unpack("<i", struct.pack("<f", entry.inside))[0]
+            bits = 0 if given else _bits(entry.inside)  # type: ignore[arg-type]
             values.extend((entry.grad, bits, entry.inside.data_ptr() if given else 0))  # type: ignore[union-attr]
         if values == self._sent:
             return
@@ -174,7 +221,7 @@ class Bucket:
 
 def straight(entries: Sequence[Entry]) -> list[bool]:
     """Which gradients lie at multiples of 16 bytes."""
-    return [entry.grad % 16 == 0 for entry in entries]
+    return [row.grad % 16 == 0 for entry in entries for row in members(entry)]
 
 
 class Plan:
@@ -185,10 +232,10 @@ class Plan:
         found: dict[Any, list[Entry]] = {}
         for entry in entries:
             *key, form = entry.key
-            if key[0] == "group":
-                form = (*form, bool(entry.fields["aligned"]) and entry.grad % 16 == 0)
+            if key[0] in ("group", "mirror"):
+                form = (*form, bool(entry.fields["aligned"]) and all(straight([entry])))
             found.setdefault((entry.device, (*key, form)), []).append(entry)
         self.buckets = [(key, Bucket(members)) for (_, key), members in found.items()]
         for _, bucket in self.buckets:
-            for i, entry in enumerate(bucket.entries):
+            for i, entry in enumerate(bucket.rows):
                 entry.counted = bucket.zeros, i

@@ -27,13 +27,13 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 _POINTERS = {
     **dict.fromkeys(("table", "live", "zeros"), "*i64"),
     **dict.fromkeys(("owners", "arrived", "ticket", "marks"), "*i32"),
-    **dict.fromkeys(("partial", "room"), "*fp32"),
+    **dict.fromkeys(("partial", "room", "gates"), "*fp32"),
 }
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One bucket: what ``triton_launch`` specialises a kernel by."""
+    """One launch of a bucket: what ``triton_launch`` specialises a kernel by."""
 
     direction: str
     retraction: str
@@ -44,6 +44,8 @@ class Variant:
     trimmed: bool = False
     form: tuple[Any, ...] = (2,)
     stochastic: bool = False
+    kernel: str | None = None
+    """Which of a tie's launches."""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -55,10 +57,33 @@ class Variant:
         words = [self.direction if self.momentum else "sgd, no momentum", self.retraction]
         if self.retraction == "group":
             words.append("x".join(map(str, self.form[:2])) + f" by {self.form[2]}")
+        elif self.retraction == "mirror":
+            pair, each, automatic, _ = self.form
+            words.append("two copies" if pair else "more copies")
+            words += ["elementwise"] * each + ["automatic"] * automatic + [str(self.kernel)]
         elif self.form != (2,):
             words.append(str(self.form[0]))
         words += [self.dtype + "+master" * self.master + "+stochastic" * self.stochastic]
         return ", ".join(words + ["amsgrad"] * self.peak + ["budget"] * self.trimmed)
+
+
+_TIE = (True, False, True, True)
+_MANY, _EACH, _EACH_AUTOMATIC = (False, *_TIE[1:]), (True, True, False, True), (True, True, True, True)
+
+
+def _ties() -> Iterator[Variant]:
+    for direction in ("sgd", "adam", "adamw"):
+        for kernel in ("surveys", "moves"):
+            yield Variant(direction, "mirror", form=_TIE, kernel=kernel)
+        yield Variant(direction, "mirror", form=_EACH, kernel="moves")
+    yield Variant("adamw", "mirror", form=_TIE, kernel="snaps")
+    for kernel in ("surveys", "moves"):
+        yield Variant("adamw", "mirror", peak=True, form=_TIE, kernel=kernel)
+        yield Variant("adamw", "mirror", form=_MANY, kernel=kernel)
+        yield Variant("adam", "mirror", form=_EACH_AUTOMATIC, kernel=kernel)
+        yield Variant("adam", "mirror", "bfloat16", master=True, form=_TIE, kernel=kernel)
+    for form in (_EACH, (False, *_EACH[1:])):
+        yield Variant("adam", "mirror", "bfloat16", master=True, form=form, kernel="moves")
 
 
 def _tiles() -> Iterator[tuple[Any, ...]]:
@@ -80,6 +105,7 @@ VARIANTS = (
     *(Variant("adamw", "group", form=form) for form in _tiles()),
     *(Variant(d, "group", form=(*triton_launch.tile(1, 4096), True)) for d in ("sgd", "adam")),
     Variant("adamw", "group", "bfloat16", master=True, form=(*triton_launch.tile(1, 4096), True)),
+    *_ties(),
 )
 
 
@@ -109,6 +135,16 @@ def traffic(v: Variant) -> tuple[int, int]:
     """
     size = 4 if v.dtype == "float32" else 2
     state = 0 if not v.momentum else 4
+    if v.retraction == "mirror":  # of two copies, which share a second moment
+        weight, second = size + 4 * v.master, 0 if v.direction == "sgd" else 2
+        moments = state + second * (1 + v.peak)
+        if v.kernel == "snaps":
+            return weight, weight
+        if v.kernel == "surveys":
+            return weight + size + moments, moments
+        if v.form[1] and not v.form[2]:
+            return weight + size + moments, weight + moments
+        return weight + (state or size) + second, weight
     if v.direction != "sgd" and v.retraction != "group":
         state += 4 + 4 * v.peak
     factors = 8 if v.retraction == "sparse_free" else 0
@@ -124,7 +160,8 @@ def build(v: Variant, target: str) -> Code:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, fixed, options = triton_launch.constants(v.key, v.direction, stochastic=v.stochastic)
+    launches = triton_launch.launches(v.key, v.direction, stochastic=v.stochastic)
+    kernel, fixed, options = next(one for one in launches if v.kernel in (None, one[0].__name__))
     signature: dict[str, str] = {}
     constant, hints = dict(fixed), {}
     for i, name in enumerate(kernel.arg_names):
@@ -144,6 +181,8 @@ def build(v: Variant, target: str) -> Code:
         return _amd(text)
     made = triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options)
     size = fixed["BLOCK"] if "BLOCK" in fixed else fixed["R"] * fixed["C"]
+    if v.retraction == "mirror":
+        size *= 2
     return _nvidia(made.asm["cubin"], size / (32 * options["num_warps"]))
 
 

@@ -18,16 +18,19 @@ HERE = Path(__file__).resolve().parent
 MODES = ["interpreted", *(["gpu"] if torch.cuda.is_available() else [])]
 
 
-@pytest.mark.parametrize("part", ["references", "not references"])
+PARTS = [("triton_cases", "references"), ("triton_cases", "not references"), ("triton_mirror_cases", "")]
+
+
+@pytest.mark.parametrize(("cases", "part"), PARTS)
 @pytest.mark.parametrize("mode", MODES)
-def test_numbers(mode: str, part: str, tmp_path: Path) -> None:
+def test_numbers(mode: str, cases: str, part: str, tmp_path: Path) -> None:
     """The interpreter replaces the compiler when the kernels are imported, so it needs a process of its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_INTERPRET"))}
     if mode == "interpreted":
         environment["TRITON_INTERPRET"] = "1"
     options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-c", str(HERE.parent / "pyproject.toml"), "-k", part]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(HERE / "triton_cases.py")],
+        [sys.executable, "-m", "pytest", *options, str(HERE / f"{cases}.py")],
         cwd=tmp_path, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
@@ -35,6 +38,7 @@ def test_numbers(mode: str, part: str, tmp_path: Path) -> None:
 
 # One of every kind on one target each; `make sass` compiles all on all.
 _ROW, _COLUMN = (*triton_launch.tile(1, 4096), True), (*triton_launch.tile(4096, 1), True)
+_TIE = (True, False, True, True)
 COMPILED = [
     *((Variant("adamw", "sparse"), target) for target in TARGETS),
     (Variant("adamw", "plain"), "sm_90"),
@@ -46,6 +50,11 @@ COMPILED = [
     (Variant("adamw", "group", form=_ROW), "sm_90"),
     (Variant("sgd", "group", form=_COLUMN), "sm_80"),
     (Variant("adamw", "group", form=_COLUMN), "gfx942"),
+    (Variant("adamw", "mirror", form=_TIE, kernel="surveys"), "sm_90"),
+    (Variant("adam", "mirror", "bfloat16", master=True, form=_TIE, kernel="moves"), "sm_100"),
+    (Variant("sgd", "mirror", form=_TIE, kernel="snaps"), "sm_80"),
+    (Variant("adam", "mirror", form=(True, True, False, True), kernel="moves"), "sm_80"),
+    (Variant("adam", "mirror", form=(False, *_TIE[1:]), kernel="moves"), "gfx942"),
 ]
 
 

@@ -122,7 +122,7 @@ class Tied(OrbitPlane):
         return len(self.shapes) > 1 and (self.views is None or all(view is None for view in self.views))
 
     def no_kernel(self, backend: str) -> str | None:
-        return None if backend == "native" and self.shared else super().no_kernel(backend)
+        return None if self.shared else super().no_kernel(backend)
 
     def orbits(self, shape: tuple[int, ...]) -> Groups:
         if not self.shapes:

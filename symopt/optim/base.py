@@ -280,16 +280,16 @@ class ConstrainedOptimizer(ConstrainedState):
     def _joint_slot(
         self, group: dict[str, Any], members: tuple[Tensor, ...], constraint: Constraint, key: tuple[Any, ...]
     ) -> JointSlot | None:
-        """What the native step needs to know of a joint constraint; None if the reference steps it."""
+        """What a fused kernel needs to know of a joint constraint; None if the reference steps it."""
         p, key = members[0], (self.automatic(group, constraint), *key)
         slot = self._slots.get(p)
         if isinstance(slot, JointSlot) and slot.holds([self.state[q] for q in members], key):
             return slot
-        if self._backend(group, p, constraint) == "reference":
+        if (backend := self._backend(group, p, constraint)) == "reference":
             return None
         states = self._ready_joint(group, members, constraint)
         try:
-            slot = self._slots[p] = JointSlot(members, constraint, states, key)
+            slot = self._slots[p] = JointSlot(members, constraint, states, key, backend)
         except ValueError as error:
             raise ValueError(f"{self._names[p]}: {error}; load state that belongs to this weight") from None
         return slot

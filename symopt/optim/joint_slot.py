@@ -1,4 +1,4 @@
-"""Several parameters under one constraint as the native step sees them: :class:`symopt.optim.slot.Slot` for a tie."""
+"""Several parameters under one constraint as a fused kernel sees them: :class:`symopt.optim.slot.Slot` for a tie."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from symopt.optim import joint
 from symopt.optim.slot import gradient
-from symopt_kernels import native
+from symopt_kernels import native, triton_launch
 from symopt_kernels.reference import math_dtype
 
 __all__ = ["JointSlot"]
@@ -23,9 +23,18 @@ class JointSlot:
     __slots__ = ("_fresh", "_none", "_places", "_tensors", "backend", "constraint", "entry", "key", "members", "states")
 
     def __init__(
-        self, members: tuple[Tensor, ...], constraint: Any, states: list[dict[str, Any]], key: tuple[Any, ...]
+        self,
+        members: tuple[Tensor, ...],
+        constraint: Any,
+        states: list[dict[str, Any]],
+        key: tuple[Any, ...],
+        backend: str,
     ) -> None:
-        self.members, self.constraint, self.states, self.key, self.backend = members, constraint, states, key, "native"
+        self.members, self.constraint, self.states, self.key, self.backend = members, constraint, states, key, backend
+        if backend == "triton" and "step" in states[0]:  # counted on the device, as torch's fused step does
+            step = states[0]["step"].to(device=members[0].device, dtype=torch.float32)
+            for state in states:
+                state["step"] = step
         moments = key[-1]
         # torch's first momentum is the first gradient itself: until the step has written it, the states have none.
         self._fresh: list[Tensor] = []
@@ -49,11 +58,12 @@ class JointSlot:
         self._tensors = [tuple(part.items()) for part in used]
         self._places = [(p.data_ptr(), p.shape, p.stride()) for p in members]
         self._none: dict[int, Tensor] = {}
-        self.entry: Any = native.Mirror()
+        kernel: Any = native if backend == "native" else triton_launch
+        self.entry = kernel.Mirror()
         each = constraint.mode == "elementwise"
         spread = constraint.spread(joint.template(members))
         spread = float(spread.max()) if isinstance(spread, Tensor) else spread
-        native.fill_mirror(self.entry, members, used, spread=spread, each=each, fresh=bool(self._fresh))
+        kernel.fill_mirror(self.entry, members, used, spread=spread, each=each, fresh=bool(self._fresh))
 
     @property
     def state(self) -> dict[str, Any]:

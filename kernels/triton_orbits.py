@@ -1,0 +1,109 @@
+"""Orbits of weights that a plane makes equal: where they lie, what they differ by, their sums.
+
+Copies are compared with the first of them, so that what equal ones differ by is exactly zero.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call, attr-defined"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from symopt_kernels.triton_memory import (
+    BEGIN,
+    NUMEL,
+    PEAK_,
+    SECOND,
+    address,
+    field,
+    get,
+    load_grad,
+    load_weight,
+    put,
+)
+from symopt_kernels.triton_tiles import recall
+
+__all__ = ["change", "gather", "place"]
+
+
+@triton.jit
+def place(table, entry, program, DTYPE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Orbits of a program, and which of them exist."""
+    numel = field(table, entry, NUMEL)
+    if ALIGNED:  # as in triton_tiles
+        wide: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+        numel = numel // wide * wide
+    at = (program - field(table, entry, BEGIN)) * BLOCK + tl.arange(0, BLOCK)
+    return at, at < numel
+
+
+@triton.jit
+def copy(
+    table, live, entry, at, mask, numbers, factor,
+    LEAD: tl.constexpr, DTYPE: tl.constexpr, MASTER: tl.constexpr, ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr, ADVANCE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Weight, update (up to Adam's preconditioner) and squared gradient of one copy of every orbit."""
+    if ADVANCE:
+        w = load_weight(table, entry, at, mask, DTYPE, MASTER, ALIGNED)
+        g = load_grad(table, live, entry, at, mask, w, factor, 0.0, DTYPE, False, ALIGNED)
+        u = LEAD(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, ALIGNED)
+        square = g * g
+    else:
+        w, u = recall(
+            table, live, entry, at, mask, numbers, factor, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, ALIGNED
+        )
+        square = tl.zeros_like(w)
+    return w, u, square
+
+
+@triton.jit
+def gather(
+    table, live, entry, copies, at, mask, numbers, factor,
+    LEAD: tl.constexpr, DTYPE: tl.constexpr, MASTER: tl.constexpr, ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr, PEAK: tl.constexpr, ADVANCE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The first copy and the last, how far the mean is from the first, sums of what is off it, the preconditioner."""
+    w0, u0, gg = copy(
+        table, live, entry, at, mask, numbers, factor,
+        LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, ADVANCE, ALIGNED,
+    )  # fmt: skip
+    w, u, everything = w0, u0, u0 * u0
+    w_mean, u_mean = tl.zeros_like(w0), tl.zeros_like(w0)
+    ww, uu, uw = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)
+    for j in range(1, copies):
+        w, u, square = copy(
+            table, live, entry + j, at, mask, numbers, factor,
+            LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, ADVANCE, ALIGNED,
+        )  # fmt: skip
+        x, y = w - w0, u - u0
+        w_mean, u_mean = w_mean + x, u_mean + y
+        ww, uu, uw = ww + x * x, uu + y * y, uw + y * x
+        gg, everything = gg + square, everything + u * u
+    share = 1 / (copies * 1.0)
+    # Sums about the first copy: they exceed those about the mean at most by a factor of as many as there are copies.
+    ww, uu = tl.maximum(ww - share * w_mean * w_mean, 0.0), tl.maximum(uu - share * u_mean * u_mean, 0.0)
+    uw -= share * u_mean * w_mean
+    speed = tl.zeros_like(w0) + 1.0
+    if ADAPTIVE:
+        second, peak = (
+            address(table, entry, SECOND, tl.float32, ALIGNED),
+            address(table, entry, PEAK_, tl.float32, ALIGNED),
+        )
+        v = get(peak if PEAK and not ADVANCE else second, at, mask)
+        if ADVANCE:
+            v = numbers[4] * v + numbers[5] * (share * gg)
+            put(second, at, v, mask)
+            if PEAK:
+                v = tl.maximum(v, get(peak, at, mask), propagate_nan=tl.PropagateNan.ALL)
+                put(peak, at, v, mask)
+        speed = tl.where(mask, 1 / (tl.sqrt(v * numbers[8]) + numbers[6]), 0.0)
+    return (w0, u0, share * w_mean, share * u_mean), (w, u), (ww, uu, uw, everything), speed
+
+
+@triton.jit
+def change(w, u, first, step):
+    """What is off the plane, and what the step changes of it."""
+    off, d = (w - first[0]) - first[2], (u - first[1]) - first[3]
+    return off, step[1] * off - step[2] * d
