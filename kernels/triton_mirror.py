@@ -84,8 +84,8 @@ def decide(
     begin, count = narrow(table, entry, BEGIN), narrow(table, entry, COUNT)
     everything = total(partial, begin, count)
     if EACH:
-        ww = total(partial + programs, begin, count, True)
-        uu = tl.where(everything < float("inf"), ww, everything - everything)  # a maximum loses NaN
+        most = total(partial + programs, begin, count, True)
+        uu = tl.where(everything < float("inf"), most, everything - everything)  # a maximum loses NaN
         dd = uu
     else:
         ww = total(partial + programs, begin, count)
@@ -111,6 +111,7 @@ def decide(
         # The gate sees the gradient through its own preconditioner; else the threshold would not be that of the norm.
         gradient = tl.where(inside != 0, pace * uw, dw) if COUPLED else dw
         own = t * decay + t * lr * gradient / tl.maximum(square, TINY)
+        # Copies that are equal already need no snapping.
         attracts = ((lr * tl.sqrt(uu) if COUPLED else pull) < inside) & ((ww > 0) | (c != 0))
         tl.store(gate + OWN, own)
         tl.store(gate + RATE, t * inside)

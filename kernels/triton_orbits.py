@@ -83,7 +83,8 @@ def gather(
         gg, everything = gg + square, everything + u * u
     share = 1 / (copies * 1.0)
     # Sums about the first copy: they exceed those about the mean at most by a factor of as many as there are copies.
-    ww, uu = tl.maximum(ww - share * w_mean * w_mean, 0.0), tl.maximum(uu - share * u_mean * u_mean, 0.0)
+    ww = tl.maximum(ww - share * w_mean * w_mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    uu = tl.maximum(uu - share * u_mean * u_mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
     uw -= share * u_mean * w_mean
     speed = tl.zeros_like(w0) + 1.0
     if ADAPTIVE:

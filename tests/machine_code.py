@@ -140,8 +140,8 @@ def traffic(v: Variant) -> tuple[int, int]:
         moments = state + second * (1 + v.peak)
         if v.kernel == "snaps":
             return weight, weight
-        if v.kernel == "surveys":
-            return weight + size + moments, moments
+        if v.kernel == "surveys":  # the critical strength of gates of their own does not depend on the weights
+            return (0 if v.form[1] else weight) + size + moments, moments
         if v.form[1] and not v.form[2]:
             return weight + size + moments, weight + moments
         return weight + (state or size) + second, weight

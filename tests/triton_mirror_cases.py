@@ -1,0 +1,236 @@
+"""The Triton step of ties against the reference; run by ``test_triton.py``, as ``triton_cases.py`` is.
+
+The reference steps fp32 weights in fp32 too, so that both see the same rounding of what they store.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import symopt
+from symopt_kernels import triton_launch
+from table import OPTIMIZERS, OptimizerRow, PlaneRow, ids, plane_module, tolerance
+from test_backends import HALF, Run, gradient, tensors
+from test_native_mirror import FEW, TIES, large, make_equal, tied, weights
+from triton_cases import DEVICE, poisoned, pytestmark
+
+__all__ = ["poisoned", "pytestmark"]
+
+every_tie = pytest.mark.parametrize("row", TIES, ids=ids)
+every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
+few_optimizers = pytest.mark.parametrize("opt_row", FEW, ids=ids)
+
+
+def some(row: PlaneRow) -> PlaneRow:
+    """Several blocks, the last one not full; no multiple of what 128 bits hold."""
+    return large(row, (9, 11))
+
+
+def aligned(row: PlaneRow) -> PlaneRow:
+    return large(row, (8, 12))
+
+
+def both(
+    row: PlaneRow,
+    opt_row: OptimizerRow,
+    strength: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> list[Run]:
+    """The same weights on the two backends, Triton first."""
+    runs: list[Run] = []
+    for backend in ("triton", "reference"):
+        module = plane_module(row, strength, dtype=dtype).to(DEVICE)
+        runs.append((module, opt_row.cls(module, backend=backend, **{"lr": opt_row.lr, **opt_row.options, **options})))
+    return runs
+
+
+def take(runs: list[Run], grads: list[Tensor]) -> None:
+    for module, opt in runs:
+        for p, g in zip(module.parameters(), grads, strict=True):
+            p.grad = g.to(DEVICE, copy=True)
+        opt.step()
+
+
+def step_alike(runs: list[Run], t: int) -> None:
+    take(runs, [gradient(w.cpu(), t) for w in weights(runs[0])])
+
+
+def close(run: Run, other: Run) -> None:
+    """Weights and state."""
+    have, want, near = tensors(run), tensors(other), tolerance("backends, fp32")
+    assert have.keys() == want.keys()
+    for key, value in want.items():
+        assert (have[key].shape, have[key].dtype) == (value.shape, value.dtype), key
+        if value.dtype not in HALF:  # those follow from their master
+            torch.testing.assert_close(
+                have[key].cpu(), value.cpu(), rtol=near, atol=near, msg=lambda m, key=key: f"{key}: {m}"
+            )
+
+
+@every_optimizer
+@every_tie
+def test_many_steps(row: PlaneRow, opt_row: OptimizerRow) -> None:
+    """Strengths, formats, shapes and the other choices rotate."""
+    i = TIES.index(row) + OPTIMIZERS.index(opt_row)
+    for strength in (None, 0.3):
+        i += 1
+        dtype = (torch.float32, *HALF)[i % 3]
+        options = {"maximize": i % 2 == 0, "time_scale": ("saturated", "none")[i % 5 == 0]}
+        # Without the time scale many weights grow without bounds.
+        made = row if i % 5 == 0 else (some, aligned)[i % 2](row)
+        runs = both(made, opt_row, strength, dtype, **options)
+        start = [w.clone() for w in weights(runs[0])]
+        for t in range(6):
+            step_alike(runs, t)
+            close(*runs)
+        assert not any(torch.equal(w, old) for w, old in zip(weights(runs[0]), start, strict=True))
+
+
+@pytest.mark.parametrize(("strength", "sign", "imbalance"), [(None, 1, 0.0), (20.0, -1, 0.0), (20.0, 1, 0.1)])
+@few_optimizers
+@every_tie
+def test_onto_the_plane_and_along_it(
+    row: PlaneRow, opt_row: OptimizerRow, strength: float | None, imbalance: float, sign: int
+) -> None:
+    """Gradients that differ by little: the plane is reached and held bit for bit."""
+    runs = both(row, opt_row, strength, imbalance=imbalance, lr=0.02)
+    with torch.no_grad():
+        for run in runs:
+            first, *rest = weights(run)
+            for i, w in enumerate(rest):
+                w.copy_(first + 0.003 * (i + 1) * torch.sin(torch.arange(w.numel()) + 1.0).reshape(w.shape).to(DEVICE))
+    arrived: list[int] = []
+    for t in range(300 if imbalance == 0 else 20):
+        first = gradient(weights(runs[0])[0].cpu(), t)
+        take(runs, [sign * (first + 0.01 * gradient(w.cpu(), t + i)) for i, w in enumerate(weights(runs[0]))])
+        close(*runs)
+        if tied(runs[0]):
+            arrived.append(t)
+        elif imbalance == 0:
+            assert not arrived
+        if arrived and tied(runs[1]) and t >= arrived[0] + 5:
+            return
+    assert imbalance > 0
+
+
+@few_optimizers
+@every_tie
+def test_blocks_that_are_on_the_plane_beside_others_that_are_not(row: PlaneRow, opt_row: OptimizerRow) -> None:
+    for strength, imbalance in ((None, 0.0), (0.3, 1.0)):
+        runs = both(some(row), opt_row, strength, imbalance=imbalance)
+        make_equal(runs, slice(20, 80))
+        for t in range(2):
+            step_alike(runs, t)
+            close(*runs)
+        assert not tied(runs[0])
+
+
+@few_optimizers
+@every_tie
+def test_a_step_without_lr_and_gradients_changes_no_bit(row: PlaneRow, opt_row: OptimizerRow) -> None:
+    run = both(some(row), opt_row, 0.3, lr=0.0)[0]
+    before = [w.clone() for w in weights(run)]
+    take([run], [torch.zeros_like(w) for w in before])
+    assert all(torch.equal(w, old) for w, old in zip(weights(run), before, strict=True))
+
+
+@few_optimizers
+@every_tie
+def test_what_changes_between_steps(row: PlaneRow, opt_row: OptimizerRow) -> None:
+    """Numbers on the device, a given factor of the imbalance, scaled gradients, and none for one of the members."""
+    runs = both(row, opt_row)
+    changes: list[dict[str, Any]] = [
+        {"lr": torch.tensor(0.004, device=DEVICE)},
+        {"strength": torch.tensor(0.3, device=DEVICE)},
+        {"imbalance_decay": 0.9},
+        {"strength": None},
+    ]
+    for t, change in enumerate(changes):
+        for _, opt in runs:
+            opt.param_groups[0].update(change)
+        step_alike(runs, t)
+        close(*runs)
+    for _, opt in runs:
+        opt.grad_scale = torch.tensor(8.0, device=DEVICE)
+    step_alike(runs, 5)
+    close(*runs)
+    for module, opt in runs:
+        module.w0.grad = None
+        opt.step()
+    close(*runs)
+    for run in runs:
+        run[1].load_state_dict(copy.deepcopy(run[1].state_dict()))
+    step_alike(runs, 6)
+    close(*runs)
+
+
+@few_optimizers
+@every_tie
+def test_an_overflow_moves_nothing(row: PlaneRow, opt_row: OptimizerRow) -> None:
+    """In the first step too, whose momentum is then still to come."""
+    runs = both(row, opt_row)
+    ours = runs[0]
+    before = [w.clone() for w in weights(ours)]
+    ours[1].found_inf = torch.ones((), device=DEVICE)
+    step_alike([ours], 0)
+    assert all(torch.equal(w, old) for w, old in zip(weights(ours), before, strict=True))
+    ours[1].found_inf.zero_()
+    for t in range(2):
+        step_alike(runs, t)
+        close(*runs)
+    kept = {key: value.clone() for key, value in tensors(ours).items()}
+    ours[1].found_inf.fill_(1)
+    step_alike([ours], 2)
+    assert all(torch.equal(value, kept[key]) for key, value in tensors(ours).items())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@few_optimizers
+@every_tie
+def test_bad_gradients_show_in_the_weight(row: PlaneRow, opt_row: OptimizerRow, bad: float) -> None:
+    for on_the_plane in (False, True):
+        runs = both(some(row), opt_row, None if on_the_plane else 0.3)
+        if on_the_plane:
+            make_equal(runs)
+        grads = [torch.ones(w.shape) for w in weights(runs[0])]
+        grads[0].view(-1)[7] = bad
+        take(runs, grads)
+        have, want = ([w.isfinite() for w in weights(run)] for run in runs)
+        assert all(torch.equal(x, y) for x, y in zip(have, want, strict=True))
+
+
+def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ties of one kind share theirs; a gate for every index and a given strength need one, a joint gate three."""
+    for mode, strength, expected in (
+        ("joint", None, ["surveys", "moves", "snaps"]),
+        ("elementwise", None, ["surveys", "moves"]),
+        ("elementwise", 0.3, ["moves"]),
+    ):
+        net = torch.nn.ModuleList(torch.nn.Linear(5, 3) for _ in range(4)).to(DEVICE)
+        made = symopt.Tied(strength, mode)
+        symopt.constrain(net, {("0.weight", "1.weight"): made, ("2.weight", "3.weight"): made})
+        opt = symopt.AdamW(net)
+        if DEVICE == "cpu":
+            opt.param_groups[0]["backend"] = "triton"
+        for layer in net:
+            layer.weight.grad = torch.randn_like(layer.weight)
+        opt.step()
+        (plan,) = {id(s.entry.plan): s.entry.plan for s in opt._slots.values() if s.entry.plan is not None}.values()
+        ((key, _),) = plan.buckets
+        assert [kernel.__name__ for kernel, _, _ in triton_launch.launches(key, "adamw")] == expected
+
+
+def test_the_comparison_notices_a_wrong_learning_rate() -> None:
+    for row in TIES:
+        runs = both(row, OPTIMIZERS[0])
+        runs[1][1].param_groups[0]["lr"] *= 1 + 1e-2
+        with pytest.raises(AssertionError):
+            for t in range(20):
+                step_alike(runs, t)
+                close(*runs)
