@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors, Outs
-from symopt.constraints.budget import Budget
+from symopt.constraints.budget import Budget, Plan
 from symopt_kernels.groups import Groups
 from symopt_kernels.lowrank import factorize
 from symopt_kernels.reference import math_dtype
@@ -67,6 +67,9 @@ class LowRank(Constraint):
 
     name: ClassVar[str] = "lowrank"
     carries_factors: ClassVar[bool] = True
+    product: ClassVar[bool] = True
+    # Directions show early, once what is learned stands out of the random start, and want long training at the end.
+    plan: ClassVar[Plan] = Plan(begin=0.1, ramp=0.12, commit=0.14, inside=0.006, outside=6.0)
 
     strength: float | None = None
     rank: int | None = None
