@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = shutil.ignore_patterns(".*", "build", "dist", "out", "*.egg-info", "__pycache__", "*.so", "symopt_kernels")
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
+STRICT = ("-I", "-W", "error", "-W", "ignore:Failed to initialize NumPy")  # torch says so where there is no NumPy
 BLOCK = re.compile(r"```python\n(import torch, symopt\n.*?)```", re.S)
 BATCHES = "import torch; batches = [(torch.randn(32, 784), torch.randint(10, (32,))) for _ in range(20)]\n"
 STEP = """
@@ -106,7 +107,7 @@ def test_installed(case: str, built: Path, tmp_path: Path, request: Any, record_
 
     (quickstart,) = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     (tmp_path / "train.py").write_text(BATCHES + quickstart + STEP % backend, encoding="utf-8")
-    said = json.loads(call(python, "-I", "-W", "error", "train.py", cwd=tmp_path).splitlines()[-1])
+    said = json.loads(call(python, *STRICT, "train.py", cwd=tmp_path).splitlines()[-1])
     assert Path(said["file"]).is_relative_to(tmp_path / "venv")
     assert said["numpy"].split(".")[0] == (numpy or "none")
     missing = "weight  reference  native: the C++ extension is not built (no compiler when symopt was installed?)"
@@ -118,7 +119,7 @@ def test_installed(case: str, built: Path, tmp_path: Path, request: Any, record_
 
     call(python, "-m", "pip", "uninstall", "-q", "-y", "symopt-torch", cwd=tmp_path)
     load = "import torch; print(torch.load('small.pt', weights_only=False)(torch.ones(1, 784)).shape)"
-    assert "10" in call(python, "-I", "-W", "error", "-c", load, cwd=tmp_path)
+    assert "10" in call(python, *STRICT, "-c", load, cwd=tmp_path)
     shutil.rmtree(tmp_path / "venv")
 
 
@@ -137,7 +138,7 @@ def test_built_by(interpreter: str, built: Path, tmp_path: Path, record_property
     said = []
     for wheel in (one(built, "*.whl"), one(tmp_path, "*.whl")):
         call(python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", wheel, cwd=tmp_path)
-        said.append(call(python, "-I", "-W", "error", "-c", LOAD, cwd=tmp_path).split())
+        said.append(call(python, *STRICT, "-c", LOAD, cwd=tmp_path).split())
     assert said[0] == said[1]
     what = "the sdist builds, its extension and the wheel's load, every file compiles; nothing else, without torch"
     record_property("what", f"Python {said[0][0]}: {what}")
