@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ Each part is written by the target that it is named after; there is no row that 
 runs in every CI (torch's own optimizer tests, schedulers, GradScaler, `torch.compile`, checkpoints both ways) is in
 `tests/`.
 """
-PARTS = {
+PARTS: dict[str, tuple[set[str], list[str], str]] = {
     "make trainers": (
-        "torch numpy transformers accelerate lightning onnxruntime safetensors".split(),
+        {"battery", "export", "trainers"},
+        "torch numpy transformers accelerate lightning onnxruntime safetensors pytorch-optimizer".split(),
         "Not tested: other versions of any of these, Windows and macOS, GPUs, FSDP, DeepSpeed.",
     ),
     "make packages": (
+        {"packages"},
         ["pip", "setuptools"],
         "Not tested: a training step with any Python, torch or NumPy that no row above names; Windows and macOS.",
     ),
@@ -41,24 +44,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    if report.when == "call":
-        file, name = Path(report.fspath).stem, report.nodeid.split("::")[-1]
+    if report.when == "call" or report.failed:
+        file, name = Path(report.fspath).stem, report.nodeid.split("::")[1].split("[")[0]
         what = dict(report.user_properties).get("what", name.removeprefix("test_").replace("_", " "))
         _rows.append((file.removeprefix("test_"), what, report.outcome))
 
 
+def _sum(file: str, what: str) -> str:
+    """The outcome of all cases of one test."""
+    outcomes = Counter(outcome for *which, outcome in _rows if which == [file, what])
+    return ", ".join(outcome if count == 1 else f"{count} {outcome}" for outcome, count in outcomes.items())
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.getoption("keyword") or not _rows:
-        return  # a part is not the table
-    target = "make packages" if {file for file, _, _ in _rows} == {"packages"} else "make trainers"
-    names, untested = PARTS[target]
+    target = next((name for name, (files, *_) in PARTS.items() if files == {row[0] for row in _rows}), None)
+    if session.config.getoption("keyword") or target is None:
+        return  # a piece is not the table
+    _, names, untested = PARTS[target]
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
     part = [
         f"Python {platform.python_version()}, {versions}, {platform.system()} {platform.machine()}.",
         "",
         "| file | what | outcome |",
         "|---|---|---|",
-        *(f"| {file} | {what} | {outcome} |" for file, what, outcome in _rows),
+        *(f"| {file} | {what} | {_sum(file, what)} |" for file, what in dict.fromkeys(row[:2] for row in _rows)),
         "",
         untested,
     ]
