@@ -308,7 +308,7 @@ LOOP void decide(int64_t n, T* __restrict second, T* __restrict peak, const doub
   double sum = 0, square = 0;
 #pragma omp simd reduction(+ : sum, square)
   for (int64_t j = 0; j < n; j++) {
-    double lr = k.lr, gain = 1, count = ONE_SIZE ? counts[0] : counts[j], u_u = uu[j], u_w = uw[j];
+    double lr = k.lr, gain = 1, count = ONE_SIZE ? counts[0] : counts[j];
     if (DIRECTION != SGD) {
       double v = beta2 * second[j] + fresh2 * (gg[j] / count);
       second[j] = T(v);
@@ -320,17 +320,15 @@ LOOP void decide(int64_t n, T* __restrict second, T* __restrict peak, const doub
       double p = 1 / (root(v * unbias2) + eps);
       lr *= p * unbias1;
       gain = DIRECTION == ADAM ? p : root(count);
-      // A second moment that overflowed stops the group, as it does in torch, even where the sums are infinite too.
-      u_u = p == 0 ? 0.0 : u_u, u_w = p == 0 ? 0.0 : u_w;
     }
     double norm = root(ww[j]), decay = (norm <= threshold ? outside : inside) * gain;
-    double metric = root(c * c + 4 * ww[j]), pull = lr * root(u_u);
+    double metric = root(c * c + 4 * ww[j]), pull = lr * root(uu[j]);
     double most = saturated ? larger(metric, larger(scale, decay + 2 * pull)) : larger(decay, 1.0);
     double t = 1 / most, gate_sq = (c + metric) / 2, rho = 1 - t * decay;
-    double shared = rho - t * lr * u_w / larger(gate_sq, TINY);
+    double shared = rho - t * lr * uw[j] / larger(gate_sq, TINY);
     double a = shared * rho, b = shared * gate_sq * t * lr;
     // A group must not snap because two large terms cancel to within their rounding.
-    double terms = a * a * ww[j] + b * b * u_u, rest = terms - 2 * a * b * u_w;
+    double terms = a * a * ww[j] + b * b * uu[j], rest = terms - 2 * a * b * uw[j];
     double far = root(rest < NOISE * terms ? NOISE * terms : rest);
     bool small = far <= SNAP * scale, may_snap = norm <= most_snaps, lost = !(far <= Law<double>::largest);
     bool snapped = small & (pull < decay) & may_snap;
