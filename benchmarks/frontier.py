@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.methods import METHODS, Budget, run
-from benchmarks.runs import Job, Table, cell, interval, settings
+from benchmarks.runs import Case, Job, Table, cell, interval, settings
 from benchmarks.tasks import TASKS, text_hash
 
 __all__ = ["main"]
@@ -46,8 +46,13 @@ def _work(job: Job) -> dict[str, Any]:
     return row | {"alive": found["alive"], "allowed": found["budget"], "seconds": round(time.perf_counter() - start, 1)}
 
 
+def _case(task: str, method: str, budget: str) -> Case:
+    """What is run for a cell of the tables; dense training is the same for all budgets."""
+    return (task, method, BUDGETS[task][0] if method == "dense" else budget)
+
+
 def _scores(table: Table, task: str, method: str, budget: str, seeds: int) -> list[float]:
-    return table.scores((task, method, budget), settings(METHODS[method].grid), seeds)
+    return table.scores(_case(task, method, budget), settings(METHODS[method].grid), seeds)
 
 
 def tables(table: Table, task: str, methods: list[str], budgets: list[str], seeds: int) -> list[str]:
@@ -108,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     if "characters" in args.tasks:
         print(f"text: {text_hash()}")
     table = Table(args.csv, FIELDS, _work)
-    cases = [(t, m, b) for t in args.tasks for m in args.methods for b in args.budgets or BUDGETS[t]]
+    cases = [_case(t, m, b) for t in args.tasks for m in args.methods for b in args.budgets or BUDGETS[t]]
     table.run({case: settings(METHODS[case[1]].grid) for case in cases}, args.seeds, args.processes)
     for task in args.tasks:
         print("\n".join(tables(table, task, args.methods, args.budgets or BUDGETS[task], args.seeds)))

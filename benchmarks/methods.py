@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,8 +49,8 @@ class Budget:
         found = {name: net.get_parameter(name) for name in names}
         return {n: w for n, w in found.items() if w.shape[1] % 4 == 0} if self.pattern else found
 
-    def masks(self, weights: list[Tensor], share: float) -> list[Tensor]:
-        """Ones where weights live when a ``share`` of them does; exact, and by magnitude."""
+    def masks(self, weights: list[Tensor], share: float, adaptive: bool = False) -> list[Tensor]:
+        """Ones where weights live when a ``share`` of them does; exact, and by magnitude or layer-adaptive."""
         weights = [w.detach() for w in weights]
         if self.pattern:
             runs = [w.abs().unflatten(1, (-1, 4)).movedim(2, -1) for w in weights]
@@ -61,7 +61,7 @@ class Budget:
             return [
                 r.reshape(-1, *[1] * (w.dim() - 1)).expand_as(w).clone() for r, w in zip(rows, weights, strict=True)
             ]
-        flat = torch.cat([w.abs().flatten() for w in weights])
+        flat = torch.cat([(_adaptive(w) if adaptive else w.abs()).flatten() for w in weights])
         mask = _largest(flat, round(share * flat.numel()))
         return [m.view_as(w) for m, w in zip(mask.split([w.numel() for w in weights]), weights, strict=True)]
 
@@ -76,6 +76,12 @@ class Budget:
 def _largest(x: Tensor, k: int) -> Tensor:
     """Ones at the k largest of the last dimension."""
     return torch.zeros_like(x).scatter_(-1, x.topk(k, dim=-1).indices, 1.0)
+
+
+def _adaptive(w: Tensor) -> Tensor:
+    """Lee et al.'s score (LAMP, ICLR 2021)."""
+    square, order = w.double().flatten().square().sort(descending=True)
+    return torch.empty_like(square).scatter_(0, order, square / square.cumsum(0).clamp(min=1e-300))
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -100,9 +106,11 @@ def _train(task: Task, seed: int, net: nn.Module, opt: Any, after: Hook, before:
 class _Cut:
     """Masks by magnitude along a ramp from ``begin`` to ``end`` (shares of training), enforced after every step."""
 
-    def __init__(self, task: Task, budget: Budget, weights: list[Tensor], begin: float, end: float) -> None:
+    def __init__(
+        self, task: Task, budget: Budget, weights: list[Tensor], begin: float, end: float, adaptive: bool = False
+    ) -> None:
         self.budget, self.weights, self.steps = budget, weights, task.steps
-        self.begin, self.end = begin, end
+        self.begin, self.end, self.adaptive = begin, end, adaptive
         self.masks: list[Tensor] | None = None
         self.done = False
 
@@ -112,7 +120,7 @@ class _Cut:
         if progress > 0 and not self.done and (k % EVERY == 0 or progress >= 1):
             left = max(0.0, 1 - progress) ** 3
             share = self.budget.share
-            self.masks = self.budget.masks(self.weights, share + (1 - share) * left)
+            self.masks = self.budget.masks(self.weights, share + (1 - share) * left, self.adaptive)
             self.done = progress >= 1
         if self.masks is not None:
             for w, mask in zip(self.weights, self.masks, strict=True):
@@ -136,11 +144,16 @@ def dense(task: Task, seed: int, budget: Budget, *, lr: float) -> nn.Module:
     return net
 
 
-def pruning(task: Task, seed: int, budget: Budget, *, lr: float, begin: float, end: float) -> nn.Module:
-    """Gradual magnitude pruning (Zhu & Gupta, 2017) and fine-tuning; one shot where ``begin == end``."""
+def pruning(
+    task: Task, seed: int, budget: Budget, *, lr: float, begin: float, end: float, adaptive: bool = False
+) -> nn.Module:
+    """Gradual magnitude pruning (Zhu & Gupta, 2017) and fine-tuning; one shot where ``begin == end``.
+
+    ``adaptive``: between layers by the score that symopt uses, too.
+    """
     net, weights = _start(task, seed, budget)
     opt = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
-    _train(task, seed, net, opt, _Cut(task, budget, weights, begin, end))
+    _train(task, seed, net, opt, _Cut(task, budget, weights, begin, end, adaptive))
     return net
 
 
@@ -243,6 +256,9 @@ def factors(task: Task, seed: int, budget: Budget, *, lr: float, strength: float
     gated = recipes.d_gating(strength, "out", depth)
     plain = recipes.spred(strength) if depth == 2 else recipes.deep_weight_factorization(strength, depth)
     recipe = gated if budget.neurons else plain
+    if depth == 2 and not budget.neurons:
+        # As published, factors are drawn like layers: without a normalisation their product is too small to learn.
+        recipe = replace(recipe, init="balanced")
     recipe.constrain(net, *names)
 
     def then(now: float) -> tuple[Any, Hook]:
@@ -300,8 +316,8 @@ def _symopt(make: Any, task: Task, seed: int, budget: Budget, plan: Any, **optio
     return net
 
 
-def ours(task: Task, seed: int, budget: Budget, *, lr: float, plan: Any = None) -> nn.Module:
-    return _symopt(symopt.AdamW, task, seed, budget, plan, lr=lr, fused=True)
+def ours(task: Task, seed: int, budget: Budget, *, lr: float, plan: Any = None, **options: Any) -> nn.Module:
+    return _symopt(symopt.AdamW, task, seed, budget, plan, lr=lr, fused=True, **options)
 
 
 def ours_sgd(task: Task, seed: int, budget: Budget, *, lr: float, plan: Any = None) -> nn.Module:
@@ -331,24 +347,25 @@ class Method:
     grid: tuple[dict[str, Any], ...]
 
 
+_WINDOWS = grid(lr=(3e-3, 6e-3), begin=(0.1,), end=(0.6, 0.8)) + grid(lr=(3e-3, 6e-3), begin=(0.3,), end=(0.6,))
+
 METHODS: dict[str, Method] = {
     "symopt AdamW": Method(ours, ({"lr": 5e-3},)),
     "symopt AdamW, lr tuned": Method(ours, grid(lr=(2.5e-3, 5e-3, 1e-2))),
     "symopt SGD": Method(ours_sgd, ({"lr": 0.1},)),
     "dense": Method(dense, grid(lr=(1e-3, 3e-3))),
-    "gradual pruning": Method(
-        pruning, grid(lr=(3e-3, 6e-3), begin=(0.1,), end=(0.6, 0.8)) + grid(lr=(3e-3, 6e-3), begin=(0.3,), end=(0.6,))
-    ),
+    "gradual pruning": Method(pruning, _WINDOWS),
+    "gradual pruning, LAMP": Method(pruning, tuple({**window, "adaptive": True} for window in _WINDOWS)),
     "one-shot pruning": Method(
         pruning, tuple({"lr": lr, "begin": b, "end": b} for lr in (1e-3, 3e-3) for b in (0.2, 0.5))
     ),
-    "l1": Method(l1, grid(lr=(3e-3,), strength=(1e-4, 1e-3), cut=(0.4, 0.7))),
-    "proximal l1": Method(proximal, grid(lr=(3e-3,), strength=(0.03, 0.1), cut=(0.4, 0.7))),
-    "PAdam": Method(padam, grid(lr=(3e-3,), strength=(0.03, 0.1), cut=(0.4, 0.7))),
-    "PAT": Method(pat, grid(lr=(3e-3,), strength=(1e-4, 1e-3), cut=(0.4, 0.7))),
-    "spred": Method(lambda *a, **k: factors(*a, depth=2, **k), grid(lr=(0.1, 0.25), strength=(3e-4, 1e-3), cut=(0.7,))),
+    "l1": Method(l1, grid(lr=(3e-3,), strength=(3e-4, 1e-3, 3e-3), cut=(0.4, 0.7))),
+    "proximal l1": Method(proximal, grid(lr=(3e-3,), strength=(0.1, 0.3), cut=(0.4, 0.7))),
+    "PAdam": Method(padam, grid(lr=(3e-3,), strength=(0.1, 0.3), cut=(0.4, 0.7))),
+    "PAT": Method(pat, grid(lr=(3e-3,), strength=(0.03, 0.1), cut=(0.4, 0.7))),
+    "spred": Method(lambda *a, **k: factors(*a, depth=2, **k), grid(lr=(0.1, 0.3), strength=(5e-4, 2e-3), cut=(0.7,))),
     "deep factors": Method(
-        lambda *a, **k: factors(*a, depth=3, **k), grid(lr=(0.1, 0.3), strength=(3e-4, 1e-3), cut=(0.7,))
+        lambda *a, **k: factors(*a, depth=3, **k), grid(lr=(0.3, 0.5), strength=(1e-4, 3e-4), cut=(0.7,))
     ),
     "RigL": Method(rigl, grid(lr=(3e-3, 6e-3), renew=(0.3, 0.5), cut=(0.75,))),
 }

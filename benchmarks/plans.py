@@ -1,4 +1,4 @@
-"""How to impose a budget: accuracy for one change of symopt's plan at a time, and of pruning.
+"""How to impose a budget: accuracy for one change of symopt's at a time, and of pruning.
 
     python -m benchmarks.plans        a quarter of an hour on two idle cores; the table in docs/budgets.md
 
@@ -13,24 +13,40 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 
-import symopt.budgets
+import symopt.selection
 from benchmarks.methods import Budget, run
 from benchmarks.tasks import TASKS
 from symopt.schedule import Plan
 
 CASES = (("lenet-300-100", "20%"), ("lenet-300-100", "1%"), ("lenet-5", "0.5%"), ("resnet", "0.5%"))
 SEEDS = (200, 201)
-_FLOOR = symopt.budgets.FLOOR
 PRUNING = ((3e-3, 0.1, 0.6), (6e-3, 0.1, 0.6))
-CHANGES: tuple[dict[str, float], ...] = (
+CHANGES: tuple[dict[str, Any], ...] = (
     {},
     *({"inside": x} for x in (0.0, 0.04)),
     *({"plasticity": x} for x in (0.0, 5.0)),
     *({"outside": x} for x in (1.0, 100.0)),
     *({"ramp": a, "commit": b} for a, b in ((0.3, 0.4), (0.6, 0.75))),
-    *({"floor": x} for x in (0.0, 0.9)),
+    {"every": 5},
+    {"between tensors": "by size"},
+    {"time_scale": "none"},
+    {"imbalance": 0.0},
 )
+
+
+def _by_size(counts: list[Tensor], keep: int) -> Tensor:
+    """Instead of the layer-adaptive score of ``symopt.selection``; everywhere at least one lives."""
+    table = torch.stack(counts)
+    above = table.sum(0).flip(0).cumsum(0).flip(0)
+    lowest = int((above >= keep).nonzero().max())
+    live = table[:, lowest + 1 :].sum(1)
+    spare = keep - int(live.sum())
+    for i, many in enumerate(table[:, lowest].tolist()):
+        live[i] += min(many, spare)
+        spare -= min(many, spare)
+    return live.clamp(min=1)
 
 
 def _score(job: tuple[str, str, dict[str, Any], str, int]) -> float:
@@ -39,8 +55,10 @@ def _score(job: tuple[str, str, dict[str, Any], str, int]) -> float:
     task, method, setting, budget, seed = job
     if "plan" in setting:
         plan = dict(setting["plan"])
-        symopt.budgets.FLOOR = plan.pop("floor", _FLOOR)
-        setting = {**setting, "plan": Plan(**plan)}
+        if plan.pop("between tensors", None) == "by size":
+            symopt.selection._shares = _by_size
+        others = {key: plan.pop(key) for key in ("time_scale", "imbalance") if key in plan}
+        setting = {**setting, "plan": Plan(**plan), **others}
     found = run(method, TASKS[task], seed, Budget(budget), **setting)
     return float(found["validation"] + 2 * found["test"]) / 3  # 500 and 1 000 images
 
@@ -51,10 +69,10 @@ def main() -> None:
         for lr, a, b in PRUNING
     ]
     for change in CHANGES:
-        name = ", ".join(f"{key} {value:g}" for key, value in change.items()) or "default plan"
+        name = ", ".join(f"{key} {value}" for key, value in change.items()) or "default plan"
         rows.append((name, "symopt AdamW", {"lr": 5e-3, "plan": change}))
     jobs = [(task, method, setting, b, seed) for _, method, setting in rows for task, b in CASES for seed in SEEDS]
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         scores = iter(pool.map(_score, jobs, chunksize=1))
     print("| | " + " | ".join(map(" ".join, CASES)) + " |\n|---|" + "---|" * len(CASES))
     for name, _, _ in rows:

@@ -321,24 +321,33 @@ SYMOPT_PUBLIC int symopt_step(Entry* const* entries, int64_t count, const Settin
   return 1;
 }
 
-// The k-th smallest size (k from 1) among all elements of some fp32 tensors, exactly; NaN counts as largest.  Sizes of
-// floats are ordered as their bits are: 12, then 10, then 9 of them are counted, one pass each.
-SYMOPT_PUBLIC float symopt_rank(const float* const* tensors, const int64_t* numels, int64_t count, int64_t k) {
-  uint32_t prefix = 0, known = 0;
-  for (int shift : {19, 9, 0}) {
-    const int bits = shift == 19 ? 12 : shift == 9 ? 10 : 9;
-    int64_t counts[1 << 12] = {};
-    for (int64_t t = 0; t < count; t++)
-      for (int64_t i = 0; i < numels[t]; i++) {
-        const uint32_t key = cast<uint32_t>(tensors[t][i]) & 0x7fffffff;
-        if ((key & known) == prefix) counts[key >> shift & ((1u << bits) - 1)]++;
-      }
-    uint32_t bucket = 0;
-    for (; bucket + 1 < (1u << bits) && counts[bucket] < k; bucket++) k -= counts[bucket];
-    prefix |= bucket << shift;
-    known |= ((1u << bits) - 1) << shift;
+// How many elements of an fp32 tensor have a size with these upper bits, which order floats as the sizes do; NaN last.
+SYMOPT_PUBLIC void symopt_histogram(const float* x, int64_t numel, int64_t* counts) {
+  int64_t zeros = 0;  // apart, or in a sparse tensor every element would wait for the count of the one before
+  for (int64_t i = 0; i < numel; i++) {
+    const uint32_t key = cast<uint32_t>(x[i]) & 0x7fffffff;
+    if (key)
+      counts[key >> HISTOGRAM_SHIFT]++;
+    else
+      zeros++;
   }
-  return cast<float>(prefix);
+  counts[0] += zeros;
+}
+
+// The k-th smallest size of an fp32 tensor (k from 1), exactly, given its histogram; negative without memory.
+SYMOPT_PUBLIC float symopt_rank(const float* x, int64_t numel, const int64_t* counts, int64_t k) try {
+  uint32_t bin = 0;
+  for (; counts[bin] < k; bin++) k -= counts[bin];
+  std::vector<uint32_t> keys;
+  keys.reserve(counts[bin]);
+  for (int64_t i = 0; i < numel; i++) {
+    const uint32_t key = cast<uint32_t>(x[i]) & 0x7fffffff;
+    if (key >> HISTOGRAM_SHIFT == bin) keys.push_back(key);
+  }
+  std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end());
+  return cast<float>(keys[k - 1]);
+} catch (const std::bad_alloc&) {
+  return -1;
 }
 
 }  // extern "C"

@@ -21,11 +21,16 @@ from torch import Tensor
 
 from symopt_kernels.groups import Groups
 
-__all__ = ["DTYPES", "INSTRUCTIONS", "THREADS", "UNAVAILABLE", "Entry", "Settings", "fill", "layout", "rank", "step"]
+__all__ = [
+    *("DTYPES", "HISTOGRAM_SHIFT", "INSTRUCTIONS", "THREADS", "UNAVAILABLE", "Entry", "Settings"),
+    *("fill", "histogram", "layout", "rank", "step"),
+]
 
 DIRECTIONS = ("sgd", "adam", "adamw")
 RETRACTIONS = ("plain", "sparse", "sparse_free", "group")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HISTOGRAM_SHIFT = 16
+"""Bits of a float that a histogram of sizes leaves out: 7 of the mantissa stay, so its bins are 0.8 % wide."""
 
 
 class Entry(Structure):
@@ -67,7 +72,9 @@ def _find() -> tuple[Any, str | None]:
         return None, f"the C++ extension does not load: {error}"
     if sizes != ctypes.sizeof(Entry) * 1000 + ctypes.sizeof(Settings):
         return None, "the C++ extension was built from another version of symopt; install symopt again"
-    library.symopt_rank.argtypes = [POINTER(c_void_p), POINTER(c_int64), c_int64, c_int64]
+    library.symopt_histogram.argtypes = [c_void_p, c_int64, c_void_p]
+    library.symopt_histogram.restype = None
+    library.symopt_rank.argtypes = [c_void_p, c_int64, c_void_p, c_int64]
     library.symopt_rank.restype = c_float
     library.symopt_step.argtypes = [POINTER(c_void_p), c_int64, POINTER(Settings)]
     return library, None
@@ -218,10 +225,16 @@ def step(
         raise MemoryError("the native step found no memory for its bookkeeping; nothing was changed")
 
 
-def rank(tensors: Sequence[Tensor], k: int) -> float:
-    """The ``k``-th smallest size, counted from 1, among all elements of dense fp32 tensors; NaN counts as largest."""
-    places = (c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
-    found: float = _library.symopt_rank(
-        places, (c_int64 * len(tensors))(*(t.numel() for t in tensors)), len(tensors), k
-    )
+def histogram(x: Tensor) -> Tensor:
+    """How many elements of a dense fp32 tensor have a size with these upper bits; as many counts as there are bits."""
+    counts = torch.zeros(1 << (31 - HISTOGRAM_SHIFT), dtype=torch.int64)
+    _library.symopt_histogram(x.data_ptr(), x.numel(), counts.data_ptr())
+    return counts
+
+
+def rank(x: Tensor, k: int, counts: Tensor) -> float:
+    """The ``k``-th smallest size, counted from 1, in a dense fp32 tensor, given its :func:`histogram`; NaN is last."""
+    found: float = _library.symopt_rank(x.data_ptr(), x.numel(), counts.data_ptr(), k)
+    if found < 0:
+        raise MemoryError("symopt: no memory for a selection")
     return found

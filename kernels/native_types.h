@@ -29,6 +29,7 @@ constexpr int64_t NARROW = 256;           // and at least, where a narrower stri
 constexpr int64_t PARTS = 64;             // of a unit that is too large for the cache
 constexpr int64_t CHUNKS = 1024;           // of one tensor at most
 constexpr int64_t SAMPLE = 1024;           // decays from which the imbalance takes its quantile
+constexpr int HISTOGRAM_SHIFT = 16;       // bits of a size that a histogram leaves out
 constexpr int64_t SERIAL = 1 << 15;       // below this many elements waking threads costs more than it saves
 
 enum Direction { SGD, ADAM, ADAMW };

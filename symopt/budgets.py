@@ -6,18 +6,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from symopt.constraints import Constraint, GroupSparse
 from symopt.constraints.budget import Budget
-from symopt.selection import largest_groups, largest_weights
+from symopt.selection import Threshold, largest_groups, largest_weights
 from symopt_kernels.groups import Groups
 
-__all__ = ["FLOOR", "Member", "Pool", "pools"]
-
-FLOOR = 0.5
-"""Share of its Erdos-Renyi part (Mocanu et al., 2018; kernels: Evci et al., 2020) of a global budget that every tensor
-keeps beside one unit, so that no small layer is starved by the large ones."""
+__all__ = ["Member", "Pool", "pools"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +90,7 @@ class Pool:
         """The budget when a share ``full`` of all that is too much has still to go."""
         return self.count + round((self.total - self.count) * full)
 
-    def thresholds(self, keep: float) -> list[float]:
+    def thresholds(self, keep: float) -> list[Threshold]:
         """Per member the size up to which units are outside if the pool may keep ``keep``; -1 where none is outside.
 
         Kernels add up a group in another order than torch, so between groups the middle of two sizes is taken.
@@ -102,27 +99,19 @@ class Pool:
             return [math.inf] * len(self.members)
         if self.members[0].groups is None:
             return self._limits(int(keep))
-        limits = []
+        limits: list[Threshold] = []
         for m, inside in zip(self.members, self._inside(keep), strict=True):
             sizes = m.sizes()
-            below, above = sizes[~inside], sizes[inside]
-            limits.append(float(below.max() + above.min()) / 2 if below.numel() else -1.0)
+            middle = (sizes.masked_fill(inside, 0.0).max() + sizes.masked_fill(~inside, math.inf).min()) / 2
+            limits.append(torch.where(inside.all(), -1.0, middle))
         return limits
 
-    def _limits(self, keep: int) -> list[float]:
-        return largest_weights([m.w.detach() for m in self.members], keep, self._floors(keep))
+    def _limits(self, keep: int) -> list[Threshold]:
+        return largest_weights([m.w.detach() for m in self.members], keep)
 
     def _inside(self, keep: float) -> list[Tensor]:
-        """Per member which groups live; those of several tensors compete by the root mean square of their weights."""
-        sizes = [m.sizes() * (m.units / m.w.numel()) ** 0.5 for m in self.members]
-        floors = self._floors(keep) if len(sizes) > 1 else [0]
-        return largest_groups(sizes, [m.cost for m in self.members], keep, floors)
-
-    def _floors(self, keep: float) -> list[int]:
-        """Units of every member that live whatever their sizes."""
-        wanted = [sum(m.w.shape) if m.groups is None else m.units * m.cost for m in self.members]
-        share = FLOOR * (keep - self._least) / sum(wanted)
-        return [min(m.units, 1 + int(share * w / m.cost)) for m, w in zip(self.members, wanted, strict=True)]
+        """Per member which groups live."""
+        return largest_groups([m.sizes() for m in self.members], [m.cost for m in self.members], keep)
 
     def outside(self) -> list[Tensor]:
         """Per member which units must go so that exactly the budget lives; one truth value per unit, flat.

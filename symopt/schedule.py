@@ -14,6 +14,7 @@ from symopt.budgets import Member, pools
 from symopt.constraints import Composed, Constraint, LowRank
 from symopt.optim import ConstrainedOptimizer, lowrank
 from symopt.optim.options import is_cut
+from symopt.selection import Threshold
 from symopt_kernels.reference import math_dtype
 
 __all__ = ["Anneal", "Plan"]
@@ -126,6 +127,7 @@ class Anneal:
         self.plan = _plan
         self._warned: set[int] = set()
         self._dead: set[int] = set()
+        self._seen: dict[int, tuple[Tensor, int, bool]] = {}
         self._set()
         self._impose()
         self._check()
@@ -160,7 +162,7 @@ class Anneal:
             plan, last = self._plan_of(constraint)
             due = self.last_step % plan.every == 0 or self.last_step in (1, last)
             state = self.optimizer.state.get(p, {})
-            if not due or is_cut(state):  # in this order: the second waits for the device
+            if not due or self._is_cut(p, state):
                 continue
             if isinstance(constraint, LowRank):
                 lowrank.align(group, state, p)
@@ -176,26 +178,41 @@ class Anneal:
             for m, limit in zip(pool.members, pool.thresholds(pool.at(left)), strict=True):
                 self._trim(*held[m], m, pool.share, limit, left)
 
-    def _trim(self, group: dict[str, Any], p: Tensor, m: Member, share: float, limit: float, left: float) -> None:
+    def _is_cut(self, p: Tensor, state: dict[str, Any]) -> bool:
+        """:func:`is_cut`, read once: to look at the tensor is to wait for the device."""
+        trim = state.get("trim")
+        if trim is None:
+            return False
+        known = self._seen.get(id(p))
+        if known is None or known[0] is not trim or known[1] != trim._version:
+            known = self._seen[id(p)] = trim, trim._version, is_cut(state)
+        return known[2]
+
+    def _trim(self, group: dict[str, Any], p: Tensor, m: Member, share: float, limit: Threshold, left: float) -> None:
         unit = self._unit(group, p, m)
         own = group["strength"] if group["strength"] is not None else m.constraint.strength
         plan, last = self._plan_of(m.constraint)
         inside = plan.inside * math.log(1 / share) if own is None else float(own)
         # A pattern has no threshold that could let its losers go one after the other: their strength grows instead.
-        outside = plan.outside * (1 - left if limit == math.inf else 1)
+        budget = m.constraint.budget
+        assert budget is not None
+        outside = plan.outside * (1 - left if budget.pattern is not None else 1)
         keep = math.exp(-plan.plasticity / last)
-        trim = torch.tensor([inside * unit, outside * unit, limit, keep], dtype=torch.float64)
-        self._write(p, trim)
+        trim = torch.tensor([inside, outside, 0.0, keep], dtype=torch.float64, device=p.device)
+        trim[:2] *= unit
+        trim[2] = limit
+        self._write(p, trim, cut=False)
 
-    def _write(self, p: Tensor, trim: Tensor) -> None:
+    def _write(self, p: Tensor, trim: Tensor, *, cut: bool) -> None:
         """In place, so that its address stays."""
         state = self.optimizer.state[p]
         if "trim" in state:
             state["trim"].copy_(trim)
         else:
-            state["trim"] = trim.to(p.device)
+            state["trim"] = trim
+        self._seen[id(p)] = state["trim"], state["trim"]._version, cut
 
-    def _unit(self, group: dict[str, Any], p: Tensor, m: Member) -> float:
+    def _unit(self, group: dict[str, Any], p: Tensor, m: Member) -> float | Tensor:
         """What a strength of 1 means: 1 with Adam's preconditioner, without it the rms of the gradient."""
         if "betas" in group:
             return 1.0
@@ -203,7 +220,7 @@ class Anneal:
         if grad is None:
             return 0.0
         rms = grad.detach().to(math_dtype(p)).square().mean().sqrt()
-        return float(rms) * math.sqrt(p.numel() / m.units)
+        return rms * math.sqrt(p.numel() / m.units)
 
     def _cut(self, p: Tensor, gone: Tensor) -> None:
         state = self.optimizer.state[p]
@@ -213,7 +230,7 @@ class Anneal:
             for w in (p, state.get("master")):
                 if w is not None:
                     w.masked_fill_(gone, 0.0)
-        self._write(p, torch.tensor([0.0, 0.0, -1.0, 0.0], dtype=torch.float64))
+        self._write(p, torch.tensor([0.0, 0.0, -1.0, 0.0], dtype=torch.float64, device=p.device), cut=True)
         if "imbalance" in state:
             state["imbalance"].zero_()
 
@@ -261,7 +278,7 @@ class Anneal:
             if budget:  # what leaves the budget last has from the end of the ramp to the commit
                 plan, last = self._plan_of(constraint)
                 active = max(1, round(last * (1 - plan.ramp / plan.commit)))
-                unit = self._unit(group, p, self._member(p, name, constraint))
+                unit = float(self._unit(group, p, self._member(p, name, constraint)))
                 if unit == 0:
                     continue  # SGD before its first gradient
                 rule |= {"decoupled_weight_decay": True, "strength": plan.outside * unit}

@@ -361,6 +361,37 @@ def test_explicit_mode_takes_the_same_step():
         close(*finals, "factor step")
 
 
+@pytest.mark.parametrize("row", [r for r in PLANES if len(r.shapes) == 1], ids=ids)
+def test_explicit_mode_is_free_descent_on_written_out_factors(row):
+    """Many steps, momentum and the decay of gate and direction included, by autograd through the plane's equations."""
+    problem, off = Regression(row), matrix(row)
+    module = torch.nn.Module()
+    module.w0 = torch.nn.Parameter(randn(row.shapes[0], 3))
+    symopt.constrain(module, {"w0": row.make(0.3)}, mode="explicit")
+    opt = torch.optim.SGD(symopt.param_groups(module), lr=0.01, momentum=0.9)
+    constraint = symopt.constraints(module)["w0"]
+    coordinates = getattr(constraint, "form", "gate") == "coordinates"
+    base, gate, direction = (p.detach().clone().requires_grad_() for p in module.parametrizations.w0.parameters())
+    mine = torch.optim.SGD(
+        [{"params": [base]}, {"params": [gate, direction], "weight_decay": 0.3}], lr=0.01, momentum=0.9
+    )
+    oracle = Explicit(row, constraint, OPTIMIZERS[0])
+    for _ in range(60):
+        opt.zero_grad()
+        problem.loss((module.w0,)).backward()
+        opt.step()
+        mine.zero_grad()
+        if coordinates:
+            away = constraint.basis @ (gate * direction)
+        else:
+            away = (oracle.gate @ gate) * (off @ direction.flatten())
+        w = base.flatten() - off @ base.flatten() + away
+        problem.loss((w.reshape(row.shapes[0]),)).backward()
+        mine.step()
+    for theirs, factor in zip(module.parametrizations.w0.parameters(), (base, gate, direction), strict=True):
+        close(theirs.detach(), factor.detach(), "factor step", scale=10)
+
+
 def test_explicit_factors_end_where_the_optimizer_does():
     row = next(r for r in PLANES if r.id == "symmetric")
     problem, finals = Regression(row), []

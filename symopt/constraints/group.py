@@ -46,9 +46,9 @@ class GroupSparse(Constraint):
         keep: a budget instead of a strength: how many groups of each tensor live in the end, exactly; an integer is a
             count, a float in (0, 1] a share.  :class:`symopt.Anneal` ramps it in, as for :class:`symopt.Sparse`.
         scope: whose budget it is: of each ``"tensor"``; ``"global"``, of all tensors with an equal constraint together,
-            which compares groups by the root mean square of their weights; or ``"flops"``, the same, and ``keep`` is a
-            share of the multiply-adds of these weights (as many groups live as fit).  Every tensor keeps half of its
-            even part, and one group at least.
+            by the layer-adaptive score of :class:`symopt.Sparse`, of groups; or ``"flops"``, by that score per
+            multiply-add, and ``keep`` is a share of the multiply-adds of these weights (as many groups live as fit).
+            Of every tensor one group lives at least.
         positions: for scope ``"flops"``, how often the weight is applied per example: 1 for a Linear of vectors (the
             default for matrices), the output's height times width for a convolution.
         depth: number D >= 2 of factors (a budget needs 2); above 2 balanced, which makes every zero permanent.

@@ -35,8 +35,8 @@ class Sparse(Constraint):
             :class:`symopt.Anneal` ramps it in and commits it, and chooses the strengths; ``strength`` is then that of
             the weights inside the budget until the commit.
         scope: whose budget it is: of each ``"tensor"``, or ``"global"``, one for all weights with an equal constraint,
-            chosen by size; every tensor keeps at least half of its Erdos-Renyi part (which goes with the sum, not the
-            product, of its dimensions), so that no small layer is starved.
+            chosen by their layer-adaptive score, ``w**2`` over the sum of all in the tensor that are at least as large:
+            scales of tensors do not matter, and none dies.
         pattern: ``"N:M"``: of every M neighbouring inputs (dimension 1) the N largest live, like ``"2:4"``; a budget,
             too.
         depth: number D >= 2 of factors; a budget needs 2.
