@@ -22,6 +22,13 @@ __all__ = ["Adam", "AdamW"]
 class _AdamBase(ConstrainedOptimizer):
     """Abstract: everything but the torch class behind it and whether the strength is decoupled."""
 
+    def _check_supported(self, name: str, group: dict[str, Any], constraint: Constraint) -> None:
+        if group["capturable"] and isinstance(constraint, LowRank):
+            raise ValueError(
+                f"{name}: LowRank drops columns while it trains, and a captured graph has fixed shapes; "
+                "use capturable=False, or leave it out of symopt.constrain"
+            )
+
     def gain(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> Tensor | float | None:
         if own := stepper(constraint):
             return own.gain(self, group, p, constraint)  # type: ignore[no-any-return]

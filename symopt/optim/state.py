@@ -219,10 +219,9 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
             return
         factors = tuple(state[key] for key in keys)
         stale = constraint.compose(factors).to(p.dtype) != p
-        if bool(stale.any()):
-            fresh = constraint.split(w, state["imbalance"])
-            for factor, value in zip(factors, fresh, strict=True):
-                factor.copy_(torch.where(stale, value, factor))
+        # No look whether there are any: nothing may wait for the device.
+        for factor, value in zip(factors, constraint.split(w, state["imbalance"]), strict=True):
+            factor.copy_(torch.where(stale, value, factor))
 
     @abstractmethod
     def _init_moments(self, group: dict[str, Any], state: dict[str, Any], p: Tensor, groups: Groups | None) -> None:
