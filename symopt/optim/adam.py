@@ -23,9 +23,9 @@ class _AdamBase(ConstrainedOptimizer):
     """Abstract: everything but the torch class behind it and whether the strength is decoupled."""
 
     def _check_supported(self, name: str, group: dict[str, Any], constraint: Constraint) -> None:
-        if group["capturable"] and isinstance(constraint, LowRank):
+        if group["capturable"] and constraint.product:
             raise ValueError(
-                f"{name}: LowRank drops columns while it trains, and a captured graph has fixed shapes; "
+                f"{name}: {constraint} drops columns while it trains, and a captured graph has fixed shapes; "
                 "use capturable=False, or leave it out of symopt.constrain"
             )
 
