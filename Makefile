@@ -7,7 +7,7 @@ PACKAGING := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test bench-test sass trainers sanitize bench lint format types install clean
+.PHONY: help quickstart test fuzz soak bench-test sass trainers packages sanitize bench lint format types install clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,14 @@ test: $(VENV)/test.stamp  ## run all tests and doctests against the installed pa
 	@$(MAKE) -s install
 	$(BIN)/pytest -n 2 $(ARGS)
 
+fuzz: $(VENV)/test.stamp  ## tests/test_fuzz.py on 10 000 new cases (CI has 500 fixed ones)
+	@$(MAKE) -s install
+	SYMOPT_FUZZ=10000 $(BIN)/pytest tests/test_fuzz.py $(ARGS)
+
+soak: $(VENV)/test.stamp  ## 100 000 steps of each optimizer in flat memory (CI has 400)
+	@$(MAKE) -s install
+	SYMOPT_SOAK=100000 $(BIN)/pytest tests/test_processes.py -k memory $(ARGS)
+
 bench: $(VENV)/bench.stamp  ## time the native step against its peers; ARGS="--quick" for a short run
 	@$(MAKE) -s install
 	$(BIN)/python -m benchmarks --json out/bench.json --markdown out/bench.md --plot out/bench.png $(ARGS)
@@ -48,7 +56,10 @@ sass: $(VENV)/test.stamp  ## compile the Triton step for GPUs that need not be t
 
 trainers: $(VENV)/trainers.stamp  ## trainers and export (docs/compatibility.md): Transformers, Accelerate, Lightning, ONNX Runtime, safetensors
 	@$(MAKE) -s install
-	$(BIN)/pytest -c compatibility/pytest.ini compatibility $(ARGS)
+	$(BIN)/pytest -c compatibility/pytest.ini compatibility --ignore compatibility/test_packages.py $(ARGS)
+
+packages: $(VENV)/packages.stamp  ## sdist and wheel in clean environments (docs/compatibility.md); ARGS="--python PATH" adds a Python
+	$(BIN)/pytest -c compatibility/pytest.ini compatibility/test_packages.py $(ARGS)
 
 bench-test: $(VENV)/test.stamp $(VENV)/bench.stamp  ## run the benchmarks' own tests (their checks, not their times)
 	@$(MAKE) -s install

@@ -18,7 +18,7 @@ from torch import Tensor
 import symopt.selection
 from benchmarks.methods import Budget, run
 from benchmarks.tasks import TASKS
-from symopt.schedule import Plan
+from symopt.constraints.budget import Plan
 
 CASES = (("lenet-300-100", "20%"), ("lenet-300-100", "1%"), ("lenet-5", "0.5%"), ("resnet", "0.5%"))
 SEEDS = (200, 201)

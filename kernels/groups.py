@@ -47,7 +47,8 @@ class Groups:
     def size(self, like: Tensor) -> Tensor:
         """Number of elements in each group, ``(count,)``."""
         if self.index is not None:
-            return torch.bincount(self.index.flatten(), minlength=self.count).to(like.dtype)
+            ones = like.new_ones(self.index.shape, dtype=torch.float64)
+            return self.sum(ones).to(like.dtype)  # bincount would wait for the device
         return like.new_full((self.count,), like.numel() / self.count)
 
     def scale(self, v: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:

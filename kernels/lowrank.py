@@ -8,10 +8,30 @@ given equal norms.  There column j is one gated weight: its singular value is ``
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-__all__ = ["align", "column_norms", "column_sizes", "factorize", "lowrank", "pull_back", "scale_of"]
+__all__ = [
+    *("align", "column_norms", "column_sizes", "factorize", "inverse", "lowrank", "pull_back", "scale_of"),
+    "singular_values",
+]
+
+
+def _spoilt(w: Tensor) -> bool:
+    """Whether there is NaN or Inf, on which decompositions raise; everything else lets it pass on, and so do these."""
+    return not bool(w.isfinite().all())
+
+
+def singular_values(w: Tensor) -> Tensor:
+    """Of a matrix, largest first."""
+    return w.flatten()[: min(w.shape)] * math.nan if _spoilt(w) else torch.linalg.svdvals(w)
+
+
+def inverse(f: Tensor) -> Tensor:
+    """The pseudoinverse."""
+    return torch.full_like(f.mT, math.nan) if _spoilt(f) else torch.linalg.pinv(f)
 
 
 def factorize(w: Tensor, imbalance: Tensor | float = 0.0, rank: int | None = None) -> tuple[Tensor, Tensor]:
@@ -19,6 +39,9 @@ def factorize(w: Tensor, imbalance: Tensor | float = 0.0, rank: int | None = Non
 
     Without imbalance singular values that are zero up to rounding get no column, as they could never grow.
     """
+    if _spoilt(w):
+        count = min(*w.shape, *([] if rank is None else [rank]))
+        return w.new_full((w.shape[0], count), math.nan), w.new_full((w.shape[1], count), math.nan)
     left, size, right = torch.linalg.svd(w, full_matrices=False)
     count = len(size) if rank is None else min(rank, len(size))
     if isinstance(imbalance, (int, float)) and imbalance == 0:
@@ -111,6 +134,8 @@ def align(u: Tensor, v: Tensor, *, balance: bool = True) -> tuple[Tensor, Tensor
     ``new_u = u @ turn_u``, ``new_v = v @ turn_v``.
     """
     gram = u.mT @ u + v.mT @ v
+    if _spoilt(gram):
+        return u, v, torch.eye(len(gram)).to(u), torch.eye(len(gram)).to(u)
     turn = torch.linalg.eigh(gram.double()).eigenvectors.flip(1).to(u.dtype)
     if not balance:
         return u @ turn, v @ turn, turn, turn

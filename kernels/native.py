@@ -110,6 +110,16 @@ _parallel = _pool()
 THREADS = "torch's own OpenMP pool" if _parallel else "one thread: torch's OpenMP runtime offers no GOMP_parallel"
 """On what the native step runs."""
 
+
+def _forked() -> None:
+    """A forked process has the pool's bookkeeping but not its threads, and would wait for them forever."""
+    global _parallel, THREADS
+    _parallel, THREADS = None, "one thread: this process was forked, which leaves the threads of OpenMP's pool behind"
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
 INSTRUCTIONS: tuple[str, ...] = ("neon" if platform.machine() in ("aarch64", "arm64") else "baseline",)
 """Instruction sets this processor has, the best last."""
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from symopt.annotation import Factored
 from symopt.backends import fused_product
-from symopt.constraints import Constraint, LowRank
+from symopt.constraints import Constraint
 from symopt.constraints.base import check_number
 
 __all__ = ["INITS", "Explicit", "attach", "check_init", "detach", "explicit", "plain_state_dict"]
@@ -138,10 +138,10 @@ def factors_of(constraint: Constraint, weight: Tensor, init: str | float) -> tup
         return constraint.split(weight)
     if init == "imbalanced":
         return constraint.split(weight, constraint.imbalance(weight, 1.0))
-    if isinstance(constraint, LowRank):
+    if constraint.product:
         raise ValueError(
-            f"constrain: init={init!r} draws factors of the weight's own shape, which LowRank's are not; use "
-            "'imbalanced', 'balanced' or a number"
+            f"constrain: init={init!r} draws factors of the weight's own shape, which those of {constraint} are not; "
+            "use 'imbalanced', 'balanced' or a number"
         )
     balanced = constraint.split(weight)
     gates = balanced[:-1]

@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 
 from symopt.budgets import Member, pools
 from symopt.constrain import bundles, release
-from symopt.constraints import LowRank
 from symopt.constraints.plane import flat, parts
 from symopt.folding.analysis import Opaque, Traced, analyse, same_graph, shapes_of, trace
 from symopt.folding.surgery import carry_out, cut_to, sizes_of
@@ -170,15 +169,16 @@ def _plain(model: M) -> tuple[M, dict[str, int], dict[str, Thin], int]:
         count = sum(p.numel() for p in plain.parameters())
         for names, constraint in bound:
             weights = [plain.get_parameter(name).detach() for name in names]
-            if isinstance(constraint, LowRank) and constraint.rank is not None:
-                cut[names[0]] = max(0, int((constraint.size(weights[0]) > 0).sum()) - constraint.rank)
+            if constraint.product and constraint.budget is not None:
+                live = int((constraint.size(weights[0]) > 0).sum())
+                cut[names[0]] = max(0, live - int(constraint.budget.amount))
             for w, part in zip(weights, parts(constraint.fold(flat(weights)), weights), strict=True):
                 w.copy_(part)
             if constraint.shared:
                 for name in names[1:]:
                     parent, _, child = name.rpartition(".")
                     plain.get_submodule(parent).register_parameter(child, plain.get_parameter(names[0]))
-        low: dict[str, Thin] = {names[0]: c.thin for names, c in bound if isinstance(c, LowRank)}
+        low: dict[str, Thin] = {names[0]: c.thin for names, c in bound if c.product}
         single = [
             (names[0], plain.get_parameter(names[0]).detach(), c)
             for names, c in bound

@@ -4,48 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from symopt.budgets import Member, pools
-from symopt.constraints import Composed, Constraint, LowRank
-from symopt.optim import ConstrainedOptimizer, lowrank
+from symopt.constraints import Composed, Constraint
+from symopt.constraints.budget import Plan
+from symopt.optim import ConstrainedOptimizer
 from symopt.optim.options import is_cut
+from symopt.optim.steppers import stepper
 from symopt.selection import Threshold
 from symopt_kernels.reference import math_dtype
 
-__all__ = ["Anneal", "Plan"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a budget is imposed over training."""
-
-    ramp: float = 0.45
-    """Share of training at which the budget has its full size; before, units live by the cubic ramp
-    ``share + (1 - share) (1 - progress / ramp)**3`` (Zhu & Gupta, 2017)."""
-    commit: float = 0.6
-    """Share of training at which what is outside becomes exactly zero and the support final."""
-    inside: float = 0.02
-    """Strength of units inside the budget until the commit: this times ``ln(1 / share)``."""
-    outside: float = 10.0
-    """Strength of units outside."""
-    plasticity: float = 2.0
-    """The imbalance has decayed by ``exp(-plasticity)`` at the commit, which then ends it."""
-    every: int = 20
-    """Steps between two selections."""
-    begin: float = 0.0
-    """Share of training at which the ramp begins."""
-
-
-ZEROS = Plan()
-"""For weights and groups."""
-
-LOW_RANK = Plan(begin=0.1, ramp=0.12, commit=0.14, inside=0.006, outside=6.0)
-"""Directions show early, once what is learned stands out of the random start, and want long training at the end."""
+__all__ = ["Anneal"]
 
 
 _RATE = 25.0  # exp(-25 k / N) passes SNAP after 55 % of training: the rest settles what is left with zeros permanent
@@ -143,13 +116,13 @@ class Anneal:
 
     def _plan_of(self, constraint: Constraint) -> tuple[Plan, int]:
         """The plan of a budget, and the step after which what is outside is cut."""
-        plan = self.plan or (LOW_RANK if isinstance(constraint, LowRank) else ZEROS)
+        plan = self.plan or constraint.plan
         return plan, max(1, round((plan.commit if self.commit is None else self.commit) * self.total_steps))
 
     def _member(self, p: Tensor, name: str, constraint: Constraint) -> Member:
         state = self.optimizer.state.get(p, {})
-        if isinstance(constraint, LowRank):
-            return Member(name, lowrank.sizes(state, p, constraint), constraint, None)
+        if own := stepper(constraint):
+            return Member(name, own.sizes(state, p, constraint), constraint, None)
         return Member(name, state.get("master", p.detach()), constraint, self.optimizer.groups(p, constraint))
 
     @torch.no_grad()
@@ -164,14 +137,14 @@ class Anneal:
             state = self.optimizer.state.get(p, {})
             if not due or self._is_cut(p, state):
                 continue
-            if isinstance(constraint, LowRank):
-                lowrank.align(group, state, p)
+            if own := stepper(constraint):
+                own.align(group, state, p)
             held[self._member(p, name, constraint)] = group, p
         for pool in pools(held):
             plan, last = self._plan_of(pool.members[0].constraint)
             if self.last_step >= last:
                 for m, outside in zip(pool.members, pool.outside(), strict=True):
-                    self._cut(held[m][1], m.constraint.units(outside, m.w, m.groups))
+                    self._cut(held[m][1], m.constraint, m.constraint.units(outside, m.w, m.groups))
                 continue
             first, full = (last * share / plan.commit for share in (plan.begin, plan.ramp))
             left = min(1.0, max(0.0, 1 - (self.last_step - first) / (full - first))) ** 3
@@ -192,15 +165,15 @@ class Anneal:
         unit = self._unit(group, p, m)
         own = group["strength"] if group["strength"] is not None else m.constraint.strength
         plan, last = self._plan_of(m.constraint)
-        inside = plan.inside * math.log(1 / share) if own is None else float(own)
+        inside = plan.inside * math.log(1 / share) if own is None else own
         # A pattern has no threshold that could let its losers go one after the other: their strength grows instead.
         budget = m.constraint.budget
         assert budget is not None
         outside = plan.outside * (1 - left if budget.pattern is not None else 1)
         keep = math.exp(-plan.plasticity / last)
-        trim = torch.tensor([inside, outside, 0.0, keep], dtype=torch.float64, device=p.device)
+        trim = torch.tensor([0.0, outside, 0.0, keep], dtype=torch.float64, device=p.device)
+        trim[0], trim[2] = inside, limit
         trim[:2] *= unit
-        trim[2] = limit
         self._write(p, trim, cut=False)
 
     def _write(self, p: Tensor, trim: Tensor, *, cut: bool) -> None:
@@ -222,10 +195,10 @@ class Anneal:
         rms = grad.detach().to(math_dtype(p)).square().mean().sqrt()
         return rms * math.sqrt(p.numel() / m.units)
 
-    def _cut(self, p: Tensor, gone: Tensor) -> None:
+    def _cut(self, p: Tensor, constraint: Constraint, gone: Tensor) -> None:
         state = self.optimizer.state[p]
-        if "factor_u" in state:
-            lowrank.cut(state, p, gone)
+        if own := stepper(constraint):
+            own.cut(state, p, gone)
         else:
             for w in (p, state.get("master")):
                 if w is not None:

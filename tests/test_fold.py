@@ -271,7 +271,7 @@ def test_constraints_are_enforced_and_removed():
 
 def test_the_fold_of_a_constraint_is_applied_to_the_copy(monkeypatch):
     class Rounds:
-        budget, shared = None, False
+        budget, shared, product = None, False, False
 
         @staticmethod
         def fold(w):

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import symopt
-from table import CONSTRAINTS, OPTIMIZERS, OptimizerRow, constrained_parameter, ids
+from table import (
+    CONSTRAINTS,
+    MATRICES,
+    OPTIMIZERS,
+    PLANES,
+    OptimizerRow,
+    PlaneRow,
+    constrained_parameter,
+    ids,
+    plane_module,
+)
 
 optimizers = pytest.mark.parametrize("row", [r for r in OPTIMIZERS if not r.options], ids=ids)
 ROWS = [row for row in CONSTRAINTS if row.id in ("sparse", "group-in", "group-index")]
@@ -135,6 +145,69 @@ def test_a_gradient_that_is_not_finite_spoils_what_it_reaches_as_in_torch(
     theirs.step()
     assert not plain.view(-1)[0].isfinite()
     assert not module.weight.view(-1)[0].isfinite()
+
+
+@pytest.mark.parametrize("bound", [*ROWS, *MATRICES, *PLANES], ids=ids)
+@optimizers
+def test_a_run_that_was_spoilt_goes_on_and_can_be_saved_and_looked_at(row: OptimizerRow, bound: Any) -> None:
+    """As in torch: only the numbers say so.  A loss that is checked once an epoch must not be an error before."""
+    module = plane_module(bound) if isinstance(bound, PlaneRow) else constrained_parameter(bound)
+    first, opt = next(module.parameters()), row.cls(module, lr=row.lr)
+    for t in range(45):  # longer than a period of LowRank's alignment
+        for p in module.parameters():
+            p.grad = torch.full_like(p, 0.1)
+        if t == 3:
+            first.grad.view(-1)[0] = torch.nan
+        opt.step()
+    other = row.cls(module, lr=row.lr)
+    other.load_state_dict(opt.state_dict())
+    other.step()
+    assert "nan" in str(symopt.report(module, other))
+    assert not first.view(-1)[0].isfinite()
+
+
+@optimizers
+def test_clipping_may_refuse_what_is_not_finite(row: OptimizerRow) -> None:
+    net = network()
+    opt = row.cls(net, lr=row.lr)
+    train(net, opt, 2)
+    net[0].weight.grad[0, 0] = torch.inf
+    before = copy.deepcopy((net.state_dict(), opt.state_dict()["state"]))
+    with pytest.raises(RuntimeError, match="non-finite"):
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0, error_if_nonfinite=True)
+    after = (net.state_dict(), opt.state_dict()["state"])
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    nn.utils.clip_grad_value_(net.parameters(), 1.0)  # makes the infinity a number
+    opt.step()
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("bound", ROWS, ids=ids)
+@optimizers
+def test_no_lr_and_no_strength_is_too_large(row: OptimizerRow, bound: Any, backend: str) -> None:
+    """Their product has to be a number of the weight's precision; nothing else is asked for."""
+    for lr, strength in ((1e30, 1e-3), (1e30, 1e8), (1e3, 1e30), (1e-3, 1e38)):
+        module = constrained_parameter(bound, strength=strength, dtype=torch.float32)
+        opt = row.cls(module, lr=lr, backend=backend)
+        for sign in (1, -1, 1, 1):
+            module.weight.grad = torch.full_like(module.weight, 0.3 * sign)
+            opt.step()
+        assert module.weight.isfinite().all(), (lr, strength)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("bound", ROWS, ids=ids)
+@optimizers
+def test_denormal_weights_are_numbers(row: OptimizerRow, bound: Any, backend: str) -> None:
+    module = constrained_parameter(bound, dtype=torch.float32)
+    with torch.no_grad():
+        module.weight.mul_(1e-42)
+    opt = row.cls(module, lr=row.lr, backend=backend)
+    for _ in range(3):
+        module.weight.grad = torch.full_like(module.weight, -0.3)
+        opt.step()
+    assert (module.weight > 1e-12).all()  # they have begun to grow
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

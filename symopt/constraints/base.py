@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from symopt.constraints.budget import Budget
+from symopt.constraints.budget import Budget, Plan
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import SNAP, weight_scale
 
@@ -60,6 +60,12 @@ class Constraint(ABC):
 
     shared: bool = False
     """Whether the tensors of a joint constraint end up equal, so that one can serve as all."""
+
+    plan: ClassVar[Plan] = Plan()
+    """How its budget is imposed."""
+
+    product: ClassVar[bool] = False
+    """Whether a weight is a product of two matrices, which ``thin`` gives, and not of factors of its own shape."""
 
     free_factors: ClassVar[int] = 0
     """How many factors, the first ones, do not decay."""
@@ -173,6 +179,10 @@ class Constraint(ABC):
 
     def fold(self, w: Tensor) -> Tensor:
         return w
+
+    def thin(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Two factors with as few columns as the structure of ``w`` needs, of a :attr:`product`."""
+        raise TypeError(f"{self} has no thin factors")
 
     def rounding(self, w: Tensor) -> float:
         """Largest :meth:`violation` of a weight whose structure is exact."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["Budget", "check_keep", "check_scope", "check_share", "parse_pattern"]
+__all__ = ["Budget", "Plan", "check_keep", "check_scope", "check_share", "parse_pattern"]
 
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 _LONGEST = 64  # neighbours that compete in an N:M pattern; kernels compare each with all others
@@ -29,6 +29,27 @@ class Budget:
         if self.scope == "flops":
             return self.amount * total
         return self.amount if isinstance(self.amount, int) else max(1, round(self.amount * total))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a budget is imposed over training."""
+
+    ramp: float = 0.45
+    """Share of training at which the budget has its full size; before, units live by the cubic ramp
+    ``share + (1 - share) (1 - progress / ramp)**3`` (Zhu & Gupta, 2017)."""
+    commit: float = 0.6
+    """Share of training at which what is outside becomes exactly zero and the support final."""
+    inside: float = 0.02
+    """Strength of units inside the budget until the commit: this times ``ln(1 / share)``."""
+    outside: float = 10.0
+    """Strength of units outside."""
+    plasticity: float = 2.0
+    """The imbalance has decayed by ``exp(-plasticity)`` at the commit, which then ends it."""
+    every: int = 20
+    """Steps between two selections."""
+    begin: float = 0.0
+    """Share of training at which the ramp begins."""
 
 
 def check_share(owner: str, field: str, value: object) -> None:

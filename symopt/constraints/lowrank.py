@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors, Outs
-from symopt.constraints.budget import Budget
+from symopt.constraints.budget import Budget, Plan
 from symopt_kernels.groups import Groups
-from symopt_kernels.lowrank import factorize
+from symopt_kernels.lowrank import factorize, singular_values
 from symopt_kernels.reference import math_dtype
 
 __all__ = ["LowRank"]
@@ -67,6 +67,9 @@ class LowRank(Constraint):
 
     name: ClassVar[str] = "lowrank"
     carries_factors: ClassVar[bool] = True
+    product: ClassVar[bool] = True
+    # Directions show early, once what is learned stands out of the random start, and want long training at the end.
+    plan: ClassVar[Plan] = Plan(begin=0.1, ramp=0.12, commit=0.14, inside=0.006, outside=6.0)
 
     strength: float | None = None
     rank: int | None = None
@@ -141,13 +144,13 @@ class LowRank(Constraint):
         return torch.zeros_like(w.flatten()[0]), 2 * w.norm() / math.sqrt(side)
 
     def penalty(self, w: Tensor) -> Tensor:
-        total: Tensor = torch.linalg.svdvals(w.flatten(1)).sum()
+        total: Tensor = singular_values(w.flatten(1)).sum()
         return total
 
     def size(self, w: Tensor, groups: Groups | None = None) -> Tensor:
         """Singular values; those that only rounding makes nonzero are 0."""
         matrix = w.flatten(1).to(math_dtype(w))
-        sizes = torch.linalg.svdvals(matrix)
+        sizes = singular_values(matrix)
         # A product of factors is rounded along its sums, and once more to the weight's own precision, entry by entry:
         # independent errors of eps |W_ij| / 4 have singular values of about eps |W|_F / (2 sqrt(min(m, n))).
         relative = max(4 * math.sqrt(max(matrix.shape)) * torch.finfo(matrix.dtype).eps, 2 * torch.finfo(w.dtype).eps)

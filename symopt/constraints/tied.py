@@ -143,11 +143,18 @@ class Tied(OrbitPlane):
 
     def size(self, w: Tensor, groups: Groups | None = None) -> Tensor:
         size = super().size(w)
-        return size if self.mode == "joint" else size[self._known(w)[1] > 1]
+        return size if self.mode == "joint" else self._several(size, w)
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         inner = super().inner(x, y)
-        return inner if self.mode == "joint" else inner[self._known(x)[1] > 1]
+        return inner if self.mode == "joint" else self._several(inner, x)
 
     def per_unit(self, rate: Tensor, w: Tensor) -> Tensor:
-        return super().per_unit(rate, w) if self.mode == "joint" or rate.numel() == 1 else rate[self._known(w)[1] > 1]
+        return super().per_unit(rate, w) if self.mode == "joint" or rate.numel() == 1 else self._several(rate, w)
+
+    def _several(self, values: Tensor, w: Tensor) -> Tensor:
+        """Those of one value per orbit that belong to orbits of two or more weights."""
+        cache, key = vars(self)["_cache"], ("several", tuple(w.shape), w.device)
+        if key not in cache:  # asked for once, as the answer has to come from the device
+            cache[key] = (self._known(w)[1] > 1).nonzero().flatten()
+        return values[cache[key]]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 
-from symopt.constraints import Constraint, LowRank
-from symopt.optim import lowrank
+from symopt.constraints import Constraint
 from symopt.optim.base import ConstrainedOptimizer
 from symopt.optim.options import shared_moment
+from symopt.optim.steppers import stepper
 from symopt_kernels import reference
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import math_dtype
@@ -22,9 +22,16 @@ __all__ = ["Adam", "AdamW"]
 class _AdamBase(ConstrainedOptimizer):
     """Abstract: everything but the torch class behind it and whether the strength is decoupled."""
 
+    def _check_supported(self, name: str, group: dict[str, Any], constraint: Constraint) -> None:
+        if group["capturable"] and constraint.product:
+            raise ValueError(
+                f"{name}: {constraint} drops columns while it trains, and a captured graph has fixed shapes; "
+                "use capturable=False, or leave it out of symopt.constrain"
+            )
+
     def gain(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> Tensor | float | None:
-        if isinstance(constraint, LowRank):
-            return lowrank.gain(self, group, p, constraint)
+        if own := stepper(constraint):
+            return own.gain(self, group, p, constraint)  # type: ignore[no-any-return]
         groups = self.groups(p, constraint)
         if self.decoupled(group):
             return 1.0 if groups is None else groups.size(p.detach()).sqrt()

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from symopt import annotation
 from symopt.backends import BACKENDS, FUSED, check_backend, choose, why_not
-from symopt.constraints import Constraint, LowRank
-from symopt.optim import compiled, joint, lowrank
+from symopt.constraints import Constraint
+from symopt.optim import compiled, joint
 from symopt.optim.joint_slot import JointSlot
 from symopt.optim.launch import step_native, step_triton
 from symopt.optim.options import DEFAULTS, OWN_STATE, check_group
 from symopt.optim.slot import Slot
 from symopt.optim.state import ConstrainedState
+from symopt.optim.steppers import stepper
 from symopt_kernels import reference, triton_launch
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import math_dtype
@@ -330,9 +331,8 @@ class ConstrainedOptimizer(ConstrainedState):
         }
 
     def _step_reference(self, group: dict[str, Any], held: tuple[Tensor, ...], constraint: Constraint) -> None:
-        if isinstance(constraint, LowRank):
-            lowrank.step(self, group, held[0], constraint)
-            return
+        if own := stepper(constraint):
+            return own.step(self, group, held[0], constraint)  # type: ignore[no-any-return]
         p, dtype = held[0], math_dtype(held[0])
         states = [self._ready(group, p, constraint)] if len(held) == 1 else self._ready_joint(group, held, constraint)
         # Several members are stepped as one flat vector; what belongs to each is written back at the end.

@@ -35,9 +35,7 @@ def ready(opt: Any, group: dict[str, Any], state: dict[str, Any], p: Tensor, c: 
     elif not holds(state, p, matrix):
         old = pair(state)
         new = kernel.factorize(matrix, 0.0, c.most if is_cut(state) else c.max_rank)
-        move(
-            state, new, *(torch.linalg.pinv(before) @ after for before, after in zip(old[::-1], new[::-1], strict=True))
-        )
+        move(state, new, *(kernel.inverse(before) @ after for before, after in zip(old[::-1], new[::-1], strict=True)))
     if "factor_age" not in state:
         state["factor_age"] = torch.zeros(())
     u, v = pair(state)
@@ -61,7 +59,7 @@ def per_weight(state: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
     if "factor_u" not in state:
         return {}
     u, v = pair(state)
-    left, right = torch.linalg.pinv(u), torch.linalg.pinv(v)
+    left, right = kernel.inverse(u), kernel.inverse(v)
     mine, theirs = (moments(state, side) for side in SIDES)
     full: dict[str, Tensor] = {}
     for key in mine:

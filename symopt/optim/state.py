@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symopt.constraints import Constraint, LowRank
+from symopt.constraints import Constraint
 from symopt.constraints.plane import flat, parts
-from symopt.optim import compiled, joint, lowrank
+from symopt.optim import compiled, joint
 from symopt.optim.checkpoint import check
 from symopt.optim.joint_slot import JointSlot
 from symopt.optim.options import DEFAULTS, shared_moment
 from symopt.optim.slot import Slot
+from symopt.optim.steppers import stepper
 from symopt_kernels.groups import Groups
 from symopt_kernels.mirror import MARGIN
 from symopt_kernels.reference import math_dtype
@@ -63,8 +64,8 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
 
     def _per_weight(self, p: Tensor, constraint: Constraint) -> dict[str, Tensor]:
         """Second moments that a group shares, written out for every weight."""
-        if isinstance(constraint, LowRank):
-            return lowrank.per_weight(self.state[p], p)
+        if own := stepper(constraint):
+            return own.per_weight(self.state[p], p)  # type: ignore[no-any-return]
         groups, state = self.groups(p, constraint), self.state[p]
         if groups is None:
             return {}
@@ -123,8 +124,8 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
             if groups is not None and key in state and state[key].shape == p.shape != (groups.count,):
                 state[key] = shared_moment(state[key], groups)
         self._begin(group, [state], (p,), constraint, groups)
-        if isinstance(constraint, LowRank):
-            lowrank.ready(self, group, state, p, constraint)
+        if own := stepper(constraint):
+            own.ready(self, group, state, p, constraint)
             return state
         if constraint.carries_factors:
             self._ready_factors(state, p, constraint)
@@ -218,10 +219,9 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
             return
         factors = tuple(state[key] for key in keys)
         stale = constraint.compose(factors).to(p.dtype) != p
-        if bool(stale.any()):
-            fresh = constraint.split(w, state["imbalance"])
-            for factor, value in zip(factors, fresh, strict=True):
-                factor.copy_(torch.where(stale, value, factor))
+        # No look whether there are any: nothing may wait for the device.
+        for factor, value in zip(factors, constraint.split(w, state["imbalance"]), strict=True):
+            factor.copy_(torch.where(stale, value, factor))
 
     @abstractmethod
     def _init_moments(self, group: dict[str, Any], state: dict[str, Any], p: Tensor, groups: Groups | None) -> None:
