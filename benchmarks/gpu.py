@@ -31,6 +31,8 @@ class Case:
     read: int
     written: int
     dtype: torch.dtype = torch.float32
+    copies: int = 1
+    """Tensors under one constraint."""
 
 
 # Bytes per weight that each step must read and write; tests/test_triton.py finds the same in the machine code.
@@ -42,6 +44,9 @@ CASES = (
     # In one pass: weight, gradient, first moment; columns are summed first and moved then.
     Case('AdamW, GroupSparse("out")', lambda: symopt.GroupSparse("out"), 12, 8),
     Case('AdamW, GroupSparse("in")', lambda: symopt.GroupSparse("in"), 20, 8),
+    # Summed first and moved then; weights share a second moment.
+    Case("AdamW, Tied, two copies", symopt.Tied, 24, 10, copies=2),
+    Case('AdamW, Tied(strength, "elementwise"), two copies', lambda: symopt.Tied(0.3, "elementwise"), 14, 10, copies=2),
 )  # fmt: skip
 
 
@@ -56,8 +61,10 @@ def roofline() -> None:
 
 def _optimizer(case: Case, side: int, count: int, backend: str) -> Any:
     torch.manual_seed(0)
-    net = nn.ParameterList(torch.randn(side, side) / side**0.5 for _ in range(count)).to("cuda", case.dtype)
-    symopt.constrain(net, {"*": case.make()})
+    net = nn.ParameterList(torch.randn(side, side) / side**0.5 for _ in range(count * case.copies))
+    net = net.to("cuda", case.dtype)
+    bonds = [tuple(str(i + j) for j in range(case.copies)) for i in range(0, len(net), case.copies)]
+    symopt.constrain(net, dict.fromkeys(bonds, case.make()))
     opt = symopt.AdamW(net, lr=1e-3, capturable=True, backend=backend)
     for p in net:
         p.grad = torch.randn_like(p) * 1e-3
@@ -106,10 +113,10 @@ def measure() -> None:
             with torch.cuda.graph(graph):
                 opt.step()
             replayed = 1e3 * do_bench(graph.replay)
-            rate = (case.read + case.written) * side * side * count / (replayed * 1e6)
+            rate = (case.read + case.written) * side * side * len(plain) / (replayed * 1e6)
             share = "" if peak is None else f"{rate / peak:.0%}"
             print(
-                f"| {case.name} | {count} x {side}² | {alone:.0f} | {replayed:.0f} | {rate / copy:.0%} | {share} | "
+                f"| {case.name} | {len(plain)} x {side}² | {alone:.0f} | {replayed:.0f} | {rate / copy:.0%} | {share} | "
                 f"{alone / theirs:.2f} |"
             )
 
