@@ -116,8 +116,8 @@ def measure() -> None:
             rate = (case.read + case.written) * side * side * len(plain) / (replayed * 1e6)
             share = "" if peak is None else f"{rate / peak:.0%}"
             print(
-                f"| {case.name} | {len(plain)} x {side}² | {alone:.0f} | {replayed:.0f} | {rate / copy:.0%} | {share} | "
-                f"{alone / theirs:.2f} |"
+                f"| {case.name} | {len(plain)} x {side}² | {alone:.0f} | {replayed:.0f} | {rate / copy:.0%} "
+                f"| {share} | {alone / theirs:.2f} |"
             )
 
 
