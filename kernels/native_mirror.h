@@ -43,12 +43,13 @@ template <class T, class W> struct Orbits {
     const Entry &e = *m.members[0], &f = *m.members[1];
     a.open(e, k, at, n), b.open(f, k, at, n);
     T *second = moment(e.second), *peak = moment(e.peak), *on = rest;
-    if (k.direction == SGD) {
+    if (k.direction == SGD && (!e.first || e.fresh)) {
       a.direct(e, k), b.direct(f, k);
       T *u0 = const_cast<T*>(a.u), *u1 = const_cast<T*>(b.u);  // only read here
-      apart = survey_pair<T, false, false>(n, a.g, b.g, u0, u1, a.w, b.w, second, peak, on, k, s);
+      apart = survey_pair<T, GIVEN>(n, a.g, b.g, u0, u1, a.w, b.w, second, peak, on, k, s);
     } else {
-      auto survey = peak ? survey_pair<T, true, true> : survey_pair<T, true, false>;
+      auto survey = k.direction == SGD ? (k.nesterov ? survey_pair<T, NESTEROV> : survey_pair<T, MOMENTUM>)
+                                       : (peak ? survey_pair<T, AMSGRAD> : survey_pair<T, MOMENTS>);
       apart = survey(n, a.g, b.g, moment(e.first), moment(f.first), a.w, b.w, second, peak, on, k, s);
     }
   }

@@ -5,24 +5,33 @@
 
 #define LOOP [[gnu::noinline]] static  // as in native_step.h
 
+// Where the updates of the first sweep come from; those that are given are only read.
+enum Lead { GIVEN, MOMENTUM, NESTEROV, MOMENTS, AMSGRAD };
+
 // The first sweep of one block; `on` takes what the weights become if they are equal.  Returns how many are not.
-template <class T, bool ADAPTIVE, bool AMSGRAD>
+template <class T, Lead LEAD>
 LOOP int32_t survey_pair(int64_t n, const T* __restrict g0, const T* __restrict g1, T* __restrict u0, T* __restrict u1,
                          const T* __restrict w0, const T* __restrict w1, T* __restrict second, T* __restrict peak,
                          T* __restrict on, const Law<T>& k, Survey& s) {
   const T fresh1 = k.fresh1, beta2 = k.beta2, fresh2 = k.fresh2 / 2, unbias2 = k.unbias2, eps = k.eps, half = T(0.5);
+  const T momentum = k.momentum, undamped = k.undamped;
   const T reach = k.lr * k.unbias1, scaled = k.direction == ADAMW ? T(1) : T(0);
   T ww = 0, uu = 0, uw = 0, dd = 0, dw = 0, all = 0, paces = 0, most = 0;
   int32_t apart = 0;
 #pragma omp simd reduction(+ : ww, uu, uw, dd, dw, all, paces, apart) reduction(max : most)
   for (int64_t i = 0; i < n; i++) {
     T x0 = u0[i], x1 = u1[i], p = 1;
-    if (ADAPTIVE) {
+    if (LEAD == MOMENTUM || LEAD == NESTEROV) {
+      x0 = momentum * x0 + undamped * g0[i], x1 = momentum * x1 + undamped * g1[i];
+      u0[i] = x0, u1[i] = x1;
+      if (LEAD == NESTEROV) x0 = g0[i] + momentum * x0, x1 = g1[i] + momentum * x1;
+    }
+    if (LEAD == MOMENTS || LEAD == AMSGRAD) {
       x0 = x0 + fresh1 * (g0[i] - x0), x1 = x1 + fresh1 * (g1[i] - x1);
       u0[i] = x0, u1[i] = x1;
       T v = beta2 * second[i] + fresh2 * (g0[i] * g0[i] + g1[i] * g1[i]);
       second[i] = v;
-      if (AMSGRAD) {
+      if (LEAD == AMSGRAD) {
         v = v <= peak[i] ? peak[i] : v;
         peak[i] = v;
       }
