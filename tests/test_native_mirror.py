@@ -293,6 +293,17 @@ def test_state_that_does_not_fit_is_refused(key: str) -> None:
         opt.step()
 
 
+def test_weights_that_became_different_are_refused() -> None:
+    for change in (lambda w: w.float(), lambda w: w[:2].clone()):
+        module = plane_module(TIES[0])
+        opt = symopt.SGD(module, lr=0.1)
+        module.w1.data = change(module.w1.data)
+        for p in module.parameters():
+            p.grad = torch.ones_like(p)
+        with pytest.raises((ValueError, RuntimeError)):
+            opt.step()
+
+
 def test_the_comparison_notices_a_wrong_learning_rate() -> None:
     for row in TIES:
         runs = both(row, OPTIMIZERS[0])
