@@ -25,8 +25,8 @@ class _AdamBase(ConstrainedOptimizer):
     def _check_supported(self, name: str, group: dict[str, Any], constraint: Constraint) -> None:
         if group["capturable"] and constraint.product:
             raise ValueError(
-                f"{name}: {type(constraint).__name__} drops columns while it trains, and a captured graph has fixed shapes; "
-                "use capturable=False, or leave it out of symopt.constrain"
+                f"{name}: {type(constraint).__name__} drops columns while it trains, and a captured graph has fixed "
+                "shapes; use capturable=False, or leave it out of symopt.constrain"
             )
 
     def gain(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> Tensor | float | None:
