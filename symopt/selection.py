@@ -27,9 +27,9 @@ def largest_weights(tensors: list[Tensor], keep: int) -> list[Threshold]:
     sizes = [w.numel() for w in tensors]
     if keep >= sum(sizes):
         return [-1.0] * len(tensors)
-    counts = [_histogram(w) for w in tensors]
     if len(tensors) == 1:
-        return [_kth(tensors[0], sizes[0] - keep, counts[0])]
+        return [_kth(tensors[0], sizes[0] - keep)]
+    counts = [_histogram(w) for w in tensors]
     live = _shares(counts, keep)
     if live.is_cpu:
         gone = [size - n for size, n in zip(sizes, live.tolist(), strict=True)]
@@ -104,10 +104,10 @@ def _histogram(w: Tensor) -> Tensor:
     return counts.scatter_add_(0, bits, bits.new_ones(()).expand_as(bits))
 
 
-def _kth(w: Tensor, k: int | Tensor, counts: Tensor) -> Threshold:
+def _kth(w: Tensor, k: int | Tensor, counts: Tensor | None = None) -> Threshold:
     """The ``k``-th smallest absolute value, exactly; by a kernel where it can be, since a step waits for it."""
     if _native(w):
-        return native.rank(w, int(k), counts)
+        return native.rank(w, int(k), native.histogram(w) if counts is None else counts)
     fast = w.dtype == torch.float32 and w.device.type == "cuda" and native.layout(w) is not None
     if fast and triton_launch.UNAVAILABLE is None:
         from symopt_kernels import triton_select

@@ -352,7 +352,7 @@ def test_thresholds_on_a_device_are_found_there(kind: str, monkeypatch: pytest.M
     constraint: symopt.Constraint = symopt.Sparse(density=0.1, scope="global")
     if kind.startswith("groups"):
         constraint = symopt.GroupSparse("out", keep=0.5, scope="flops" if kind.endswith("cost") else "global")
-    monkeypatch.setattr(selection, "_kth", lambda w, k, counts: w.new_empty(()))
+    monkeypatch.setattr(selection, "_kth", lambda w, k, counts=None: w.new_empty(()))
     ws = [torch.empty(8, 4, device="meta") for _ in range(1 if kind == "one weight" else 3)]
     (pool,) = pools([member(w, constraint, str(i)) for i, w in enumerate(ws)])
     limits = pool.thresholds(pool.count)
