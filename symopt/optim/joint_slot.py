@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from symopt.optim import joint
-from symopt.optim.slot import gradient
+from symopt.optim.slot import check_shapes, gradient
 from symopt_kernels import native, triton_launch
 from symopt_kernels.reference import math_dtype
 
@@ -57,7 +57,7 @@ class JointSlot:
             used.append({name: state[name] for name in names if state.get(name) is not None})
             if self._fresh:
                 used[i]["momentum_buffer"] = self._fresh[i]
-            _check_shapes(p, used[i])
+            check_shapes(p, used[i], p.numel())
         self._tensors = [tuple(part.items()) for part in used]
         self._places = [(p.data_ptr(), p.shape, p.stride()) for p in members]
         self._none: dict[int, Tensor] = {}
@@ -106,14 +106,3 @@ class JointSlot:
 
     def zeros(self) -> None:
         """Exact zeros are not counted: they are not what a tie is for."""
-
-
-def _check_shapes(p: Tensor, used: dict[str, Tensor]) -> None:
-    """Raise unless the kernel stays inside every tensor: a checkpoint or a changed weight may bring other sizes."""
-    for name, value in used.items():
-        if name in ("exp_avg_sq", "max_exp_avg_sq"):
-            fits = value.shape == (p.numel(),)
-        else:
-            fits = value.shape == p.shape if name in _OWN else value.numel() == 1
-        if not fits:
-            raise ValueError(f"state {name!r} has shape {tuple(value.shape)}, which does not fit {tuple(p.shape)}")

@@ -14,7 +14,7 @@ from symopt_kernels import native, triton_launch
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import math_dtype
 
-__all__ = ["Slot", "gradient"]
+__all__ = ["Slot", "check_shapes", "gradient"]
 
 _OTHER_STATE = ("step", "imbalance", "metric_scale", "master", "group_index", "factor_0", "factor_1", "trim")
 
@@ -53,7 +53,8 @@ class Slot:
         self._tensors = tuple(used.items())
         if self._first is not None:
             used["momentum_buffer"] = self._first
-        _check_shapes(p, used, groups)
+        _check_groups(p, groups)
+        check_shapes(p, used, None if groups is None else groups.count)
         retraction = "plain" if constraint is None else constraint.name
         budget = None if constraint is None else constraint.budget
         self.entry: Any
@@ -112,8 +113,8 @@ class Slot:
         return int(self.entry.zeros) if same else None
 
 
-def _check_shapes(p: Tensor, used: dict[str, Tensor], groups: Groups | None) -> None:
-    """Raise unless the kernel stays inside every tensor: a checkpoint or a changed weight may bring other sizes."""
+def _check_groups(p: Tensor, groups: Groups | None) -> None:
+    """Raise unless the groups are those of ``p``."""
     if groups is not None and math.prod(groups.view) != p.numel():
         raise ValueError(f"the groups are those of shape {groups.view}, the weight has {tuple(p.shape)}")
     if groups is not None and groups.index is not None:
@@ -122,13 +123,20 @@ def _check_shapes(p: Tensor, used: dict[str, Tensor], groups: Groups | None) -> 
             raise ValueError(f"group_index is {index.dtype} of {tuple(index.shape)}, the weight has {tuple(p.shape)}")
         if not bool(((index >= 0) & (index < groups.count)).all()):
             raise ValueError(f"group_index must lie in 0 ... {groups.count - 1}")
+
+
+def check_shapes(p: Tensor, used: dict[str, Tensor], shared: int | None) -> None:
+    """Raise unless the kernel stays inside every tensor: a checkpoint or a changed weight may bring other sizes.
+
+    ``shared`` is the number of second moments where a group or an orbit has one, or None where every weight has.
+    """
     for name, value in used.items():
         if name == "trim":
             fits = value.shape == (len(TRIM),) and value.dtype == torch.float64
-        elif name in ("step", "imbalance", "metric_scale"):
+        elif name in ("step", "imbalance", "metric_scale", "critical"):
             fits = value.numel() == 1
-        elif name in ("exp_avg_sq", "max_exp_avg_sq") and groups is not None:
-            fits = value.shape == (groups.count,)
+        elif name in ("exp_avg_sq", "max_exp_avg_sq") and shared is not None:
+            fits = value.shape == (shared,)
         else:
             fits = value.shape == p.shape
         if not fits:
