@@ -76,13 +76,16 @@ def step(run: Run, t: int) -> None:
     opt.step()
 
 
-def step_alike(runs: list[Run], t: int) -> None:
-    """All take the gradient of the first: a last bit of a half-precision weight would make a large difference of it."""
-    grads = [gradient(p, t) for p in runs[0][0].parameters()]
+def take(runs: list[Run], grads: list[Tensor]) -> None:
     for module, opt in runs:
         for p, g in zip(module.parameters(), grads, strict=True):
-            p.grad = g.clone()
+            p.grad = g.to(p.device, copy=True)
         opt.step()
+
+
+def step_alike(runs: list[Run], t: int) -> None:
+    """All take the gradient of the first: a last bit of a half-precision weight would make a large difference of it."""
+    take(runs, [gradient(p.cpu(), t) for p in runs[0][0].parameters()])
 
 
 def tensors(run: Run) -> dict[str, Tensor]:
@@ -95,7 +98,7 @@ def tensors(run: Run) -> dict[str, Tensor]:
 
 
 def close(run: Run, other: Run, kind: str = "backends") -> None:
-    have, want = map(ordered, (tensors(run), tensors(other)))
+    have, want = (ordered({key: value.cpu() for key, value in tensors(r).items()}) for r in (run, other))
     assert have.keys() == want.keys()
     for key, value in want.items():
         assert (have[key].shape, have[key].dtype) == (value.shape, value.dtype), key

@@ -43,12 +43,14 @@ def both(
     opt_row: OptimizerRow,
     strength: float | None = None,
     dtype: torch.dtype = torch.float64,
+    fused: str = "native",
+    device: str = "cpu",
     **options: Any,
 ) -> list[Run]:
-    """The same weights on the two backends, native first."""
+    """The same weights on the two backends, the fused one first."""
     runs: list[Run] = []
-    for backend in ("native", "reference"):
-        module = plane_module(row, strength, dtype=dtype)
+    for backend in (fused, "reference"):
+        module = plane_module(row, strength, dtype=dtype).to(device)
         given = {"lr": opt_row.lr, **opt_row.options, **options}
         runs.append((module, opt_row.cls(module, backend=backend, **given)))
     return runs

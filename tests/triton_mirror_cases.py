@@ -6,16 +6,18 @@ The reference steps fp32 weights in fp32 too, so that both see the same rounding
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import symopt
+import test_backends
+import test_native_mirror
 from symopt_kernels import triton_launch
-from table import OPTIMIZERS, OptimizerRow, PlaneRow, ids, plane_module, tolerance
-from test_backends import HALF, Run, gradient, tensors
+from table import OPTIMIZERS, OptimizerRow, PlaneRow, ids
+from test_backends import HALF, gradient, step_alike, take, tensors
 from test_native_mirror import FEW, TIES, large, make_equal, tied, weights
 from triton_cases import DEVICE, poisoned, pytestmark
 
@@ -36,42 +38,8 @@ def aligned(row: PlaneRow) -> PlaneRow:
     return large(row, (8, 12))
 
 
-def both(
-    row: PlaneRow,
-    opt_row: OptimizerRow,
-    strength: float | None = None,
-    dtype: torch.dtype = torch.float32,
-    **options: Any,
-) -> list[Run]:
-    """The same weights on the two backends, Triton first."""
-    runs: list[Run] = []
-    for backend in ("triton", "reference"):
-        module = plane_module(row, strength, dtype=dtype).to(DEVICE)
-        runs.append((module, opt_row.cls(module, backend=backend, **{"lr": opt_row.lr, **opt_row.options, **options})))
-    return runs
-
-
-def take(runs: list[Run], grads: list[Tensor]) -> None:
-    for module, opt in runs:
-        for p, g in zip(module.parameters(), grads, strict=True):
-            p.grad = g.to(DEVICE, copy=True)
-        opt.step()
-
-
-def step_alike(runs: list[Run], t: int) -> None:
-    take(runs, [gradient(w.cpu(), t) for w in weights(runs[0])])
-
-
-def close(run: Run, other: Run) -> None:
-    """Weights and state."""
-    have, want, near = tensors(run), tensors(other), tolerance("backends, fp32")
-    assert have.keys() == want.keys()
-    for key, value in want.items():
-        assert (have[key].shape, have[key].dtype) == (value.shape, value.dtype), key
-        if value.dtype not in HALF:  # those follow from their master
-            torch.testing.assert_close(
-                have[key].cpu(), value.cpu(), rtol=near, atol=near, msg=lambda m, key=key: f"{key}: {m}"
-            )
+both = functools.partial(test_native_mirror.both, dtype=torch.float32, fused="triton", device=DEVICE)
+close = functools.partial(test_backends.close, kind="backends, fp32")
 
 
 @every_optimizer
@@ -83,7 +51,7 @@ def test_many_steps(row: PlaneRow, opt_row: OptimizerRow) -> None:
     # Without the time scale many weights grow without bounds.
     made = row if unbounded else (some, aligned)[(i + j // 2) % 2](row)
     options = {"maximize": j % 3 == 0, "time_scale": "none" if unbounded else "saturated"}
-    runs = both(made, opt_row, (None, 0.3)[(i + j) % 2], dtype, **options)
+    runs = both(made, opt_row, (None, 0.3)[(i + j) % 2], dtype=dtype, **options)
     start = [w.clone() for w in weights(runs[0])]
     for t in range(5):
         step_alike(runs, t)
