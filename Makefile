@@ -7,7 +7,7 @@ PACKAGING := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test fuzz soak bench-test sass trainers packages sanitize bench lint format types install clean
+.PHONY: help quickstart test fuzz soak bench-test sass trainers packages versions sanitize bench lint format types install clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,10 +56,16 @@ sass: $(VENV)/test.stamp  ## compile the Triton step for GPUs that need not be t
 
 trainers: $(VENV)/trainers.stamp  ## trainers and export (docs/compatibility.md): Transformers, Accelerate, Lightning, ONNX Runtime, safetensors
 	@$(MAKE) -s install
-	$(BIN)/pytest -c compatibility/pytest.ini compatibility --ignore compatibility/test_packages.py $(ARGS)
+	$(BIN)/pytest -c compatibility/pytest.ini compatibility --ignore compatibility/test_packages.py \
+	    --ignore compatibility/test_versions.py $(ARGS)
 
 packages: $(VENV)/packages.stamp  ## sdist and wheel in clean environments (docs/compatibility.md); ARGS="--python PATH" adds a Python
 	$(BIN)/pytest -c compatibility/pytest.ini compatibility/test_packages.py $(ARGS)
+
+# RELEASES are pairs INTERPRETER=TORCH. Other releases than the pinned one bring their CUDA libraries: 5 GB each, removed
+# at the end.
+versions: $(VENV)/packages.stamp  ## the whole suite with other releases (docs/compatibility.md); RELEASES="python3.13=2.14.1 ..."
+	$(BIN)/pytest -c compatibility/pytest.ini compatibility/test_versions.py $(RELEASES:%=--release %) $(ARGS)
 
 bench-test: $(VENV)/test.stamp $(VENV)/bench.stamp  ## run the benchmarks' own tests (their checks, not their times)
 	@$(MAKE) -s install

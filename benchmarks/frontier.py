@@ -52,6 +52,9 @@ def _case(task: str, method: str, budget: str) -> Case:
 
 
 def _scores(table: Table, task: str, method: str, budget: str, seeds: int) -> list[float]:
+    """None where the method cannot meet such a budget."""
+    if not METHODS[method].takes(Budget(budget)):
+        return []
     return table.scores(_case(task, method, budget), settings(METHODS[method].grid), seeds)
 
 
@@ -60,7 +63,9 @@ def tables(table: Table, task: str, methods: list[str], budgets: list[str], seed
     digits, first = TASKS[task].decimals, methods[0]
     scores = {(m, b): _scores(table, task, m, b, seeds) for m in methods for b in budgets}
     rows = {m: [cell(scores[m, b], digits) for b in budgets] for m in methods}
-    gaps = {m: [[x - y for x, y in zip(scores[first, b], scores[m, b], strict=True)] for b in budgets] for m in methods}
+    gaps = {
+        m: [[x - y for x, y in zip(scores[first, b], scores[m, b], strict=False)] for b in budgets] for m in methods
+    }
     less = {m: [cell(gap, digits, "+") for gap in gaps[m]] for m in methods[1:]}
     lines = []
     for title, corner, body in ((task, " method ", rows), (f"{task}: {first} minus", " ", less)):
@@ -76,7 +81,7 @@ def plot(table: Table, cases: dict[str, tuple[list[str], list[str]]], seeds: int
 
     figure, axes = plt.subplots(1, len(cases), figsize=(5.5 * len(cases), 4.5), squeeze=False, layout="constrained")
     for axis, (task, (methods, budgets)) in zip(axes[0], cases.items(), strict=True):
-        shares = [b for b in budgets if b.endswith("%") and not b.startswith("neurons")]
+        shares = [b for b in budgets if not (Budget(b).pattern or Budget(b).neurons)]
         if not shares:
             continue
         at = [float(b.removesuffix("%")) for b in shares]
@@ -113,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     if "characters" in args.tasks:
         print(f"text: {text_hash()}")
     table = Table(args.csv, FIELDS, _work)
-    cases = [_case(t, m, b) for t in args.tasks for m in args.methods for b in args.budgets or BUDGETS[t]]
+    cells = [(t, m, b) for t in args.tasks for m in args.methods for b in args.budgets or BUDGETS[t]]
+    cases = [_case(t, m, b) for t, m, b in cells if METHODS[m].takes(Budget(b))]
     table.run({case: settings(METHODS[case[1]].grid) for case in cases}, args.seeds, args.processes)
     for task in args.tasks:
         print("\n".join(tables(table, task, args.methods, args.budgets or BUDGETS[task], args.seeds)))

@@ -98,5 +98,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def cell(values: list[float], digits: int, sign: str = "") -> str:
+    if not values:
+        return ""
     mean, spread = interval(values)
     return f"{mean:{sign}.{digits}f} ± {spread:.{digits}f}"

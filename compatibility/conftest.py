@@ -24,6 +24,11 @@ PARTS: dict[str, tuple[set[str], list[str], str]] = {
         "torch numpy transformers accelerate lightning onnxruntime safetensors pytorch-optimizer".split(),
         "Not tested: other versions of any of these, Windows and macOS, GPUs, FSDP, DeepSpeed.",
     ),
+    "make versions": (
+        {"versions"},
+        [],
+        "Not tested: releases that no row names.",
+    ),
     "make packages": (
         {"packages"},
         ["pip", "setuptools"],
@@ -35,12 +40,14 @@ _rows: list[tuple[str, str, str]] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--python", action="append", default=[], help="a further interpreter to build the package with")
+    parser.addoption("--release", action="append", default=[], help="INTERPRETER=TORCH to run the suite with")
     parser.addoption("--torch", help="the release of torch to install, where not that of constraints.txt")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "interpreter" in metafunc.fixturenames:
-        metafunc.parametrize("interpreter", metafunc.config.getoption("python"))
+    for fixture, option in (("interpreter", "python"), ("release", "release")):
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, metafunc.config.getoption(option))
 
 
 def pytest_runtest_logreport(report: Any) -> None:
@@ -61,9 +68,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("keyword") or target is None:
         return  # a piece is not the table
     _, names, untested = PARTS[target]
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    versions = [f"Python {platform.python_version()}", *(f"{name} {metadata.version(name)}" for name in names)]
     part = [
-        f"Python {platform.python_version()}, {versions}, {platform.system()} {platform.machine()}.",
+        ", ".join([*(versions if names else []), f"{platform.system()} {platform.machine()}"]) + ".",
         "",
         "| file | what | outcome |",
         "|---|---|---|",

@@ -24,7 +24,7 @@ namespace {
 namespace baseline {
 #include "native_step.h"
 #include "native_walk.h"
-#include "native_pair.h"
+#include "native_copies.h"
 #include "native_mirror.h"
 }  // namespace baseline
 #if defined(__x86_64__)
@@ -33,7 +33,7 @@ SYMOPT_TARGET("avx2,fma,f16c")
 namespace avx2 {
 #include "native_step.h"
 #include "native_walk.h"
-#include "native_pair.h"
+#include "native_copies.h"
 #include "native_mirror.h"
 }  // namespace avx2
 SYMOPT_TARGET_END
@@ -42,7 +42,7 @@ namespace avx512 {
 #include "native_step.h"
 #include "native_avx512.h"
 #include "native_walk.h"
-#include "native_pair.h"
+#include "native_copies.h"
 #include "native_mirror.h"
 }  // namespace avx512
 SYMOPT_TARGET_END

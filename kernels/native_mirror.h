@@ -37,46 +37,78 @@ template <class T, class W> struct Orbits {
 
   T* moment(void* of) const { return of ? static_cast<T*>(of) + at : nullptr; }
 
-  void advance_pair(int64_t start, int64_t count, Survey& s, bool& apart) {
+  template <int N> Copies<T, N> streams() {
+    Copies<T, N> c;
+    for (int64_t j = 0; j < N; j++) {
+      Block<T, W>& b = copies[j];
+      c.g[j] = b.g, c.w[j] = b.w;
+      c.u[j] = const_cast<T*>(b.u);  // written by the first sweep alone, and there only moments
+    }
+    return c;
+  }
+
+  template <int N> bool advance_few(int64_t start, int64_t count, Survey& s) {
     at = start, n = count;
-    Block<T, W>&a = copies[0], &b = copies[1];
-    const Entry &e = *m.members[0], &f = *m.members[1];
-    a.open(e, k, at, n), b.open(f, k, at, n);
+    for (int64_t j = 0; j < N; j++) copies[j].open(*m.members[j], k, at, n);
+    const Entry& e = *m.members[0];
     T *second = moment(e.second), *peak = moment(e.peak), *on = rest;
     if (k.direction == SGD && (!e.first || e.fresh)) {
-      a.direct(e, k), b.direct(f, k);
-      T *u0 = const_cast<T*>(a.u), *u1 = const_cast<T*>(b.u);  // only read here
-      apart = survey_pair<T, GIVEN>(n, a.g, b.g, u0, u1, a.w, b.w, second, peak, on, k, s);
-    } else {
-      auto survey = k.direction == SGD ? (k.nesterov ? survey_pair<T, NESTEROV> : survey_pair<T, MOMENTUM>)
-                                       : (peak ? survey_pair<T, AMSGRAD> : survey_pair<T, MOMENTS>);
-      apart = survey(n, a.g, b.g, moment(e.first), moment(f.first), a.w, b.w, second, peak, on, k, s);
+      for (int64_t j = 0; j < N; j++) copies[j].direct(*m.members[j], k);
+      return survey_copies<T, N, GIVEN>(n, streams<N>(), second, peak, on, k, s);
     }
+    Copies<T, N> c = streams<N>();
+    for (int64_t j = 0; j < N; j++) c.u[j] = moment(m.members[j]->first);
+    auto survey = k.direction == SGD ? (k.nesterov ? survey_copies<T, N, NESTEROV> : survey_copies<T, N, MOMENTUM>)
+                                     : (peak ? survey_copies<T, N, AMSGRAD> : survey_copies<T, N, MOMENTS>);
+    return survey(n, c, second, peak, on, k, s);
   }
 
-  // The weights become what the first sweep has found them to be if they are equal.
-  void glide_pair() {
-    for (int64_t j = 0; j < 2; j++) std::copy(rest, rest + n, copies[j].w);
-    close();
-  }
-
-  double step_pair(int64_t start, int64_t count, const Gate& gate, bool glided, Tally& tally) {
+  template <int N> double step_few(int64_t start, int64_t count, const Gate& gate, bool glided, Tally& tally) {
     at = start, n = count;
-    Block<T, W>&a = copies[0], &b = copies[1];
+    for (int64_t j = 0; j < N; j++) copies[j].recall(*m.members[j], k, at, n);
     const Entry& e = *m.members[0];
-    a.recall(e, k, at, n), b.recall(*m.members[1], k, at, n);
     const T* second = moment(e.peak ? e.peak : e.second);
+    const Copies<T, N> c = streams<N>();
     double square = 0;
     if (!m.each) {
-      auto move = k.direction == SGD ? move_pair<T, false> : move_pair<T, true>;
-      square = move(n, a.u, b.u, a.w, b.w, second, gate, glided, k);
+      auto move = k.direction == SGD ? move_copies<T, N, false> : move_copies<T, N, true>;
+      square = move(n, c, second, gate, glided, k);
     } else {
-      auto move = k.direction == SGD ? (k.imbalance == 0 ? move_pair_each<T, false, true> : move_pair_each<T, false, false>)
-                                     : (k.imbalance == 0 ? move_pair_each<T, true, true> : move_pair_each<T, true, false>);
-      move(n, a.u, b.u, a.w, b.w, second, k, tally);
+      auto move = k.direction == SGD
+                      ? (k.imbalance == 0 ? move_copies_each<T, N, false, true> : move_copies_each<T, N, false, false>)
+                      : (k.imbalance == 0 ? move_copies_each<T, N, true, true> : move_copies_each<T, N, true, false>);
+      move(n, c, second, k, tally);
     }
     close();
     return square;
+  }
+
+  // The first sweep of a block; returns whether copies differ.
+  bool survey_block(int64_t start, int64_t count, Survey& s) {
+    if (m.copies == 2) return advance_few<2>(start, count, s);
+    if (m.copies == 3) return advance_few<3>(start, count, s);
+    if (m.copies == 4) return advance_few<4>(start, count, s);
+    open(start, count, true);
+    survey(s, m.each && m.critical);
+    for (int64_t i = 0; i < n; i++) rest[i] = w_mean[i] - forth[i] * u_mean[i];
+    return !together();
+  }
+
+  // The weights become what the first sweep has found them to be if they are equal.
+  void glide() {
+    for (int64_t j = 0; j < m.copies; j++) std::copy(rest, rest + n, copies[j].w);
+    close();
+  }
+
+  // The second sweep of a block; returns the squared distance from the plane under one gate.
+  double step_block(int64_t start, int64_t count, const Gate& gate, bool glided, Tally& tally) {
+    if (m.copies == 2) return step_few<2>(start, count, gate, glided, tally);
+    if (m.copies == 3) return step_few<3>(start, count, gate, glided, tally);
+    if (m.copies == 4) return step_few<4>(start, count, gate, glided, tally);
+    open(start, count, false);
+    if (!m.each) return move(gate, glided);
+    move_each(tally);
+    return 0;
   }
 
   void open(int64_t start, int64_t count, bool advance) {
@@ -117,12 +149,6 @@ template <class T, class W> struct Orbits {
 
   void close() {
     for (int64_t j = 0; j < m.copies; j++) copies[j].close(*m.members[j], 0);
-  }
-
-  // On the plane, without imbalance: w' = w - forth u_mean.
-  void glide() {
-    for (int64_t j = 0; j < m.copies; j++) glide_copy(n, copies[j].w, u_mean, forth);
-    close();
   }
 
   // One gate: writes the step and returns the squared distance from the plane.
@@ -193,10 +219,6 @@ template <class T, class W> struct Orbits {
 #pragma omp simd reduction(+ : count)
     for (int64_t i = 0; i < n; i++) count += x[i] != y[i];
     return count;
-  }
-
-  LOOP void glide_copy(int64_t n, T* __restrict w, const T* __restrict u_mean, const T* __restrict forth) {
-    for (int64_t i = 0; i < n; i++) w[i] = w[i] - forth[i] * u_mean[i];
   }
 
   LOOP void gate_joint(int64_t n, const T* __restrict speed, const T* __restrict forth, T* __restrict lost,
@@ -327,24 +349,16 @@ template <class T, class W> static const MirrorFunctions* mirror_functions() {
         const Law<T> k(law);
         Orbits<T, W> o(m, k);
         for (int64_t i = begin; i < end; i += BLOCK) {
-          bool apart = false;
           o.expect(i + BLOCK, end, true);
-          if (m.copies == 2) {
-            o.advance_pair(i, std::min(end - i, BLOCK), s, apart);
-          } else {
-            o.open(i, std::min(end - i, BLOCK), true);
-            o.survey(s, m.each && m.critical);
-            apart = !o.together();
-          }
+          const bool apart = o.survey_block(i, std::min(end - i, BLOCK), s);
           if (sample) {
             const T* second = o.moment(m.members[0]->peak ? m.members[0]->peak : m.members[0]->second);
             for (int64_t j = (i + stride - 1) / stride * stride; j < i + o.n; j += stride)
               o.precondition(1, second + (j - i), o.speed, k), sample[j / stride] = double(o.speed[0]);
           }
           glided[i / BLOCK] = k.imbalance == 0 && !apart;
-          if (!glided[i / BLOCK]) s.moving++;
-          else if (m.copies == 2) o.glide_pair();
-          else o.glide();
+          if (glided[i / BLOCK]) o.glide();
+          else s.moving++;
         }
       },
       [](const Mirror& m, const Law<double>& law, int64_t begin, int64_t end, const Gate& gate, const char* glided,
@@ -354,13 +368,7 @@ template <class T, class W> static const MirrorFunctions* mirror_functions() {
         for (int64_t i = begin; i < end; i += BLOCK) {
           if (m.each && glided[i / BLOCK] && std::isfinite(k.inside)) continue;
           o.expect(i + BLOCK, end, false);
-          if (m.copies == 2) {
-            tally.square += o.step_pair(i, std::min(end - i, BLOCK), gate, glided[i / BLOCK], tally);
-            continue;
-          }
-          o.open(i, std::min(end - i, BLOCK), false);
-          if (m.each) o.move_each(tally);
-          else tally.square += o.move(gate, glided[i / BLOCK]);
+          tally.square += o.step_block(i, std::min(end - i, BLOCK), gate, glided[i / BLOCK], tally);
         }
       },
       // The last step onto the plane: what was on it is the mean of what was written.

@@ -28,6 +28,12 @@ TIES = [row for row in PLANES if reason(row) is None]
 OTHERS = [row for row in PLANES if reason(row) is not None]
 FEW = [row for row in OPTIMIZERS if row.id in ("sgd", "sgd-nesterov", "adam-amsgrad", "adamw")]
 
+# The loops are written for two, three and four copies, and for any number.
+MORE = [
+    replace(row, id=f"{row.id}-{n}", shapes=row.shapes[:1] * n) for row in TIES for n in (4, 5) if len(row.shapes) == 2
+]
+
+every_count = pytest.mark.parametrize("row", [*TIES, *MORE], ids=ids)
 every_tie = pytest.mark.parametrize("row", TIES, ids=ids)
 every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
 few_optimizers = pytest.mark.parametrize("opt_row", FEW, ids=ids)
@@ -137,6 +143,13 @@ def test_onto_the_plane_and_along_it(
     assert arrived is not None or imbalance > 0
 
 
+@pytest.mark.parametrize("imbalance", [0.0, 0.1])
+@few_optimizers
+@pytest.mark.parametrize("row", MORE, ids=ids)
+def test_more_copies_onto_the_plane(row: PlaneRow, opt_row: OptimizerRow, imbalance: float) -> None:
+    test_onto_the_plane_and_along_it(row, opt_row, None, imbalance, 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @every_optimizer
 @every_tie
@@ -150,7 +163,7 @@ def test_lower_precision(row: PlaneRow, opt_row: OptimizerRow, dtype: torch.dtyp
 
 @pytest.mark.parametrize("imbalance", [0.0, 1.0])
 @few_optimizers
-@every_tie
+@every_count
 def test_blocks_that_are_on_the_plane_beside_others_that_are_not(
     row: PlaneRow, opt_row: OptimizerRow, imbalance: float
 ) -> None:
@@ -164,7 +177,7 @@ def test_blocks_that_are_on_the_plane_beside_others_that_are_not(
 
 @pytest.mark.parametrize("instructions", native.INSTRUCTIONS)
 @few_optimizers
-@every_tie
+@every_count
 def test_every_instruction_set(
     row: PlaneRow, opt_row: OptimizerRow, instructions: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +219,7 @@ def test_results_do_not_depend_on_the_number_of_threads(row: PlaneRow, opt_row: 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @few_optimizers
-@every_tie
+@every_count
 def test_bad_gradients_show_in_the_weight(row: PlaneRow, opt_row: OptimizerRow, bad: float) -> None:
     for on_the_plane in (False, True):
         runs = both(large(row), opt_row)

@@ -42,9 +42,9 @@ class Plan:
     """Share of training at which what is outside becomes exactly zero and the support final."""
     inside: float = 0.02
     """Strength of units inside the budget until the commit: this times ``ln(1 / share)``."""
-    outside: float = 10.0
+    outside: float = 30.0
     """Strength of units outside."""
-    plasticity: float = 2.0
+    plasticity: float = 4.0
     """The imbalance has decayed by ``exp(-plasticity)`` at the commit, which then ends it."""
     every: int = 20
     """Steps between two selections."""

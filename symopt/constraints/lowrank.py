@@ -69,7 +69,7 @@ class LowRank(Constraint):
     carries_factors: ClassVar[bool] = True
     product: ClassVar[bool] = True
     # Directions show early, once what is learned stands out of the random start, and want long training at the end.
-    plan: ClassVar[Plan] = Plan(begin=0.1, ramp=0.12, commit=0.14, inside=0.006, outside=6.0)
+    plan: ClassVar[Plan] = Plan(begin=0.1, ramp=0.12, commit=0.14, inside=0.006, outside=6.0, plasticity=2.0)
 
     strength: float | None = None
     rank: int | None = None
