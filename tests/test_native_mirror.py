@@ -327,3 +327,14 @@ def test_the_comparison_notices_a_wrong_learning_rate() -> None:
             for t in range(20):
                 step_alike(runs, t)
                 close(*runs)
+
+
+def test_copies_that_became_different_are_refused() -> None:
+    module = plane_module(TIES[0], dtype=torch.float32)
+    opt = symopt.AdamW(module)
+    with torch.no_grad():
+        module.w1.data = module.w1.double()
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"w0: tied weights must be of one dtype.* change all of them alike"):
+        opt.step()

@@ -269,7 +269,7 @@ class ConstrainedOptimizer(ConstrainedState):
                 try:
                     slot = self._slots[p] = Slot(p, constraint, state, groups, key, backend)
                 except ValueError as error:
-                    raise ValueError(f"{self._names[p]}: {error}; load state that belongs to this weight") from None
+                    raise ValueError(f"{self._names[p]}: {error}") from None
             slots.append(slot)
         for p in [*(p for slot in slots for p in slot.members), *(p for held, _ in rest for p in held)]:
             if p.grad is not None and p.grad.layout is not torch.strided:
@@ -292,7 +292,7 @@ class ConstrainedOptimizer(ConstrainedState):
         try:
             slot = self._slots[p] = JointSlot(members, constraint, states, key, backend)
         except ValueError as error:
-            raise ValueError(f"{self._names[p]}: {error}; load state that belongs to this weight") from None
+            raise ValueError(f"{self._names[p]}: {error}") from None
         return slot
 
     def _backend(self, group: dict[str, Any], p: Tensor, constraint: Constraint | None) -> str:

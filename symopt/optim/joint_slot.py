@@ -33,7 +33,10 @@ class JointSlot:
         self.members, self.constraint, self.states, self.key, self.backend = members, constraint, states, key, backend
         if len({(p.dtype, p.device, p.shape) for p in members}) > 1:  # changed since they were bound
             kinds = ", ".join(f"{p.dtype} {tuple(p.shape)} on {p.device}" for p in members)
-            raise ValueError(f"tied weights must be of one dtype, shape and device, not {kinds}")
+            raise ValueError(
+                f"tied weights must be of one dtype, shape and device, not {kinds}; change all of them alike, "
+                "or release them (symopt.release) and constrain them anew"
+            )
         if backend == "triton" and "step" in states[0]:  # counted on the device, as torch's fused step does
             step = states[0]["step"].to(device=members[0].device, dtype=torch.float32)
             for state in states:

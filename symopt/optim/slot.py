@@ -18,6 +18,8 @@ __all__ = ["Slot", "check_shapes", "gradient"]
 
 _OTHER_STATE = ("step", "imbalance", "metric_scale", "master", "group_index", "factor_0", "factor_1", "trim")
 
+_FIX = "load state that belongs to this weight"
+
 
 class Slot:
     """One entry of a fused call.  ``state`` is the parameter's, complete and of the kernel's precision."""
@@ -116,13 +118,15 @@ class Slot:
 def _check_groups(p: Tensor, groups: Groups | None) -> None:
     """Raise unless the groups are those of ``p``."""
     if groups is not None and math.prod(groups.view) != p.numel():
-        raise ValueError(f"the groups are those of shape {groups.view}, the weight has {tuple(p.shape)}")
+        raise ValueError(f"the groups are those of shape {groups.view}, the weight has {tuple(p.shape)}; {_FIX}")
     if groups is not None and groups.index is not None:
         index = groups.index
         if index.shape != p.shape or index.dtype != torch.int64:
-            raise ValueError(f"group_index is {index.dtype} of {tuple(index.shape)}, the weight has {tuple(p.shape)}")
+            raise ValueError(
+                f"group_index is {index.dtype} of {tuple(index.shape)}, the weight has {tuple(p.shape)}; {_FIX}"
+            )
         if not bool(((index >= 0) & (index < groups.count)).all()):
-            raise ValueError(f"group_index must lie in 0 ... {groups.count - 1}")
+            raise ValueError(f"group_index must lie in 0 ... {groups.count - 1}; {_FIX}")
 
 
 def check_shapes(p: Tensor, used: dict[str, Tensor], shared: int | None) -> None:
@@ -140,7 +144,8 @@ def check_shapes(p: Tensor, used: dict[str, Tensor], shared: int | None) -> None
         else:
             fits = value.shape == p.shape
         if not fits:
-            raise ValueError(f"state {name!r} has shape {tuple(value.shape)}, which does not fit {tuple(p.shape)}")
+            sizes = f"{tuple(value.shape)}, which does not fit {tuple(p.shape)}"
+            raise ValueError(f"state {name!r} has shape {sizes}; {_FIX}")
 
 
 def gradient(p: Tensor) -> Tensor:
