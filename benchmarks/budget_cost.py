@@ -1,24 +1,31 @@
 """What a budget adds to a whole training step: the same network with ``Sparse(strength)`` and with ``Sparse(density)``.
 
-python -m benchmarks.budget_cost        a minute; the table in docs/budgets.md
+    python -m benchmarks.budget_cost [--nets transformer] [--trainings 7]
+
+Both train in turns, 20 steps each.  "until the cut": with over without, of such blocks while the budget is imposed, the
+first one left out; "whole training": of the sums, the first block, the cut and what follows it included.  Medians and
+quartiles.
 """
 
 from __future__ import annotations
 
+import argparse
+import statistics
 import warnings
 from typing import Any
 
 import symopt
 from benchmarks import timing
 from benchmarks.training import NETS, Trainer
+from symopt.constraints.budget import Plan
 
 BUDGETS: dict[str, dict[str, Any]] = {
     "density 5 %, per tensor": {"density": 0.05},
     "density 5 %, global": {"density": 0.05, "scope": "global"},
     "2:4": {"pattern": "2:4"},
 }
-STEPS = 20
-"""To a block: one selection is among them."""
+STEPS, BLOCKS = 20, 30
+"""To a block, one selection being among them, and blocks to a training."""
 
 
 class _Annealed(Trainer):
@@ -27,30 +34,38 @@ class _Annealed(Trainer):
         names = tuple(n for n in symopt.constraints(self.net) if self.net.get_parameter(n).shape[1] % 4 == 0)
         symopt.constrain(symopt.release(self.net), {names: constraint})
         self.opt = symopt.AdamW(self.net, lr=1e-3, fused=True)
-        self.anneal = symopt.Anneal(self.opt, 10**6)
+        self.anneal = symopt.Anneal(self.opt, STEPS * BLOCKS)
 
-    def steps(self, count: int) -> None:
-        for _ in range(count):
+    def steps(self) -> None:
+        for _ in range(STEPS):
             self.backward()
             self.opt.step()
             self.anneal.step()
 
 
+def training(net: str, options: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Milliseconds of each block of one training with a budget and one without, in turns."""
+    ours, plain = _Annealed(net, symopt.Sparse(**options)), _Annealed(net, symopt.Sparse(0.1))
+    return timing.interleave((lambda: None, ours.steps), (lambda: None, plain.steps), BLOCKS, float("inf"), warm=0)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", default="MLP", help="a part of their names")
+    parser.add_argument("--trainings", type=int, default=7)
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
-    print("| network | budget | without, ms | with, ms | with / without |\n|---|---|---|---|---|")
-    for net in NETS:
+    print("| network | budget | without, ms | until the cut | whole training |\n|---|---|---|---|---|")
+    for net in (name for name in NETS if args.nets in name):
         for name, options in BUDGETS.items():
-            ours, plain = _Annealed(net, symopt.Sparse(**options)), _Annealed(net, symopt.Sparse(0.1))
-            a, b = timing.interleave(
-                (lambda: None, lambda t=ours: t.steps(STEPS)), (lambda: None, lambda t=plain: t.steps(STEPS)), 21, 6.0
-            )
-            ratio = timing.summarize([x / y for x, y in zip(a, b, strict=True)])
-            one, two = (timing.summarize([x / STEPS for x in times]).median for times in (a, b))
-            print(
-                f"| {net} | {name} | {two:.2f} | {one:.2f} | {ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f}) |",
-                flush=True,
-            )
+            training(net, options)  # to warm up
+            runs = [training(net, options) for _ in range(args.trainings)]
+            cut = int(Plan().commit * BLOCKS)
+            blocks = [x / y for a, b in runs for x, y in zip(a[1:cut], b[1:cut], strict=True)]
+            early, whole = timing.summarize(blocks), timing.summarize([sum(a) / sum(b) for a, b in runs])
+            each = statistics.median(time / STEPS for _, b in runs for time in b)
+            cells = [f"{x.median:.2f} ({x.low:.2f}-{x.high:.2f})" for x in (early, whole)]
+            print(f"| {net} | {name} | {each:.2f} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
