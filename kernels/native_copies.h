@@ -45,7 +45,7 @@ template <class T, int N, Lead LEAD>
 LOOP int32_t survey_copies(int64_t n, const Copies<T, N> c, T* second, T* peak, T* on, const Law<T>& k, Survey& s) {
   const T fresh1 = k.fresh1, beta2 = k.beta2, fresh2 = k.fresh2 / N, unbias2 = k.unbias2, eps = k.eps;
   const T momentum = k.momentum, undamped = k.undamped;
-  const T reach = k.lr * k.unbias1, scaled = k.direction == ADAMW ? T(1) : T(0);
+  const T reach = k.lr * k.unbias1, decoupled = k.direction == ADAMW ? T(1) : T(0);
   T ww = 0, uu = 0, uw = 0, dd = 0, dw = 0, all = 0, paces = 0, most = 0;
   int32_t apart = 0;
 #pragma omp simd reduction(+ : ww, uu, uw, dd, dw, all, paces, apart) reduction(max : most)
@@ -74,10 +74,12 @@ LOOP int32_t survey_copies(int64_t n, const Copies<T, N> c, T* second, T* peak, 
       paces += inverse;
       p = 1 / inverse;
     }
-    T a[N], b[N], w_mean = center(w, a), u_mean = center(x, b), pull = dot(b, b), along = dot(a, b), scale = p * p;
+    T a[N], b[N], d[N], w_mean = center(w, a), u_mean = center(x, b), pull = dot(b, b);
+    EACH_COPY d[j] = p * b[j];  // not p squared, which leaves the numbers of fp32 earlier
+    const T drive = dot(d, d);
     EACH_COPY apart += j > 0 && w[j] != w[0], all += x[j] * x[j];
-    ww += dot(a, a), uu += pull, uw += along, dd += scale * pull, dw += p * along;
-    most = larger((scaled * scale + (1 - scaled)) * pull, most);
+    ww += dot(a, a), uu += pull, uw += dot(a, b), dd += drive, dw += dot(a, d);
+    most = larger(decoupled * drive + (1 - decoupled) * pull, most);
     on[i] = w_mean - reach * p * u_mean;
   }
   constexpr int whole = WHOLE<N>;
