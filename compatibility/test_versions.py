@@ -7,15 +7,18 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-from compatibility.test_packages import BUILT, ROOT, call, environment
+from compatibility.test_packages import ROOT, call, environment
 
 NAMES = "import torch, numpy, triton; print(torch.__version__, numpy.__version__, triton.__version__)"
 
 
 def test_suite(release: str, tmp_path: Path, record_property: Any) -> None:
-    """``release`` is INTERPRETER=TORCH; what else the suite needs is the newest that goes with both."""
+    """``release`` is INTERPRETER=TORCH; what else the suite needs is the newest that goes with both.
+
+    The suite is that of the last commit, for some of it asks git.
+    """
     interpreter, torch = release.rsplit("=", 1)
-    shutil.copytree(ROOT, tmp_path / "source", ignore=BUILT)
+    call("git", "clone", "-q", ROOT, tmp_path / "source", cwd=tmp_path)
     python = environment(tmp_path / "venv", interpreter)
     version = call(python, "-c", "import platform; print(platform.python_version())", cwd=tmp_path).strip()
     try:

@@ -75,8 +75,8 @@ def decide(
     keep, shift = shared * rho, shared * gate_sq * (t * lr)
     # A group must not snap because two large terms cancel to within their rounding.
     terms = keep * keep * ww + shift * shift * uu
-    far = tl.sqrt(tl.maximum(terms - 2 * keep * shift * uw, NOISE * terms, propagate_nan=tl.PropagateNan.ALL))
-    small = far <= SNAP * scale
+    far = tl.sqrt(tl.maximum(terms - 2 * keep * shift * uw, terms * NOISE, propagate_nan=tl.PropagateNan.ALL))
+    small = far <= scale * SNAP
     snapped = small & (pull < decay) & snaps
     stays = small & (snaps == 0) & (far < norm)  # what lives within a budget does not vanish
     far = tl.where(stays, norm, far)

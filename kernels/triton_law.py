@@ -111,7 +111,7 @@ def decay_imbalance(
         rho = tl.maximum(1 - decay, 0.0)
         keep = tl.maximum(rho * rho * (rho * rho), FASTEST)
     c = c * keep
-    c = tl.where(c <= SNAP * scale, 0.0, c)
+    c = tl.where(c <= scale * SNAP, 0.0, c)
     tl.store(address(table, entry, IMBALANCE, tl.float32, False), c)
 
 

@@ -64,6 +64,7 @@ MARKS = tl.constexpr(FIELDS.index("marks"))
 CRITICAL = tl.constexpr(FIELDS.index("critical"))
 SPREAD = tl.constexpr(FIELDS.index("spread"))
 WIDTH = tl.constexpr(len(FIELDS))
+# Constants stand on the right of a product: before Triton 3.9 its interpreter has none of a constexpr and a tensor.
 SNAP = tl.constexpr(1e-6)
 TINY = tl.constexpr(1.1754943508222875e-38)
 

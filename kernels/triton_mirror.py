@@ -68,10 +68,10 @@ def automatic(table, entry, numbers, amplify, squares, everything, DECOUPLED: tl
     else:
         typical = numbers[7] * tl.sqrt(everything / weights) / amplify * spread
     at = address(table, entry, CRITICAL, tl.float32, False)
-    needed = tl.maximum(critical, FLOOR * typical, propagate_nan=tl.PropagateNan.ALL)
-    needed = tl.maximum(MEMORY * tl.load(at), needed, propagate_nan=tl.PropagateNan.ALL)
+    needed = tl.maximum(critical, typical * FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    needed = tl.maximum(tl.load(at) * MEMORY, needed, propagate_nan=tl.PropagateNan.ALL)
     tl.store(at, needed)
-    return MARGIN * needed
+    return needed * MARGIN
 
 
 @triton.jit
@@ -272,7 +272,7 @@ def moves(
                 off, turn = change(w, u, first, step)
                 rest += (off + turn) * (off + turn)
         far = tl.sqrt(rest)
-        snapped = (far <= SNAP * law[5]) & attracted
+        snapped = (far <= law[5] * SNAP) & attracted
         far = tl.where((far <= LARGEST) & (snapped == 0) & mask, far, 0.0)
         tl.store(partial + program, tl.sum(far, 0))
         tl.store(partial + programs + program, tl.sum(far * far, 0))
@@ -313,7 +313,7 @@ def moves(
         else:
             square = total(partial, begin, count)
             size = tl.sqrt(square)
-            gone = (size <= SNAP * law[5]) & (tl.load(gate + ATTRACTS) != 0)
+            gone = (size <= law[5] * SNAP) & (tl.load(gate + ATTRACTS) != 0)
             tl.store(gate + SNAPPED, gone.to(tl.float32))
             counts = (size <= LARGEST) & (gone == 0)
             size, square = tl.where(counts, size, 0.0), tl.where(counts, square, 0.0)

@@ -55,9 +55,9 @@ def pair(w, delta, decay, snaps, law, SATURATED: tl.constexpr, TRIMMED: tl.const
     rho = 1 - t * decay
     new = (rho * rho + delta * delta) * w - rho * delta * metric
     if TRIMMED:  # what lives within a budget does not vanish
-        gone = (tl.abs(new) < tl.minimum(tl.abs(w), SNAP * law[5])) & (snaps == 0)
+        gone = (tl.abs(new) < tl.minimum(tl.abs(w), law[5] * SNAP)) & (snaps == 0)
         new = tl.where(gone, w, new)
-    return tl.where((tl.abs(new) <= SNAP * law[5]) & attracted, 0.0, new)
+    return tl.where((tl.abs(new) <= law[5] * SNAP) & attracted, 0.0, new)
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def sparse_deep(
     sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, 0.0))
     rest = 1 - t * decay - sign * (t * delta) * lever
     new = w * power(tl.maximum(rest, 0.0, propagate_nan=tl.PropagateNan.ALL), DEPTH) + 0 * delta
-    return tl.where((tl.abs(new) <= SNAP * weight_scale(law[5], DEPTH)) & attracted, 0.0, new)
+    return tl.where((tl.abs(new) <= weight_scale(law[5], DEPTH) * SNAP) & attracted, 0.0, new)
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def sparse_free(
     still = (u == a) & (v == b)
     u, v, new = tl.where(still, stored_a, u), tl.where(still, stored_b, v), tl.where(still, w, new)
     if SATURATED:
-        snapped = (tl.abs(new) <= SNAP * law[5]) & attracted
+        snapped = (tl.abs(new) <= law[5] * SNAP) & attracted
         light = tl.abs(u) <= tl.abs(v)
         u, v = tl.where(snapped & light, 0.0, u), tl.where(snapped & (light == 0), 0.0, v)
         new = tl.where(snapped, 0.0, new)
