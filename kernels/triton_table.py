@@ -11,6 +11,7 @@ import os
 import struct
 from array import array
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -29,7 +30,29 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's interpreter runs the kernels on CPU tensors: for tests, thousands of times slower."""
 
-UNAVAILABLE = None if find_spec("triton") else "triton is not installed"
+OLDEST = (3, 7)
+"""The oldest release of Triton that the kernels were run with; torch 2.13 brings it, torch 2.7 brings 3.3."""
+
+
+def unavailable(release: str | None) -> str | None:
+    """Why the Triton step cannot run with this release of Triton (None: there is none), or None."""
+    if release is None:
+        return "triton is not installed"
+    if tuple(int(part) for part in release.split(".")[:2]) < OLDEST:
+        return f"triton {release} is older than {OLDEST[0]}.{OLDEST[1]}, the oldest that the kernels were run with"
+    return None
+
+
+def _release() -> str | None:
+    if find_spec("triton") is None:
+        return None
+    try:
+        return version("triton")
+    except PackageNotFoundError:  # builds for other devices have other names, and come with their torch
+        return f"{OLDEST[0]}.{OLDEST[1]}"
+
+
+UNAVAILABLE = unavailable(_release())
 """Why the Triton step cannot run here, or None."""
 
 BLOCK = 2048  # weights of a program: 8 to each of 256 threads, which are 128 bits in half precision

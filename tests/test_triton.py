@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from machine_code import TARGETS, VARIANTS, Variant, build, traffic
-from symopt_kernels import triton_launch
+from symopt_kernels import triton_launch, triton_table
 
 HERE = Path(__file__).resolve().parent
 MODES = ["interpreted", *(["gpu"] if torch.cuda.is_available() else [])]
@@ -87,3 +87,9 @@ def test_every_kind_is_compiled() -> None:
     assert kinds == {variant.retraction for variant, _ in COMPILED}
     assert {target for _, target in COMPILED} == set(TARGETS)
     assert all(replace(v).key == v.key for v in VARIANTS)
+
+
+def test_an_old_triton_is_not_used() -> None:
+    assert triton_table.unavailable("3.7.1") is None and triton_table.unavailable("10.0.0+git1") is None
+    assert "3.3.0 is older than 3.7" in str(triton_table.unavailable("3.3.0"))
+    assert triton_table.unavailable(None) == "triton is not installed"
