@@ -35,10 +35,15 @@ class Member:
         return self.w.numel() if self.groups is None else self.groups.count
 
     @property
+    def budget(self) -> Budget:
+        found = self.constraint.budget
+        assert found is not None
+        return found
+
+    @property
     def cost(self) -> int:
         """What a unit takes of the budget: 1, or its multiply-adds per example."""
-        budget = self.constraint.budget
-        assert budget is not None
+        budget = self.budget
         return self.w.numel() // self.units * budget.positions if budget.scope == "flops" else 1
 
 
@@ -58,9 +63,7 @@ class Pool:
 
     @property
     def budget(self) -> Budget:
-        shared = self.members[0].constraint.budget
-        assert shared is not None
-        return shared
+        return self.members[0].budget
 
     @property
     def pattern(self) -> tuple[int, int] | None:
