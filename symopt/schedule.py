@@ -21,7 +21,7 @@ from symopt_kernels.reference import math_dtype
 __all__ = ["Anneal"]
 
 
-GENTLE, SMALL = 0.1, 0.03
+GENTLE, SMALL = 0.1, 0.05
 """The largest decay of a unit outside a budget per step, relative to the metric, where the budget is more than SMALL:
 (1 - .1)**(2 * 20) is 1.5 %.  Smaller ones are met as they are, and half a percent of a ResNet lost 20 points by it."""
 _RATE = 25.0  # exp(-25 k / N) passes SNAP after 55 % of training: the rest settles what is left with zeros permanent
