@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import symopt
-from symopt import selection
+from symopt import schedule, selection
 from symopt.budgets import Member, Pool, pools
 from symopt_kernels import native, reference
 from table import tolerance
@@ -593,3 +593,30 @@ def test_the_native_pattern_is_the_references(
     native.step([entry], "sgd", lr=0.01, saturated=saturated, instructions=instructions)
     close = torch.finfo(dtype).eps * tolerance("native weight, fp64")
     torch.testing.assert_close(w.double(), want, rtol=close, atol=close * float(want.abs().max()))
+
+
+def lived(lr: float, keep: float, seed: int) -> int:
+    """Neurons that live after 300 steps, half of their inputs being zero and their labels chance."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 10))
+    symopt.constrain(net, {"0.weight": symopt.GroupSparse("out", keep=keep)})
+    opt = symopt.AdamW(net, lr=lr)
+    anneal = symopt.Anneal(opt, 300)
+    x, y = torch.randn(256, 40, generator=generator), torch.randint(10, (256,), generator=generator)
+    x[:, 20:] = 0
+    for _ in range(300):
+        i = torch.randint(256, (32,), generator=generator)
+        opt.zero_grad()
+        nn.functional.cross_entropy(net(x[i]), y[i]).backward()
+        opt.step()
+        anneal.step()
+    return int(net.get_parameter("0.weight").any(1).sum())
+
+
+def test_large_budgets_are_met_at_high_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At these rates a unit outside dies in three steps, and one without a gradient, like a dead ReLU, stays so."""
+    cases = [(0.03, 0.9, 0), (0.05, 0.7, 2), (0.1, 0.7, 0)]
+    assert all(lived(lr, keep, seed) == round(64 * keep) for lr, keep, seed in cases)
+    monkeypatch.setattr(schedule, "GENTLE", math.inf)
+    assert any(lived(lr, keep, seed) < round(64 * keep) for lr, keep, seed in cases)
