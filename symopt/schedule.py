@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symopt.budgets import Member, Pool, pools
+from symopt.budgets import Member, pools
 from symopt.constraints import Composed, Constraint
 from symopt.constraints.budget import Plan
 from symopt.optim import ConstrainedOptimizer
@@ -267,12 +267,10 @@ class Anneal:
             if budget:  # what leaves the budget last has from the end of the ramp to the commit
                 plan, last = self._plan_of(constraint)
                 active = max(1, round(last * (1 - plan.ramp / plan.commit)))
-                member = self._member(p, name, constraint)
-                unit = float(self._unit(group, p, member))
+                unit = float(self._unit(group, p, self._member(p, name, constraint)))
                 if unit == 0:
                     continue  # SGD before its first gradient
-                outside = self._outside(rule, p, member, plan, unit, Pool((member,)).share)
-                rule |= {"decoupled_weight_decay": True, "strength": float(outside)}
+                rule |= {"decoupled_weight_decay": True, "strength": plan.outside * unit}
             needed = collapse_steps(self.optimizer, rule, p, constraint)
             if needed is None or needed <= active:
                 continue

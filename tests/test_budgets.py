@@ -22,6 +22,8 @@ from symopt.budgets import Member, Pool, pools
 from symopt_kernels import native, reference
 from table import tolerance
 
+torch.set_num_threads(1)  # two threads in each of two workers wait for each other at every small operation
+
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "adamw": lambda net: symopt.AdamW(net, lr=1e-2),
     "adam": lambda net: symopt.Adam(net, lr=1e-2),
