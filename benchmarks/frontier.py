@@ -52,10 +52,15 @@ def _case(task: str, method: str, budget: str) -> Case:
 
 
 def _scores(table: Table, task: str, method: str, budget: str, seeds: int) -> list[float]:
-    """None where the method cannot meet such a budget."""
+    """Empty where the method cannot meet such a budget."""
     if not METHODS[method].takes(Budget(budget)):
         return []
     return table.scores(_case(task, method, budget), settings(METHODS[method].grid), seeds)
+
+
+def _gaps(first: list[float], other: list[float]) -> list[float]:
+    """Seed by seed; empty where either cannot meet the budget."""
+    return [x - y for x, y in zip(first, other, strict=True)] if first and other else []
 
 
 def tables(table: Table, task: str, methods: list[str], budgets: list[str], seeds: int) -> list[str]:
@@ -63,10 +68,7 @@ def tables(table: Table, task: str, methods: list[str], budgets: list[str], seed
     digits, first = TASKS[task].decimals, methods[0]
     scores = {(m, b): _scores(table, task, m, b, seeds) for m in methods for b in budgets}
     rows = {m: [cell(scores[m, b], digits) for b in budgets] for m in methods}
-    gaps = {
-        m: [[x - y for x, y in zip(scores[first, b], scores[m, b], strict=False)] for b in budgets] for m in methods
-    }
-    less = {m: [cell(gap, digits, "+") for gap in gaps[m]] for m in methods[1:]}
+    less = {m: [cell(_gaps(scores[first, b], scores[m, b]), digits, "+") for b in budgets] for m in methods[1:]}
     lines = []
     for title, corner, body in ((task, " method ", rows), (f"{task}: {first} minus", " ", less)):
         lines += [f"### {title}", "", f"|{corner}| " + " | ".join(budgets) + " |", "|---|" + "---|" * len(budgets)]

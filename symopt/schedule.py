@@ -205,9 +205,9 @@ class Anneal:
             return outside
         # Units without a gradient fill a large budget, and do not come back: what drifts over the threshold must be
         # alive when the next selection looks.
-        scale = torch.ones(()) if group["time_scale"] == "none" else self.optimizer.state[p].get("metric_scale")
-        if scale is None:  # before the first step
-            scale = m.constraint.start(m.w.float(), group["imbalance"], m.groups)[1]
+        scale = torch.ones(())
+        if group["time_scale"] == "saturated":
+            scale = _metric_scale(self.optimizer, group, p, m.constraint)
         rate = torch.as_tensor(group["lr"]) * math.sqrt(p.numel() / m.units)
         return torch.as_tensor(outside, device=p.device).minimum((GENTLE * scale / rate).to(p.device))
 
@@ -300,6 +300,15 @@ class Anneal:
             )
 
 
+def _metric_scale(optimizer: ConstrainedOptimizer, group: dict[str, Any], p: Tensor, constraint: Constraint) -> Tensor:
+    """The state's, or before the first step what it will be."""
+    state = optimizer.state.get(p, {})
+    if "metric_scale" in state:
+        return state["metric_scale"]  # type: ignore[no-any-return]
+    groups, w = optimizer.groups(p, constraint), optimizer.weight(p).float()
+    return constraint.start(w, group["imbalance"], groups)[1]
+
+
 @torch.no_grad()
 def collapse_steps(
     optimizer: ConstrainedOptimizer, group: dict[str, Any], p: torch.Tensor, constraint: Any
@@ -316,7 +325,7 @@ def collapse_steps(
     if math.isnan(strength):
         return None
     groups, w = optimizer.groups(p, constraint), optimizer.weight(p).float()
-    scale = state["metric_scale"] if "metric_scale" in state else constraint.start(w, group["imbalance"], groups)[1]
+    scale = _metric_scale(optimizer, group, p, constraint)
     size = constraint.size(w, groups)
     live = size > 0
     if not bool(live.any()):
