@@ -478,9 +478,11 @@ def test_a_gradient_of_another_dtype_counts_or_is_refused(dtype: torch.dtype, gr
     for backend in CPU_BACKENDS:
         module = made((6, 4), symopt.Sparse(0.3), dtype=dtype)
         module.weight.grad_dtype = None  # any
+        before = module.weight.detach().clone()
         opt = symopt.SGD(module, lr=0.01, backend=backend)
         module.weight.grad = torch.full((6, 4), 0.125, dtype=grad_dtype)  # exact in all
         opt.step()
+        assert not torch.equal(module.weight, before)
         runs.append((module, opt))
     close(*runs, "backends" if dtype == torch.float64 else "backends, fp32")
 
