@@ -605,20 +605,15 @@ def lived(lr: float, keep: float, seed: int) -> int:
     symopt.constrain(net, {"0.weight": symopt.GroupSparse("out", keep=keep)})
     opt = symopt.AdamW(net, lr=lr)
     anneal = symopt.Anneal(opt, 300)
-    x, y = torch.randn(256, 40, generator=generator), torch.randint(10, (256,), generator=generator)
+    x, y = torch.randn(128, 40, generator=generator), torch.randint(10, (128,), generator=generator)
     x[:, 20:] = 0
-    for _ in range(300):
-        i = torch.randint(256, (32,), generator=generator)
-        opt.zero_grad()
-        nn.functional.cross_entropy(net(x[i]), y[i]).backward()
-        opt.step()
-        anneal.step()
+    train(net, opt, anneal, x, y, 300)
     return int(net.get_parameter("0.weight").any(1).sum())
 
 
 def test_large_budgets_are_met_at_high_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """At these rates a unit outside dies in three steps, and one without a gradient, like a dead ReLU, stays so."""
-    cases = [(0.03, 0.9, 0), (0.05, 0.7, 2), (0.1, 0.7, 0)]
+    cases = [(0.1, 0.7, 0), (0.1, 0.7, 1), (0.1, 0.9, 0)]
     assert all(lived(lr, keep, seed) == round(64 * keep) for lr, keep, seed in cases)
     monkeypatch.setattr(schedule, "GENTLE", math.inf)
-    assert any(lived(lr, keep, seed) < round(64 * keep) for lr, keep, seed in cases)
+    assert all(lived(lr, keep, seed) < round(64 * keep) for lr, keep, seed in cases)
