@@ -365,13 +365,14 @@ class Method:
     train: Callable[..., nn.Module]
     grid: tuple[dict[str, Any], ...]
     patterns: bool = True
-    """Whether it can meet 2:4 and neurons, too, and not only a number of weights."""
+    """Whether 2:4 and neurons are something else to it than to the others."""
 
     def takes(self, budget: Budget) -> bool:
         return self.patterns or not (budget.pattern or budget.neurons)
 
 
 _RATES = (3e-3, 6e-3, 1.2e-2)
+_TWO = _RATES[:2]
 _WINDOWS = grid(lr=_RATES, begin=(0.1,), end=(0.6, 0.8)) + grid(lr=_RATES, begin=(0.3,), end=(0.6,))
 
 METHODS: dict[str, Method] = {
@@ -380,14 +381,16 @@ METHODS: dict[str, Method] = {
     "symopt SGD": Method(ours_sgd, ({"lr": 0.1},)),
     "dense": Method(dense, grid(lr=(1e-3, 3e-3))),
     "gradual pruning": Method(pruning, _WINDOWS),
-    "gradual pruning, LAMP": Method(pruning, tuple({**window, "adaptive": True} for window in _WINDOWS)),
+    "gradual pruning, LAMP": Method(
+        pruning, tuple({**window, "adaptive": True} for window in _WINDOWS), patterns=False
+    ),
     "one-shot pruning": Method(
         pruning, tuple({"lr": lr, "begin": b, "end": b} for lr in (1e-3, 3e-3) for b in (0.2, 0.5))
     ),
-    "l1": Method(l1, grid(lr=(3e-3,), strength=(3e-4, 1e-3, 3e-3), cut=(0.4, 0.7))),
-    "proximal l1": Method(proximal, grid(lr=(3e-3,), strength=(0.1, 0.3), cut=(0.4, 0.7))),
-    "PAdam": Method(padam, grid(lr=(3e-3,), strength=(0.1, 0.3), cut=(0.4, 0.7))),
-    "PAT": Method(pat, grid(lr=(3e-3,), strength=(0.03, 0.1), cut=(0.4, 0.7))),
+    "l1": Method(l1, grid(lr=_TWO, strength=(3e-4, 1e-3, 3e-3), cut=(0.4, 0.7))),
+    "proximal l1": Method(proximal, grid(lr=_TWO, strength=(0.1, 0.3), cut=(0.4, 0.7))),
+    "PAdam": Method(padam, grid(lr=_TWO, strength=(0.1, 0.3), cut=(0.4, 0.7))),
+    "PAT": Method(pat, grid(lr=_TWO, strength=(0.03, 0.1), cut=(0.4, 0.7))),
     "spred": Method(lambda *a, **k: factors(*a, depth=2, **k), grid(lr=(0.1, 0.3), strength=(5e-4, 2e-3), cut=(0.7,))),
     "deep factors": Method(
         lambda *a, **k: factors(*a, depth=3, **k), grid(lr=(0.3, 0.5), strength=(1e-4, 3e-4), cut=(0.7,))

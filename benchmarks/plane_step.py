@@ -22,10 +22,12 @@ PLANES: dict[str, tuple[int, Callable[[], symopt.Constraint]]] = {
     "`Tied()`": (2, symopt.Tied),
     "`Tied()`, four copies": (4, symopt.Tied),
     '`Tied(mode="elementwise")`': (2, lambda: symopt.Tied(mode="elementwise")),
+    '`Tied(views=[None, "T"])`': (2, lambda: symopt.Tied(views=[None, "T"])),
     "`Symmetric()`": (1, symopt.Symmetric),
+    "`Circulant()`": (1, symopt.Circulant),
     "`ZeroMean()`": (1, symopt.ZeroMean),
 }
-"""How many square weights are bound together, and by what; those that take the reference step come last."""
+"""How many square weights are bound together, and by what."""
 
 OPTIMIZERS = {
     "AdamW": (symopt.AdamW, torch.optim.AdamW, {}),
@@ -79,7 +81,7 @@ def main() -> None:
             print("| constraint | optimizer | backend | | symopt, ms | torch fused, no constraint, ms | ratio |")
             print("|---|---|---|---|---|---|---|")
             for name in PLANES:
-                for optimizer in OPTIMIZERS if "Tied" in name else ("AdamW",):
+                for optimizer in OPTIMIZERS if "Tied" in name or "Symmetric" in name else ("AdamW",):
                     for on_plane in (False, True) if arguments.only in name else ():
                         given = {"on_plane": on_plane, "seconds": arguments.seconds}
                         print(row(arguments.size, name, optimizer, **given), flush=True)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from symopt_kernels.groups import Groups
+from symopt_kernels.groups import Groups, Segment
 
 __all__ = [
     *("DTYPES", "HISTOGRAM_SHIFT", "INSTRUCTIONS", "THREADS", "UNAVAILABLE", "Entry", "Mirror", "Settings"),
@@ -46,17 +46,29 @@ class Entry(Structure):
     ]
 
 
+class _Segment(Structure):
+    """:class:`symopt_kernels.groups.Segment`, as ``struct Segment`` of ``native_types.h``."""
+
+    _fields_: ClassVar = [
+        *[(name, c_void_p) for name in ("of", "places", "ids")],
+        *[(name, c_int64) for name in ("copies", "orbits")],
+    ]
+
+
 class Mirror(Structure):
     """Tensors that a plane makes equal, as ``struct Mirror`` of ``native_types.h``; ``entries`` are those of each."""
 
     _fields_: ClassVar = [
         ("members", POINTER(c_void_p)),
         ("critical", c_void_p),
-        ("copies", c_int64),
+        ("segments", POINTER(_Segment)),
+        ("count", c_int64),
         ("spread", c_double),
         ("each", c_int32),
     ]
     entries: list[Entry]
+    places: Sequence[Segment]
+    """Kept alive: the segments point into them."""
 
 
 class Settings(Structure):
@@ -198,9 +210,12 @@ def fill_mirror(
     *,
     spread: float,
     each: bool,
+    segments: Sequence[Segment] | None = None,
     fresh: bool = False,
 ) -> None:
-    """Point ``mirror`` at contiguous weights of one shape; what they share is in the first of their states.
+    """Point ``mirror`` at contiguous weights; what they share is in the first of their states.
+
+    Without ``segments`` they have one shape, and orbits are their weights at one place.
 
     With ``each`` every orbit has its own gate.  ``spread`` turns a strength per coordinate into one per gate; a state
     ``critical`` makes the strength automatic, else that of ``entries[0]`` counts.
@@ -210,7 +225,11 @@ def fill_mirror(
         fill(entry, weight, state, "mirror", fresh=fresh)
     mirror.members = (c_void_p * len(weights))(*map(ctypes.addressof, mirror.entries))
     mirror.critical = states[0]["critical"].data_ptr() if "critical" in states[0] else None
-    mirror.copies, mirror.spread, mirror.each = len(weights), spread, each
+    mirror.places = segments or ()
+    rows = [_Segment(s.of.data_ptr(), s.places.data_ptr(), s.ids.data_ptr(), *s.places.shape) for s in mirror.places]
+    rows = rows or [_Segment(None, None, None, len(weights), weights[0].numel())]
+    mirror.segments, mirror.count = (_Segment * len(rows))(*rows), len(rows)
+    mirror.spread, mirror.each = spread, each
 
 
 def step(

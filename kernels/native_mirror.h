@@ -1,38 +1,129 @@
-// The step of weights that a fixed plane makes equal: kernels/mirror.py for orbits of equally many copies.
+// The step of weights that a fixed plane makes equal: kernels/mirror.py for orbits.
 //
-// Included like native_step.h, once per instruction set.  Copy j of orbit i is weight i of member j.  A joint gate needs
-// its sums before any weight can move, so there are two sweeps: `survey` advances the moments and sums, `step` moves.  A
+// Included like native_step.h, once per instruction set.  Orbits of equally many copies are a segment; where its copies
+// do not lie side by side, blocks of them are gathered and what was written is scattered.  A joint gate needs its sums before any weight can move, so there are two sweeps: `survey` advances the moments and sums, `step` moves.  A
 // block whose copies are equal already takes, without imbalance, the plain step whatever the gate: the first sweep then
 // moves it at once, and on the plane no second one is needed.
 
 #define LOOP [[gnu::noinline]] static  // as in native_step.h
 
-// All copies of up to BLOCK neighbouring orbits.
+template <class X> LOOP void gather(int64_t n, const void* from, const int32_t* __restrict places, X* __restrict to) {
+  const X* x = static_cast<const X*>(from);
+  for (int64_t i = 0; i < n; i++) to[i] = x[places[i]];
+}
+
+template <class X> LOOP void scatter(int64_t n, const X* __restrict from, const int32_t* __restrict places, void* to) {
+  X* x = static_cast<X*>(to);
+  for (int64_t i = 0; i < n; i++) x[places[i]] = from[i];
+}
+
+// One copy of the orbits of a block, side by side.
+template <class T, class W> struct Gathered {
+  W weight[BLOCK], grad[BLOCK];
+  T master[BLOCK], first[BLOCK];
+};
+
+// All copies of up to BLOCK neighbouring orbits of a segment.
 template <class T, class W> struct Orbits {
   std::unique_ptr<Block<T, W>[]> copies;
+  std::unique_ptr<Gathered<T, W>[]> gathered;  // null where copies lie side by side in memory
+  std::unique_ptr<Entry[]> entries;            // what is gathered, as the blocks see it
   const Mirror& m;
+  const Segment& s;
   const Law<T>& k;
-  int64_t n = 0, at = 0;
+  int64_t n = 0, at = 0, start = 0;
+  T second[BLOCK], peak[BLOCK];                    // gathered
   T speed[BLOCK];                                  // Adam's preconditioner
   T w_mean[BLOCK], u_mean[BLOCK];                  // of weight and update, over the copies
   T forth[BLOCK], lost[BLOCK], shift[BLOCK];       // w' = w - forth u_mean + lost (w - w_mean) - shift (u - u_mean)
   T ww[BLOCK], uu[BLOCK], uw[BLOCK], rest[BLOCK];  // sums over the copies, of what is off the plane
 
-  Orbits(const Mirror& mirror, const Law<T>& law) : copies(new Block<T, W>[mirror.copies]), m(mirror), k(law) {}
+  Orbits(const Mirror& mirror, const Segment& segment, const Law<T>& law)
+      : copies(new Block<T, W>[segment.copies]), m(mirror), s(segment), k(law) {
+    if (!s.places) return;
+    gathered.reset(new Gathered<T, W>[s.copies]);
+    entries.reset(new Entry[s.copies]);
+    for (int64_t j = 0; j < s.copies; j++) {
+      Entry& e = entries[j];
+      Gathered<T, W>& g = gathered[j];
+      e = *m.members[s.of[j]];
+      e.weight = g.weight, e.grad = g.grad;
+      if (e.master) e.master = g.master;
+      if (e.first) e.first = g.first;
+      if (e.second) e.second = second;
+      if (e.peak) e.peak = peak;
+    }
+  }
+
+  const Entry& entry(int64_t j) const { return s.places ? entries[j] : *m.members[j]; }
+  const int32_t* places(int64_t j) const { return s.places + j * s.orbits + start; }
 
   // Blocks are shorter than what hardware needs to see a stream coming.
-  void expect(int64_t start, int64_t end, bool all) const {
-    const int64_t bytes = sizeof(T), n = std::min(end - start, BLOCK);
-    const auto fetch = [&](const void* from, int64_t size) {
-      const char* p = static_cast<const char*>(from) + start * size;
-      for (int64_t i = 0; from && i < n * size; i += 64) __builtin_prefetch(p + i);
+  void expect(int64_t begin, int64_t end, bool all) const {
+    if (s.places) return expect_gathered(begin, end, all);
+    const int64_t bytes = sizeof(T), size = std::min(end - begin, BLOCK);
+    const auto fetch = [&](const void* from, int64_t each) {
+      const char* p = static_cast<const char*>(from) + begin * each;
+      for (int64_t i = 0; from && i < size * each; i += 64) __builtin_prefetch(p + i);
     };
-    for (int64_t j = 0; j < m.copies; j++) {
-      const Entry& e = *m.members[j];
+    for (int64_t j = 0; j < s.copies; j++) {
+      const Entry& e = entry(j);
       fetch(e.weight, sizeof(W)), fetch(e.master, bytes), fetch(e.first, bytes);
       if (all || !e.first) fetch(e.grad, sizeof(W));
     }
-    fetch(m.members[0]->second, bytes);
+    fetch(entry(0).second, bytes);
+  }
+
+  // Of every tile a row of eight and one of every eight others: whichever way a copy is turned, that is each of its lines.
+  void expect_gathered(int64_t begin, int64_t end, bool all) const {
+    const int64_t size = std::min(end - begin, block_of(s));
+    for (int64_t j = 0; j < s.copies; j++) {
+      const Entry& e = *m.members[s.of[j]];
+      const int32_t* p = s.places + j * s.orbits + begin;
+      const auto fetch = [&](const void* from, int64_t each) {
+        const char* x = static_cast<const char*>(from);
+        for (int64_t i = 0; from && i < size; i += i % 64 < 8 ? 1 : 8) __builtin_prefetch(x + p[i] * each, 0, 2);
+      };
+      fetch(e.weight, sizeof(W)), fetch(e.master, sizeof(T)), fetch(e.first, sizeof(T));
+      if (all || !e.first) fetch(e.grad, sizeof(W));
+    }
+  }
+
+  // Turns to a block; `all` says that the gradients are needed.
+  void turn(int64_t from, int64_t count, bool all) {
+    start = from, n = count, at = s.places ? 0 : from;
+    if (!s.places) return;
+    for (int64_t j = 0; j < s.copies; j++) {
+      const Entry& e = *m.members[s.of[j]];
+      Gathered<T, W>& g = gathered[j];
+      gather(n, e.weight, places(j), g.weight);
+      if (all || !e.first || k.nesterov) gather(n, e.grad, places(j), g.grad);
+      if (e.master) gather(n, e.master, places(j), g.master);
+      if (e.first) gather(n, e.first, places(j), g.first);
+    }
+    const Entry& e = *m.members[0];
+    if (e.second) gather(n, e.second, s.ids + start, second);
+    if (e.peak) gather(n, e.peak, s.ids + start, peak);
+  }
+
+  // What the first sweep has written beside weights goes back to where it lay.
+  void keep_moments() {
+    if (!s.places) return;
+    for (int64_t j = 0; j < s.copies; j++)
+      if (void* first = m.members[s.of[j]]->first) scatter(n, gathered[j].first, places(j), first);
+    const Entry& e = *m.members[0];
+    if (e.second) scatter(n, second, s.ids + start, e.second);
+    if (e.peak) scatter(n, peak, s.ids + start, e.peak);
+  }
+
+  void close() {
+    for (int64_t j = 0; j < s.copies; j++) {
+      copies[j].close(entry(j), 0);
+      if (!s.places) continue;
+      const Entry& e = *m.members[s.of[j]];
+      scatter(n, gathered[j].weight, places(j), e.weight);
+      if (e.master) scatter(n, gathered[j].master, places(j), e.master);
+    }
   }
 
   T* moment(void* of) const { return of ? static_cast<T*>(of) + at : nullptr; }
@@ -47,26 +138,24 @@ template <class T, class W> struct Orbits {
     return c;
   }
 
-  template <int N> bool advance_few(int64_t start, int64_t count, Survey& s) {
-    at = start, n = count;
-    for (int64_t j = 0; j < N; j++) copies[j].open(*m.members[j], k, at, n);
-    const Entry& e = *m.members[0];
+  template <int N> bool advance_few(Survey& sums) {
+    for (int64_t j = 0; j < N; j++) copies[j].open(entry(j), k, at, n);
+    const Entry& e = entry(0);
     T *second = moment(e.second), *peak = moment(e.peak), *on = rest;
     if (k.direction == SGD && (!e.first || e.fresh)) {
-      for (int64_t j = 0; j < N; j++) copies[j].direct(*m.members[j], k);
-      return survey_copies<T, N, GIVEN>(n, streams<N>(), second, peak, on, k, s);
+      for (int64_t j = 0; j < N; j++) copies[j].direct(entry(j), k);
+      return survey_copies<T, N, GIVEN>(n, streams<N>(), second, peak, on, k, sums);
     }
     Copies<T, N> c = streams<N>();
-    for (int64_t j = 0; j < N; j++) c.u[j] = moment(m.members[j]->first);
+    for (int64_t j = 0; j < N; j++) c.u[j] = moment(entry(j).first);
     auto survey = k.direction == SGD ? (k.nesterov ? survey_copies<T, N, NESTEROV> : survey_copies<T, N, MOMENTUM>)
                                      : (peak ? survey_copies<T, N, AMSGRAD> : survey_copies<T, N, MOMENTS>);
-    return survey(n, c, second, peak, on, k, s);
+    return survey(n, c, second, peak, on, k, sums);
   }
 
-  template <int N> double step_few(int64_t start, int64_t count, const Gate& gate, bool glided, Tally& tally) {
-    at = start, n = count;
-    for (int64_t j = 0; j < N; j++) copies[j].recall(*m.members[j], k, at, n);
-    const Entry& e = *m.members[0];
+  template <int N> double step_few(const Gate& gate, bool glided, Tally& tally) {
+    for (int64_t j = 0; j < N; j++) copies[j].recall(entry(j), k, at, n);
+    const Entry& e = entry(0);
     const T* second = moment(e.peak ? e.peak : e.second);
     const Copies<T, N> c = streams<N>();
     double square = 0;
@@ -84,71 +173,80 @@ template <class T, class W> struct Orbits {
   }
 
   // The first sweep of a block; returns whether copies differ.
-  bool survey_block(int64_t start, int64_t count, Survey& s) {
-    if (m.copies == 2) return advance_few<2>(start, count, s);
-    if (m.copies == 3) return advance_few<3>(start, count, s);
-    if (m.copies == 4) return advance_few<4>(start, count, s);
-    open(start, count, true);
-    survey(s, m.each && m.critical);
+  bool survey_block(int64_t from, int64_t count, Survey& sums) {
+    turn(from, count, true);
+    const bool apart = s.copies == 1 ? advance_few<1>(sums) : s.copies == 2 ? advance_few<2>(sums)
+                     : s.copies == 3 ? advance_few<3>(sums) : s.copies == 4 ? advance_few<4>(sums) : advance(sums);
+    keep_moments();
+    return apart;
+  }
+
+  bool advance(Survey& sums) {
+    open(true);
+    survey(sums, m.each && m.critical);
     for (int64_t i = 0; i < n; i++) rest[i] = w_mean[i] - forth[i] * u_mean[i];
     return !together();
   }
 
   // The weights become what the first sweep has found them to be if they are equal.
   void glide() {
-    for (int64_t j = 0; j < m.copies; j++) std::copy(rest, rest + n, copies[j].w);
+    for (int64_t j = 0; j < s.copies; j++) std::copy(rest, rest + n, copies[j].w);
     close();
   }
 
   // The second sweep of a block; returns the squared distance from the plane under one gate.
-  double step_block(int64_t start, int64_t count, const Gate& gate, bool glided, Tally& tally) {
-    if (m.copies == 2) return step_few<2>(start, count, gate, glided, tally);
-    if (m.copies == 3) return step_few<3>(start, count, gate, glided, tally);
-    if (m.copies == 4) return step_few<4>(start, count, gate, glided, tally);
-    open(start, count, false);
+  double step_block(int64_t from, int64_t count, const Gate& gate, bool glided, Tally& tally) {
+    turn(from, count, false);
+    if (s.copies == 1) return step_few<1>(gate, glided, tally);
+    if (s.copies == 2) return step_few<2>(gate, glided, tally);
+    if (s.copies == 3) return step_few<3>(gate, glided, tally);
+    if (s.copies == 4) return step_few<4>(gate, glided, tally);
+    open(false);
     if (!m.each) return move(gate, glided);
     move_each(tally);
     return 0;
   }
 
-  void open(int64_t start, int64_t count, bool advance) {
-    at = start, n = count;
+  // The last step onto the plane: what was on it is the mean of what was written.
+  void snap_block(int64_t from, int64_t count) {
+    turn(from, count, false);
+    open(false);
+    for (int64_t j = 0; j < s.copies; j++) std::copy(w_mean, w_mean + n, copies[j].w);
+    close();
+  }
+
+  void open(bool advance) {
     T* square = rest;
     std::fill(square, square + n, T(0));
-    for (int64_t j = 0; j < m.copies; j++) {
+    for (int64_t j = 0; j < s.copies; j++) {
       Block<T, W>& b = copies[j];
-      if (advance) b.open(*m.members[j], k, at, n), b.direct(*m.members[j], k);
-      else b.recall(*m.members[j], k, at, n);
+      if (advance) b.open(entry(j), k, at, n), b.direct(entry(j), k);
+      else b.recall(entry(j), k, at, n);
       if (advance && k.direction != SGD) add_square(n, b.g, square);
     }
-    const Entry& e = *m.members[0];
-    T* second = static_cast<T*>(e.second) + at;
-    T* peak = e.peak ? static_cast<T*>(e.peak) + at : nullptr;
+    T *second = moment(entry(0).second), *peak = moment(entry(0).peak);
     if (k.direction == SGD) std::fill(speed, speed + n, T(1));
     else if (!advance) precondition(n, peak ? peak : second, speed, k);
-    else second_moment(n, square, second, peak, speed, T(1) / T(m.copies), k);
-    for (int64_t j = 1; j < m.copies; j++) {
-      difference(n, copies[0].w, copies[j].w, w_mean, j > 1);
-      difference(n, copies[0].u, copies[j].u, u_mean, j > 1);
+    else second_moment(n, square, second, peak, speed, T(1) / T(s.copies), k);
+    for (T* sums : {w_mean, u_mean}) std::fill(sums, sums + n, T(0));
+    for (int64_t j = 1; j < s.copies; j++) {
+      difference(n, copies[0].w, copies[j].w, w_mean);
+      difference(n, copies[0].u, copies[j].u, u_mean);
     }
-    mean(n, copies[0].w, w_mean, T(1) / T(m.copies));
-    mean(n, copies[0].u, u_mean, T(1) / T(m.copies));
+    mean(n, copies[0].w, w_mean, T(1) / T(s.copies));
+    mean(n, copies[0].u, u_mean, T(1) / T(s.copies));
     proportional(n, speed, forth, k.lr * k.unbias1);
   }
 
   bool together() const {
     int32_t apart = 0;
-    for (int64_t j = 1; j < m.copies && !apart; j++) apart = differ(n, copies[0].w, copies[j].w);
+    for (int64_t j = 1; j < s.copies && !apart; j++) apart = differ(n, copies[0].w, copies[j].w);
     return !apart;
   }
 
   void sum_orbits() {
     for (T* sums : {ww, uu, uw}) std::fill(sums, sums + n, T(0));
-    for (int64_t j = 0; j < m.copies; j++) add_orbits(n, copies[j].w, copies[j].u, w_mean, u_mean, ww, uu, uw);
-  }
-
-  void close() {
-    for (int64_t j = 0; j < m.copies; j++) copies[j].close(*m.members[j], 0);
+    for (int64_t j = 0; j < s.copies; j++) add_orbits(n, copies[j].w, copies[j].u, w_mean, u_mean, ww, uu, uw);
   }
 
   // One gate: writes the step and returns the squared distance from the plane.
@@ -156,7 +254,7 @@ template <class T, class W> struct Orbits {
     gate_joint(n, speed, forth, lost, shift, gate, k);
     if (glided) std::fill(forth, forth + n, T(0));
     double square = 0;
-    for (int64_t j = 0; j < m.copies; j++)
+    for (int64_t j = 0; j < s.copies; j++)
       square += move_copy(n, copies[j].w, copies[j].u, w_mean, u_mean, forth, lost, shift);
     close();
     return square;
@@ -167,11 +265,11 @@ template <class T, class W> struct Orbits {
     sum_orbits();
     gate_each(n, speed, forth, ww, uu, uw, lost, shift, k);
     std::fill(rest, rest + n, T(0));
-    for (int64_t j = 0; j < m.copies; j++)
+    for (int64_t j = 0; j < s.copies; j++)
       add_rest(n, copies[j].w, copies[j].u, w_mean, u_mean, lost, shift, rest);
     T *snaps = ww, *pull_sq = uu;
     settle_each(n, speed, forth, pull_sq, rest, snaps, k, tally);
-    for (int64_t j = 0; j < m.copies; j++)
+    for (int64_t j = 0; j < s.copies; j++)
       move_or_snap(n, copies[j].w, copies[j].u, w_mean, u_mean, forth, lost, shift, snaps);
     close();
   }
@@ -198,11 +296,8 @@ template <class T, class W> struct Orbits {
     for (int64_t i = 0; i < n; i++) second[i] = beta * second[i] + fresh * square[i];
   }
 
-  LOOP void difference(int64_t n, const T* __restrict x, const T* __restrict y, T* __restrict to, bool add) {
-    if (add)
-      for (int64_t i = 0; i < n; i++) to[i] += y[i] - x[i];
-    else
-      for (int64_t i = 0; i < n; i++) to[i] = y[i] - x[i];
+  LOOP void difference(int64_t n, const T* __restrict x, const T* __restrict y, T* __restrict to) {
+    for (int64_t i = 0; i < n; i++) to[i] += y[i] - x[i];
   }
 
   // From the first copy on, so that the mean of equal numbers is that number.
@@ -306,17 +401,27 @@ template <class T, class W> struct Orbits {
   }
 
   // Adds what one gate needs, and the largest pull of a single orbit for those that have one each.
-  void survey(Survey& s, bool each) {
-    for (int64_t j = 0; j < m.copies; j++)
-      add_survey(n, copies[j].w, copies[j].u, w_mean, u_mean, speed, s);
-    if (k.direction == ADAM) s.paces += paces(n, speed);
+  void survey(Survey& sums, bool each) {
+    for (int64_t j = 0; j < s.copies; j++)
+      add_survey(n, copies[j].w, copies[j].u, w_mean, u_mean, speed, sums);
+    if (k.direction == ADAM) sums.paces += paces(n, speed);
     if (each) {
       sum_orbits();
       const bool scaled = k.direction == ADAMW;
       for (int64_t i = 0; i < n; i++) {
         double pull = scaled ? double(speed[i]) * speed[i] * uu[i] : double(uu[i]);
-        s.most = pull <= s.most || s.most != s.most ? s.most : pull;  // NaN stays
+        sums.most = pull <= sums.most || sums.most != sums.most ? sums.most : pull;  // NaN stays
       }
+    }
+  }
+
+  // Preconditioners of orbits whose number is a multiple of `stride`.
+  void take(double* sample, int64_t stride) {
+    const T* from = moment(entry(0).peak ? entry(0).peak : entry(0).second);
+    const int64_t step = s.ids ? 1 : stride;
+    for (int64_t i = s.ids ? start : (start + stride - 1) / stride * stride; i < start + n; i += step) {
+      const int64_t id = s.ids ? s.ids[i] : i;
+      if (id % stride == 0) precondition(1, from + (i - start), speed, k), sample[id / stride] = double(speed[0]);
     }
   }
 
@@ -344,42 +449,39 @@ template <class T, class W> struct Orbits {
 
 template <class T, class W> static const MirrorFunctions* mirror_functions() {
   static const MirrorFunctions table = {
-      [](const Mirror& m, const Law<double>& law, int64_t begin, int64_t end, Survey& s, char* glided, double* sample,
-         int64_t stride) {
+      [](const Mirror& m, const Segment& s, const Law<double>& law, int64_t begin, int64_t end, Survey& sums,
+         char* glided, double* sample, int64_t stride) {
         const Law<T> k(law);
-        Orbits<T, W> o(m, k);
-        for (int64_t i = begin; i < end; i += BLOCK) {
-          o.expect(i + BLOCK, end, true);
-          const bool apart = o.survey_block(i, std::min(end - i, BLOCK), s);
-          if (sample) {
-            const T* second = o.moment(m.members[0]->peak ? m.members[0]->peak : m.members[0]->second);
-            for (int64_t j = (i + stride - 1) / stride * stride; j < i + o.n; j += stride)
-              o.precondition(1, second + (j - i), o.speed, k), sample[j / stride] = double(o.speed[0]);
-          }
-          glided[i / BLOCK] = k.imbalance == 0 && !apart;
-          if (glided[i / BLOCK]) o.glide();
-          else s.moving++;
+        Orbits<T, W> o(m, s, k);
+        const int64_t block = block_of(s);
+        for (int64_t i = begin; i < end; i += block) {
+          o.expect(i + block, end, true);
+          const bool apart = o.survey_block(i, std::min(end - i, block), sums);
+          if (sample) o.take(sample, stride);
+          glided[i / block] = (k.imbalance == 0 || s.copies == 1) && !apart;
+          if (glided[i / block]) o.glide();
+          else sums.moving++;
+        }
+        sums.paces *= double(s.copies);
+        if (s.copies == 1) sums.most = 0;  // a free weight has no pull, not even a lost one
+      },
+      [](const Mirror& m, const Segment& s, const Law<double>& law, int64_t begin, int64_t end, const Gate& gate,
+         const char* glided, Tally& tally) {
+        const Law<T> k(law);
+        const bool still = s.copies == 1 || m.each, finite = std::isfinite(m.each ? k.inside : T(gate.own * gate.t));
+        Orbits<T, W> o(m, s, k);
+        const int64_t block = block_of(s);
+        for (int64_t i = begin; i < end; i += block) {
+          if (still && glided[i / block] && finite) continue;
+          o.expect(i + block, end, false);
+          tally.square += o.step_block(i, std::min(end - i, block), gate, glided[i / block], tally);
         }
       },
-      [](const Mirror& m, const Law<double>& law, int64_t begin, int64_t end, const Gate& gate, const char* glided,
-         Tally& tally) {
+      [](const Mirror& m, const Segment& s, const Law<double>& law, int64_t begin, int64_t end) {
         const Law<T> k(law);
-        Orbits<T, W> o(m, k);
-        for (int64_t i = begin; i < end; i += BLOCK) {
-          if (m.each && glided[i / BLOCK] && std::isfinite(k.inside)) continue;
-          o.expect(i + BLOCK, end, false);
-          tally.square += o.step_block(i, std::min(end - i, BLOCK), gate, glided[i / BLOCK], tally);
-        }
-      },
-      // The last step onto the plane: what was on it is the mean of what was written.
-      [](const Mirror& m, const Law<double>& law, int64_t begin, int64_t end) {
-        const Law<T> k(law);
-        Orbits<T, W> o(m, k);
-        for (int64_t i = begin; i < end; i += BLOCK) {
-          o.open(i, std::min(end - i, BLOCK), false);
-          for (int64_t j = 0; j < m.copies; j++) std::copy(o.w_mean, o.w_mean + o.n, o.copies[j].w);
-          o.close();
-        }
+        Orbits<T, W> o(m, s, k);
+        const int64_t block = block_of(s);
+        for (int64_t i = begin; i < end && s.copies > 1; i += block) o.snap_block(i, std::min(end - i, block));
       }};
   return &table;
 }

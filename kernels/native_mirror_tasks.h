@@ -5,20 +5,33 @@
 
 constexpr double MARGIN = 2, MEMORY = 0.999, FLOOR = 0.25;  // as in mirror.py
 
+struct Part {
+  const Segment* s;
+  int64_t begin, end, glided;  // orbits; and which of the flags below is that of the segment's first block
+};
+
 struct MirrorWork {
   const Mirror* m;
-  int64_t orbits, part, tasks, stride = 1, samples = 0;
+  int64_t orbits = 0, weights = 0, stride = 1, samples = 0;
+  std::vector<Part> parts;
   std::vector<Survey> surveys;
   std::vector<Tally> tallies;
   std::vector<char> glided;  // blocks that the first sweep has moved
   std::vector<double> sample;
 
-  MirrorWork(const Mirror* mirror) : m(mirror), orbits(mirror->members[0]->numel) {
-    int64_t most = std::max<int64_t>(1, orbits / CHUNKS), few = CHUNK / 2 / m->copies;
-    part = (std::max(most, few) + BLOCK - 1) / BLOCK * BLOCK;
-    tasks = (orbits + part - 1) / part;
-    surveys.resize(static_cast<size_t>(tasks)), tallies.resize(static_cast<size_t>(tasks));
-    glided.resize(static_cast<size_t>((orbits + BLOCK - 1) / BLOCK));
+  MirrorWork(const Mirror* mirror) : m(mirror) {
+    int64_t blocks = 0;
+    for (int64_t i = 0; i < m->count; i++) {
+      const Segment& s = m->segments[i];
+      const int64_t most = std::max<int64_t>(1, s.orbits / CHUNKS), few = CHUNK / 2 / s.copies, block = block_of(s);
+      const int64_t part = (std::max(most, few) + block - 1) / block * block;
+      for (int64_t at = 0; at < s.orbits; at += part)
+        parts.push_back({&s, at, std::min(s.orbits, at + part), blocks});
+      blocks += (s.orbits + block - 1) / block;
+      orbits += s.orbits, weights += s.orbits * s.copies;
+    }
+    surveys.resize(parts.size()), tallies.resize(parts.size());
+    glided.resize(static_cast<size_t>(blocks));
     stride = std::max<int64_t>(1, orbits / SAMPLE);
     samples = (orbits + stride - 1) / stride;
     sample.resize(static_cast<size_t>(samples));
@@ -35,15 +48,16 @@ template <class F> struct Sweep {
   }
 };
 
-// f(begin, end, task) for every task of the work.
+// f(part, its number) for every part of the work.
 template <class F> void sweep(const MirrorWork& w, const Settings& s, bool backwards, const F& f) {
+  const int64_t tasks = int64_t(w.parts.size());
   const auto one = [&](int64_t i) {
-    const int64_t task = backwards ? w.tasks - 1 - i : i;
-    f(task * w.part, std::min(w.orbits, (task + 1) * w.part), static_cast<size_t>(task));
+    const size_t task = static_cast<size_t>(backwards ? tasks - 1 - i : i);
+    f(w.parts[task], task);
   };
-  Sweep<decltype(one)> all{one, w.tasks};
-  const unsigned threads = unsigned(std::min<int64_t>(s.threads, w.tasks));
-  if (s.parallel && threads > 1 && w.orbits * w.m->copies > SERIAL) s.parallel(all.worker, &all, threads, 0);
+  Sweep<decltype(one)> all{one, tasks};
+  const unsigned threads = unsigned(std::min<int64_t>(s.threads, tasks));
+  if (s.parallel && threads > 1 && w.weights > SERIAL) s.parallel(all.worker, &all, threads, 0);
   else all.worker(&all);
 }
 
@@ -57,7 +71,7 @@ double automatic(const MirrorWork& w, const Law<double>& k, const Survey& all, d
   const double squares = m.each ? all.most : decoupled ? all.dd : all.uu;
   double critical = k.unbias1 * std::sqrt(squares) / amplify, typical = 1;
   if (decoupled) critical /= m.spread;  // per coordinate; its update of a steady gradient is 1
-  else typical = k.unbias1 * std::sqrt(all.all / double(w.orbits * m.copies)) / amplify * m.spread;
+  else typical = k.unbias1 * std::sqrt(all.all / double(w.weights)) / amplify * m.spread;
   const Entry& e = *m.members[0];
   write(e, m.critical, greater(MEMORY * read(e, m.critical), greater(critical, FLOOR * typical)));
   return MARGIN * read(e, m.critical);
@@ -66,7 +80,7 @@ double automatic(const MirrorWork& w, const Law<double>& k, const Survey& all, d
 // mirror.py for one gate.  Returns whether it attracts what is off the plane.
 bool decide(const MirrorWork& w, const Law<double>& k, const Survey& all, Gate& gate) {
   const bool coupled = k.direction == ADAM;
-  const double lr = k.lr * k.unbias1, c = k.imbalance, pace = coupled ? double(w.orbits) / all.paces : 1;
+  const double lr = k.lr * k.unbias1, c = k.imbalance, pace = coupled ? double(w.weights) / all.paces : 1;
   const double decay = k.inside * pace, metric = std::sqrt(c * c + 4 * all.ww), pull = lr * std::sqrt(all.dd);
   const double least = std::max(decay, 1.0), drive = greater(metric, greater(k.metric_scale, decay + 2 * pull));
   gate.t = 1 / (k.saturated ? drive : least);
@@ -85,8 +99,8 @@ void step_mirror(MirrorWork& w, const Settings& s) {
   const double amplify = s.direction == SGD && e.first ? (1 - s.dampening) / (1 - s.momentum) : 1;
   const bool counts = k.imbalance != 0 && s.imbalance_decay < 0;  // sizes and decays, for the law of the imbalance
   double* sample = counts && k.direction == ADAM ? w.sample.data() : nullptr;
-  sweep(w, s, false, [&](int64_t begin, int64_t end, size_t task) {
-    f.survey(m, k, begin, end, w.surveys[task], w.glided.data(), sample, w.stride);
+  sweep(w, s, false, [&](const Part& p, size_t task) {
+    f.survey(m, *p.s, k, p.begin, p.end, w.surveys[task], w.glided.data() + p.glided, sample, w.stride);
   });
   Survey all;
   for (const Survey& part : w.surveys) all.add(part);
@@ -98,8 +112,8 @@ void step_mirror(MirrorWork& w, const Settings& s) {
   const bool moves = all.moving || !std::isfinite(m.each ? k.inside : gate.own * gate.t);
   Tally left;
   if (moves) {
-    sweep(w, s, true, [&](int64_t begin, int64_t end, size_t task) {
-      f.step(m, k, begin, end, gate, w.glided.data(), w.tallies[task]);
+    sweep(w, s, true, [&](const Part& p, size_t task) {
+      f.step(m, *p.s, k, p.begin, p.end, gate, w.glided.data() + p.glided, w.tallies[task]);
     });
     for (const Tally& part : w.tallies) left.add(part.sum, part.square, 0);
     if (!m.each) {
@@ -107,7 +121,7 @@ void step_mirror(MirrorWork& w, const Settings& s) {
       if (left.sum <= SNAP * k.metric_scale && attracted) {
         left = Tally();
         if (all.ww > 0 || k.imbalance != 0)
-          sweep(w, s, false, [&](int64_t begin, int64_t end, size_t) { f.snap(m, k, begin, end); });
+          sweep(w, s, false, [&](const Part& p, size_t) { f.snap(m, *p.s, k, p.begin, p.end); });
       }
       if (!std::isfinite(left.sum)) left = Tally();
     }

@@ -94,12 +94,20 @@ struct Entry {
   int32_t decoupled;       // strengths bypass Adam's preconditioner, as AdamW's do
 };
 
-// Weights that a plane makes equal: orbit i is weight i of every member.  What they share (second moments, counter,
-// imbalance, strength) is that of the first.
+// Orbits of equally many weights: copy j of orbit i is weight places[j * orbits + i] of member of[j], and orbit i has the
+// second moment ids[i].  Where all three are null it is weight i of member j, and second moment i.
+struct Segment {
+  const int32_t *of, *places, *ids;
+  int64_t copies, orbits;
+};
+
+// Weights that a plane makes equal.  What they share (second moments, counter, imbalance, strength) is that of the first
+// member.
 struct Mirror {
   Entry* const* members;
   void* critical;      // running estimate behind an automatic strength, or null
-  int64_t copies;
+  const Segment* segments;
+  int64_t count;       // of segments
   double spread;       // what turns AdamW's strength per coordinate into one per gate
   int32_t each;        // every orbit has a gate of its own, else there is one for all
 };
@@ -170,10 +178,15 @@ struct Gate {
   double t, square, own;
 };
 
+// Orbits of a block: as many as there is room for in the cache.
+inline int64_t block_of(const Segment& s) {
+  return s.places ? std::clamp<int64_t>(16 * BLOCK / s.copies / 16 * 16, 16, BLOCK) : BLOCK;
+}
+
 struct MirrorFunctions {
-  void (*survey)(const Mirror&, const Law<double>&, int64_t, int64_t, Survey&, char*, double*, int64_t);
-  void (*step)(const Mirror&, const Law<double>&, int64_t, int64_t, const Gate&, const char*, Tally&);
-  void (*snap)(const Mirror&, const Law<double>&, int64_t, int64_t);
+  void (*survey)(const Mirror&, const Segment&, const Law<double>&, int64_t, int64_t, Survey&, char*, double*, int64_t);
+  void (*step)(const Mirror&, const Segment&, const Law<double>&, int64_t, int64_t, const Gate&, const char*, Tally&);
+  void (*snap)(const Mirror&, const Segment&, const Law<double>&, int64_t, int64_t);
 };
 
 }  // namespace

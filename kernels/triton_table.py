@@ -155,9 +155,10 @@ def fill_mirror(
     *,
     spread: float,
     each: bool,
+    segments: None = None,
     fresh: bool = False,
 ) -> None:
-    """Point ``mirror`` at contiguous weights of one shape, as ``native.fill_mirror``."""
+    """Point ``mirror`` at contiguous weights of one shape, as ``native.fill_mirror``; it knows no segments."""
     mirror.entries = [Entry() for _ in weights]
     first = mirror.entries[0]
     for entry, weight, state in zip(mirror.entries, weights, states, strict=True):

@@ -54,8 +54,10 @@ def why_not(
         return "differentiable=True needs a step that autograd can follow"
     if constraint is not None and (reason := constraint.no_kernel(backend)):
         return reason
-    if constraint is not None and constraint.joint and not p.is_contiguous():
+    if constraint is not None and constraint.fixed and not p.is_contiguous():
         return f"strides {p.stride()} of shape {tuple(p.shape)} are not those of a contiguous tensor"
+    if constraint is not None and constraint.fixed and p.numel() >= 2**31:
+        return f"its index of equal weights ends at 2**31, the tensor has {p.numel()}"
     if (pattern := constraint and constraint.budget and constraint.budget.pattern) and p.stride(1) != 1:
         return f"the {pattern[0]}:{pattern[1]} neighbours do not lie side by side (channels_last would place them so)"
     if pattern and backend == "triton" and pattern[1] not in triton_launch.PATTERNS:

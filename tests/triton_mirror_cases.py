@@ -17,12 +17,13 @@ import test_backends
 import test_native_mirror
 from symopt_kernels import triton_launch
 from table import OPTIMIZERS, OptimizerRow, PlaneRow, ids
-from test_backends import HALF, gradient, step_alike, take, tensors
-from test_native_mirror import FEW, TIES, large, make_equal, tied, weights
+from test_backends import HALF, step_alike, take, tensors
+from test_native_mirror import FEW, along, large, make_equal, nearly, planes, tied, weights
 from triton_cases import DEVICE, poisoned, pytestmark
 
 __all__ = ["poisoned", "pytestmark"]
 
+TIES = planes("triton")
 every_tie = pytest.mark.parametrize("row", TIES, ids=ids)
 every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
 some_ties = pytest.mark.parametrize("row", [TIES[1], TIES[2]], ids=ids)  # three copies, two copies element-wise
@@ -70,15 +71,10 @@ def test_onto_the_plane_and_along_it(
 ) -> None:
     """Gradients that differ by little: the plane is reached and held bit for bit."""
     runs = both(row, opt_row, strength, imbalance=imbalance, lr=0.02)
-    with torch.no_grad():
-        for run in runs:
-            first, *rest = weights(run)
-            for i, w in enumerate(rest):
-                w.copy_(first + 0.003 * (i + 1) * torch.sin(torch.arange(w.numel()) + 1.0).reshape(w.shape).to(DEVICE))
+    nearly(runs, 0.003)
     arrived: list[int] = []
     for t in range(300 if imbalance == 0 else 20):
-        first = gradient(weights(runs[0])[0].cpu(), t)
-        take(runs, [sign * (first + 0.01 * gradient(w.cpu(), t + i)) for i, w in enumerate(weights(runs[0]))])
+        take(runs, [sign * g for g in along(runs[0], t)])
         close(*runs)
         if tied(runs[0]):
             arrived.append(t)

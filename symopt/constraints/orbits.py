@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from symopt.constraints.plane import Plane
-from symopt_kernels.groups import Groups
+from symopt_kernels.groups import Groups, Segment, segments
 
 __all__ = ["OrbitPlane", "labelled"]
 
@@ -38,6 +39,24 @@ class OrbitPlane(Plane):
 
     def partition(self, w: Tensor, index: Tensor | None = None) -> Groups:
         return self._known(w)[0]
+
+    @property
+    def each(self) -> bool:
+        """Whether every orbit has a gate of its own, and not the plane one."""
+        return False
+
+    def segments(self, groups: Groups, shapes: tuple[tuple[int, ...], ...]) -> list[Segment] | None:
+        """The orbits of weights of these shapes, ``groups`` of their flat vector; None if those are their indices."""
+        if groups.index is None:
+            return None
+        cache: dict[Any, Any] = vars(self)["_cache"]
+        if shapes not in cache:
+            cache[shapes] = segments(groups, shapes)
+        return cache[shapes]  # type: ignore[no-any-return]
+
+    def no_kernel(self, backend: str) -> str | None:
+        known = backend == "native"
+        return None if known else "of planes only Tied parameters of one shape and order have a kernel there"
 
     def onto(self, x: Tensor) -> Tensor:
         groups, sizes = self._known(x)

@@ -176,4 +176,4 @@ class Plane(Constraint):
         return 64 * torch.finfo(w.dtype).eps
 
     def no_kernel(self, backend: str) -> str | None:
-        return "of planes only Tied parameters of one shape and order have a fused kernel"
+        return "of planes only those that make weights equal have a fused kernel"

@@ -135,22 +135,26 @@ class Tied(OrbitPlane):
             labels[place.flatten()] = places[0].flatten()
         return labelled(labels.reshape(shape))
 
+    @property
+    def each(self) -> bool:
+        return self.mode == "elementwise"
+
     def gates(self, w: Tensor) -> Groups:
-        return super().gates(w) if self.mode == "joint" else self.partition(w)
+        return self.partition(w) if self.each else super().gates(w)
 
     def spread(self, w: Tensor) -> Tensor | float:
-        return super().spread(w) if self.mode == "joint" else (self._known(w)[1] - 1).clamp(min=1).sqrt()
+        return (self._known(w)[1] - 1).clamp(min=1).sqrt() if self.each else super().spread(w)
 
     def size(self, w: Tensor, groups: Groups | None = None) -> Tensor:
         size = super().size(w)
-        return size if self.mode == "joint" else self._several(size, w)
+        return self._several(size, w) if self.each else size
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         inner = super().inner(x, y)
-        return inner if self.mode == "joint" else self._several(inner, x)
+        return self._several(inner, x) if self.each else inner
 
     def per_unit(self, rate: Tensor, w: Tensor) -> Tensor:
-        return super().per_unit(rate, w) if self.mode == "joint" or rate.numel() == 1 else self._several(rate, w)
+        return self._several(rate, w) if self.each and rate.numel() > 1 else super().per_unit(rate, w)
 
     def _several(self, values: Tensor, w: Tensor) -> Tensor:
         """Those of one value per orbit that belong to orbits of two or more weights."""

@@ -244,7 +244,8 @@ class ConstrainedOptimizer(ConstrainedState):
         if self._epoch != annotation.epoch():
             self._bind()
         for p in group["params"]:
-            if (members := self._members.get(p)) is not None and (constraint := self._constraint(p)) is not None:
+            if (constraint := self._constraint(p)) is not None and constraint.fixed:
+                members = self.members(p)
                 if p is members[0] and any(member.grad is not None for member in members):
                     if (joined := self._joint_slot(group, members, constraint, key)) is None:
                         rest.append((members, constraint))
@@ -255,7 +256,6 @@ class ConstrainedOptimizer(ConstrainedState):
                 continue
             slot = self._slots.get(p)
             if not isinstance(slot, Slot) or not slot.holds(self.state[p], key):
-                constraint = self._constraint(p)
                 if constraint is None and group["backend"] not in FUSED:
                     plain = True
                     self._ready_plain(p)
@@ -281,16 +281,16 @@ class ConstrainedOptimizer(ConstrainedState):
     def _joint_slot(
         self, group: dict[str, Any], members: tuple[Tensor, ...], constraint: Constraint, key: tuple[Any, ...]
     ) -> JointSlot | None:
-        """What a fused kernel needs to know of a joint constraint; None if the reference steps it."""
+        """What a fused kernel needs to know of a plane; None if the reference steps it."""
         p, key = members[0], (self.automatic(group, constraint), *key)
         slot = self._slots.get(p)
         if isinstance(slot, JointSlot) and slot.holds([self.state[q] for q in members], key):
             return slot
         if (backend := self._backend(group, p, constraint)) == "reference":
             return None
-        states = self._ready_joint(group, members, constraint)
+        states = self._ready_all(group, members, constraint)
         try:
-            slot = self._slots[p] = JointSlot(members, constraint, states, key, backend)
+            slot = self._slots[p] = JointSlot(members, constraint, states, self.groups(p, constraint), key, backend)
         except ValueError as error:
             raise ValueError(f"{self._names[p]}: {error}") from None
         return slot
@@ -334,7 +334,7 @@ class ConstrainedOptimizer(ConstrainedState):
         if own := stepper(constraint):
             return own.step(self, group, held[0], constraint)  # type: ignore[no-any-return]
         p, dtype = held[0], math_dtype(held[0])
-        states = [self._ready(group, p, constraint)] if len(held) == 1 else self._ready_joint(group, held, constraint)
+        states = self._ready_all(group, held, constraint)
         # Several members are stepped as one flat vector; what belongs to each is written back at the end.
         state = states[0] if len(held) == 1 else joint.gather(states, held)
         groups, saturated = self.groups(p, constraint), group["time_scale"] == "saturated"

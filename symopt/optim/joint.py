@@ -87,7 +87,8 @@ def scatter(
 
 def template(members: Members) -> Tensor:
     """A tensor of the flat vector's shape, without its values."""
-    return members[0].detach().new_empty(sum(p.numel() for p in members), dtype=math_dtype(members[0]))
+    shape = members[0].shape if len(members) == 1 else (sum(p.numel() for p in members),)
+    return members[0].detach().new_empty(shape, dtype=math_dtype(members[0]))
 
 
 def check(

@@ -1,4 +1,4 @@
-"""Several parameters under one constraint as a fused kernel sees them: :class:`symopt.optim.slot.Slot` for a tie."""
+"""The parameters of a plane as a fused kernel sees them: :class:`symopt.optim.slot.Slot` for equal weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from symopt.optim import joint
 from symopt.optim.slot import check_shapes, gradient
 from symopt_kernels import native, triton_launch
+from symopt_kernels.groups import Groups
 from symopt_kernels.reference import math_dtype
 
 __all__ = ["JointSlot"]
@@ -27,15 +28,20 @@ class JointSlot:
         members: tuple[Tensor, ...],
         constraint: Any,
         states: list[dict[str, Any]],
+        groups: Groups | None,
         key: tuple[Any, ...],
         backend: str,
     ) -> None:
         self.members, self.constraint, self.states, self.key, self.backend = members, constraint, states, key, backend
-        if len({(p.dtype, p.device, p.shape) for p in members}) > 1:  # changed since they were bound
+        assert groups is not None  # a plane has orbits
+        shapes, index = tuple(tuple(p.shape) for p in members), groups.index
+        same = index is not None or len(set(shapes)) == 1
+        whole = index is None or index.numel() == sum(p.numel() for p in members)
+        if len({(p.dtype, p.device) for p in members}) > 1 or not same or not whole:  # changed since they were bound
             kinds = ", ".join(f"{p.dtype} {tuple(p.shape)} on {p.device}" for p in members)
             raise ValueError(
-                f"tied weights must be of one dtype, shape and device, not {kinds}; change all of them alike, "
-                "or release them (symopt.release) and constrain them anew"
+                f"tied weights must be of one dtype, of the shape they were tied in and on one device, not {kinds}; "
+                "change all of them alike, or release them (symopt.release) and constrain them anew"
             )
         if backend == "triton" and "step" in states[0]:  # counted on the device, as torch's fused step does
             step = states[0]["step"].to(device=members[0].device, dtype=torch.float32)
@@ -60,16 +66,17 @@ class JointSlot:
             used.append({name: state[name] for name in names if state.get(name) is not None})
             if self._fresh:
                 used[i]["momentum_buffer"] = self._fresh[i]
-            check_shapes(p, used[i], p.numel())
+            check_shapes(p, used[i], groups.count)
         self._tensors = [tuple(part.items()) for part in used]
         self._places = [(p.data_ptr(), p.shape, p.stride()) for p in members]
         self._none: dict[int, Tensor] = {}
         kernel: Any = native if backend == "native" else triton_launch
         self.entry = kernel.Mirror()
-        each = constraint.mode == "elementwise"
         spread = constraint.spread(joint.template(members))
         spread = float(spread.max()) if isinstance(spread, Tensor) else spread
-        kernel.fill_mirror(self.entry, members, used, spread=spread, each=each, fresh=bool(self._fresh))
+        segments = constraint.segments(groups, shapes)
+        options: dict[str, Any] = {"each": constraint.each, "segments": segments, "fresh": bool(self._fresh)}
+        kernel.fill_mirror(self.entry, members, used, spread=spread, **options)
 
     @property
     def state(self) -> dict[str, Any]:

@@ -132,10 +132,12 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
         self._init_moments(group, state, p, groups)
         return state
 
-    def _ready_joint(
+    def _ready_all(
         self, group: dict[str, Any], members: tuple[Tensor, ...], constraint: Constraint
     ) -> list[dict[str, Any]]:
-        """:meth:`_ready` of all members of a joint constraint."""
+        """:meth:`_ready` of all members of a constraint."""
+        if len(members) == 1:
+            return [self._ready(group, members[0], constraint)]
         states, groups = [self.state[p] for p in members], self.groups(members[0], constraint)
         assert groups is not None
         for state, p in zip(states, members, strict=True):
