@@ -119,8 +119,8 @@ def dense(seed: int, ranks: tuple[int, ...], *, lr: float) -> nn.Module:
 
 METHODS: dict[str, tuple[Callable[..., nn.Module], tuple[dict[str, Any], ...]]] = {
     "symopt AdamW": (ours, ({"lr": 5e-3},)),
-    "truncated SVD": (truncated, grid(lr=(1.5e-3, 3e-3, 6e-3), dense=(0.05, 0.1, 0.2, 0.4))),
-    "factored": (factored, grid(lr=(1.5e-3, 3e-3, 6e-3), same_norm=(False, True))),
+    "truncated SVD": (truncated, grid(lr=(1.5e-3, 3e-3, 6e-3, 1.2e-2), dense=(0.05, 0.1, 0.2, 0.4))),
+    "factored": (factored, grid(lr=(1.5e-3, 3e-3, 6e-3, 1.2e-2), same_norm=(False, True))),
     "dense": (dense, grid(lr=(1e-3, 3e-3))),
 }
 

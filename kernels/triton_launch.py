@@ -85,8 +85,8 @@ def launches(
         return [(triton_groups.groups, {"LEAD": lead, **shared, "R": r, "C": c, "P": p, "ALIGNED": aligned}, options)]
     if retraction == "mirror":
         pair, each, automatic, aligned = form
-        if each and master and "maxnreg" in options:
-            options["maxnreg"] = 168  # moments, weights and their copies are all in registers
+        if each and "maxnreg" in options:
+            options["maxnreg"] = 168 if master else 144  # moments, weights and their copies are all in registers
         options["num_warps"] = max(1, triton_table.BLOCK // 512)
         shared |= {"LEAD": lead, "DECOUPLED": direction == "adamw", "PAIR": pair, "EACH": each, "AUTOMATIC": automatic}
         shared |= {"BLOCK": triton_table.BLOCK // 2, "ALIGNED": aligned}
