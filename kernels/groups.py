@@ -11,9 +11,10 @@ from torch import Tensor
 
 __all__ = ["Groups", "Segment", "segments"]
 
-_TILES = (64, 16, 8)
-"""Sides of the squares, one in the other, in which orbits are stepped: few pages, whole cache lines, and at last few
-enough lines to be kept together, for those of rows of 4 kB share 8 places (1024 x 1024: ...)."""
+_TILES = (128, 16, 8)
+"""Sides of the squares, one in the other, in which groups follow one another: a number of pages that the processor
+remembers, whole cache lines, and as many lines as fit where rows of 4 kB put them into one set.  Symmetric on the plane,
+1024 x 1024, ns per weight and step: 16 alone 15, 8 in 16 14, these 11; larger or smaller outer ones 13."""
 
 
 @dataclass(frozen=True, eq=False)

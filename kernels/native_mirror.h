@@ -60,7 +60,7 @@ template <class T, class W> struct Orbits {
 
   // Blocks are shorter than what hardware needs to see a stream coming.
   void expect(int64_t begin, int64_t end, bool all) const {
-    if (s.places) return expect_gathered(begin, end, all);
+    if (s.places) return;  // 1024 x 1024, Symmetric: fetching their lines ahead gained nothing
     const int64_t bytes = sizeof(T), size = std::min(end - begin, BLOCK);
     const auto fetch = [&](const void* from, int64_t each) {
       const char* p = static_cast<const char*>(from) + begin * each;
@@ -72,21 +72,6 @@ template <class T, class W> struct Orbits {
       if (all || !e.first) fetch(e.grad, sizeof(W));
     }
     fetch(entry(0).second, bytes);
-  }
-
-  // Of every tile a row of eight and one of every eight others: whichever way a copy is turned, that is each of its lines.
-  void expect_gathered(int64_t begin, int64_t end, bool all) const {
-    const int64_t size = std::min(end - begin, block_of(s));
-    for (int64_t j = 0; j < s.copies; j++) {
-      const Entry& e = *m.members[s.of[j]];
-      const int32_t* p = s.places + j * s.orbits + begin;
-      const auto fetch = [&](const void* from, int64_t each) {
-        const char* x = static_cast<const char*>(from);
-        for (int64_t i = 0; from && i < size; i += i % 64 < 8 ? 1 : 8) __builtin_prefetch(x + p[i] * each, 0, 2);
-      };
-      fetch(e.weight, sizeof(W)), fetch(e.master, sizeof(T)), fetch(e.first, sizeof(T));
-      if (all || !e.first) fetch(e.grad, sizeof(W));
-    }
   }
 
   // Turns to a block; `all` says that the gradients are needed.
