@@ -13,8 +13,8 @@ __all__ = ["Groups", "Segment", "segments"]
 
 _TILES = (128, 16, 8)
 """Sides of the squares, one in the other, in which groups follow one another: a number of pages that the processor
-remembers, whole cache lines, and as many lines as fit where rows of 4 kB put them into one set.  Symmetric on the plane,
-1024 x 1024, ns per weight and step: 16 alone 15, 8 in 16 14, these 11; larger or smaller outer ones 13."""
+remembers, whole cache lines, and as many lines as fit where rows of 4 kB put them into one set.  ns per weight and step
+of Symmetric on the plane, 1024 x 1024: 16 alone 15, 8 in 16 14, these 11; larger or smaller outer ones 13."""
 
 
 @dataclass(frozen=True, eq=False)
