@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import symopt
 from symopt_kernels import native
+from symopt_kernels.groups import segments
 from table import OPTIMIZERS, PLANES, OptimizerRow, PlaneRow, ids, plane_module
 from test_backends import HALF, Run, close, equal, gradient, step_alike, take, tensors
 
@@ -182,6 +184,39 @@ def test_onto_the_plane_and_along_it(
 @pytest.mark.parametrize("row", MORE, ids=ids)
 def test_more_copies_onto_the_plane(row: PlaneRow, opt_row: OptimizerRow, imbalance: float) -> None:
     test_onto_the_plane_and_along_it(row, opt_row, None, imbalance, 1)
+
+
+def _parts(k: float | None) -> symopt.Constraint:
+    return symopt.Tied(k, views=[slice(1, 31), lambda w: w[:, 2:32].T, lambda w: w[0].reshape(-1, 40)[:30]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@few_optimizers
+def test_parts_of_parameters_of_several_shapes(opt_row: OptimizerRow, dtype: torch.dtype) -> None:
+    """Tied ones from each, and free ones in each."""
+    row = replace(TIES[0], id="parts", make=_parts, shapes=((33, 40), (40, 33), (2, 35, 40)))
+    for strength in (None, 0.3):
+        runs = both(row, opt_row, strength, dtype)
+        nearly(runs)
+        for t in range(8):
+            step_alike(runs, t)
+            close(*runs, "backends" if dtype == torch.float64 else "backends, fp32")
+
+
+def test_segments_hold_every_weight_once() -> None:
+    shapes = ((33, 40), (40, 33), (2, 35, 40))
+    bound = _parts(None).bind_all(("a", "b", "c"), tuple(torch.empty(shape) for shape in shapes))
+    flat = torch.empty(sum(math.prod(shape) for shape in shapes))
+    groups = bound.partition(flat)
+    label = groups.expand(torch.arange(groups.count))
+    starts = torch.tensor([0, 33 * 40, 2 * 33 * 40])
+    seen = torch.zeros(len(flat), dtype=torch.long)
+    for part in segments(groups, shapes):
+        places = part.places + starts[part.of.long()][:, None]
+        assert torch.equal(label[places], part.ids.expand(places.shape).long())
+        seen += torch.bincount(places.flatten(), minlength=len(flat))
+    assert bool((seen == 1).all())
+    assert sorted(len(part.of) for part in segments(groups, shapes)) == [1, 1, 1, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
