@@ -1,9 +1,10 @@
 // The step of weights that a fixed plane makes equal: kernels/mirror.py for orbits.
 //
 // Included like native_step.h, once per instruction set.  Orbits of equally many copies are a segment; where its copies
-// do not lie side by side, blocks of them are gathered and what was written is scattered.  A joint gate needs its sums before any weight can move, so there are two sweeps: `survey` advances the moments and sums, `step` moves.  A
-// block whose copies are equal already takes, without imbalance, the plain step whatever the gate: the first sweep then
-// moves it at once, and on the plane no second one is needed.
+// do not lie side by side, blocks of them are gathered, and what was written is scattered.  A joint gate needs its sums
+// before any weight can move, so there are two sweeps: `survey` advances the moments and sums, `step` moves.  A block
+// whose copies are equal already takes, without imbalance, the plain step whatever the gate: the first sweep then moves
+// it at once, and on the plane no second one is needed.
 
 #define LOOP [[gnu::noinline]] static  // as in native_step.h
 
