@@ -1,4 +1,7 @@
-"""Writes docs/compatibility.md from what was run, and only from that: one part a make target, each replaced whole."""
+"""Writes docs/compatibility.md from what was run, and only from that: one part a make target, each replaced whole.
+
+Of ``make versions`` the rows of releases that were not run again stay: each names the commit that it is of.
+"""
 
 from __future__ import annotations
 
@@ -69,15 +72,21 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return  # a piece is not the table
     _, names, untested = PARTS[target]
     versions = [f"Python {platform.python_version()}", *(f"{name} {metadata.version(name)}" for name in names)]
+    rows = [f"| {file} | {what} | {_sum(file, what)} |" for file, what in dict.fromkeys(row[:2] for row in _rows)]
+    old = PAGE.read_text(encoding="utf-8").split("\n## ")[1:]
+    parts = dict(text.strip().split("\n\n", 1) for text in old)
+    if target == "make versions":
+        again = {row.partition(": ")[0] for row in rows}
+        before = [line for line in parts.get(target, "").splitlines() if line.startswith("| versions |")]
+        rows = sorted(rows + [line for line in before if line.partition(": ")[0] not in again])
     part = [
         ", ".join([*(versions if names else []), f"{platform.system()} {platform.machine()}"]) + ".",
         "",
         "| file | what | outcome |",
         "|---|---|---|",
-        *(f"| {file} | {what} | {_sum(file, what)} |" for file, what in dict.fromkeys(row[:2] for row in _rows)),
+        *rows,
         "",
         untested,
     ]
-    old = PAGE.read_text(encoding="utf-8").split("\n## ")[1:]
-    parts = dict(text.strip().split("\n\n", 1) for text in old) | {target: "\n".join(part)}
+    parts[target] = "\n".join(part)
     PAGE.write_text("\n".join([HEAD, *(f"## {name}\n\n{parts[name]}\n" for name in PARTS if name in parts)]), "utf-8")

@@ -19,6 +19,7 @@ def test_suite(release: str, tmp_path: Path, record_property: Any) -> None:
     """
     interpreter, torch = release.rsplit("=", 1)
     call("git", "clone", "-q", ROOT, tmp_path / "source", cwd=tmp_path)
+    commit = call("git", "rev-parse", "--short", "HEAD", cwd=tmp_path / "source").strip()
     python = environment(tmp_path / "venv", interpreter)
     version = call(python, "-c", "import platform; print(platform.python_version())", cwd=tmp_path).strip()
     try:
@@ -31,4 +32,4 @@ def test_suite(release: str, tmp_path: Path, record_property: Any) -> None:
     counts = next(ET.parse(tmp_path / "suite.xml").iter("testsuite")).attrib
     tests, skipped = int(counts["tests"]), int(counts["skipped"])
     what = f"Python {version}, torch {found}, NumPy {numpy}, Triton {triton}: the whole suite"
-    record_property("what", f"{what}, {tests - skipped} tests passed, {skipped} skipped")
+    record_property("what", f"{what} of {commit}, {tests - skipped} tests passed, {skipped} skipped")
