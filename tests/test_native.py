@@ -438,7 +438,9 @@ def _direct(
     m_terms = m_terms.clamp(min=least)
     out["exp_avg"] = Expected((m,), m_terms)
     if case.weight_decay and case.kind == "adam":  # the square of a sum
-        v_terms = beta2 * moments[1] + (1 - beta2) * g_terms * g_terms
+        square = g_terms * g_terms
+        square = square if groups is None else groups.sum(square) / groups.size(square)
+        v_terms = beta2 * moments[1] + (1 - beta2) * square
     else:
         v_terms = v
     if groups is not None:
