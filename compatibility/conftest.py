@@ -77,7 +77,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     parts = dict(text.strip().split("\n\n", 1) for text in old)
     if target == "make versions":
         again = {row.partition(": ")[0] for row in rows}
-        before = [line for line in parts.get(target, "").splitlines() if line.startswith("| versions |")]
+        before = [
+            line
+            for line in parts.get(target, "").splitlines()
+            if line.startswith("| versions |") and line.endswith("| passed |")
+        ]
         rows = sorted(rows + [line for line in before if line.partition(": ")[0] not in again])
     part = [
         ", ".join([*(versions if names else []), f"{platform.system()} {platform.machine()}"]) + ".",

@@ -84,7 +84,8 @@ def segments(groups: Groups, shapes: Sequence[tuple[int, ...]]) -> list[Segment]
     """
     assert groups.index is not None
     label, order = groups.index.flatten().cpu().sort(stable=True)
-    ends = torch.tensor([math.prod(shape) for shape in shapes]).cumsum(0)
+    numels = torch.tensor([math.prod(shape) for shape in shapes])
+    ends = numels.cumsum(0)
     tensor = torch.bucketize(order, ends, right=True)
     kind = torch.zeros(groups.count, dtype=torch.int64)
     for t in range(len(shapes)):  # which groups have as many elements as each other of every tensor
@@ -92,7 +93,7 @@ def segments(groups: Groups, shapes: Sequence[tuple[int, ...]]) -> list[Segment]
         kind = torch.unique(kind * (int(own.max()) + 1) + own, return_inverse=True)[1]
     counts = torch.bincount(label, minlength=groups.count)
     begin = counts.cumsum(0) - counts
-    starts = ends - torch.tensor([math.prod(shape) for shape in shapes])
+    starts = ends - numels
     columns = torch.tensor([shape[-1] if len(shape) > 1 else 1 for shape in shapes])[tensor[begin]]
     first = order[begin] - starts[tensor[begin]]
     row, column = first // columns, first % columns

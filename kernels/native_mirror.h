@@ -158,11 +158,23 @@ template <class T, class W> struct Orbits {
     return square;
   }
 
+  // Calls f with the number of copies where there are loops for it, and says whether there are.
+  template <class F> bool few(const F& f) {
+    switch (s.copies) {
+      case 1: return f(std::integral_constant<int, 1>()), true;
+      case 2: return f(std::integral_constant<int, 2>()), true;
+      case 3: return f(std::integral_constant<int, 3>()), true;
+      case 4: return f(std::integral_constant<int, 4>()), true;
+      default: return false;
+    }
+  }
+
   // The first sweep of a block; returns whether copies differ.
   bool survey_block(int64_t from, int64_t count, Survey& sums) {
     turn(from, count, true);
-    const bool apart = s.copies == 1 ? advance_few<1>(sums) : s.copies == 2 ? advance_few<2>(sums)
-                     : s.copies == 3 ? advance_few<3>(sums) : s.copies == 4 ? advance_few<4>(sums) : advance(sums);
+    bool apart = false;
+    if (!few([&](auto copies) { apart = this->template advance_few<decltype(copies)::value>(sums); }))
+      apart = advance(sums);
     keep_moments();
     return apart;
   }
@@ -183,10 +195,9 @@ template <class T, class W> struct Orbits {
   // The second sweep of a block; returns the squared distance from the plane under one gate.
   double step_block(int64_t from, int64_t count, const Gate& gate, bool glided, Tally& tally) {
     turn(from, count, false);
-    if (s.copies == 1) return step_few<1>(gate, glided, tally);
-    if (s.copies == 2) return step_few<2>(gate, glided, tally);
-    if (s.copies == 3) return step_few<3>(gate, glided, tally);
-    if (s.copies == 4) return step_few<4>(gate, glided, tally);
+    double square = 0;
+    if (few([&](auto copies) { square = this->template step_few<decltype(copies)::value>(gate, glided, tally); }))
+      return square;
     open(false);
     if (!m.each) return move(gate, glided);
     move_each(tally);

@@ -46,6 +46,8 @@ def train(net: nn.Module, opt: Any, steps: int = STEPS) -> None:
 
 
 def same(one: nn.Module, two: nn.Module) -> None:
+    """And both have been trained."""
+    assert not any(torch.equal(p, q) for p, q in zip(one.parameters(), network().parameters(), strict=True))
     for (name, p), q in zip(one.named_parameters(), two.named_parameters(), strict=True):
         assert torch.equal(p, q[1]), name
 

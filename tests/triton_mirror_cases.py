@@ -90,7 +90,7 @@ def test_onto_the_plane_and_along_it(
 def test_blocks_that_are_on_the_plane_beside_others_that_are_not(row: PlaneRow, opt_row: OptimizerRow) -> None:
     for strength, imbalance in ((None, 0.0), (0.3, 1.0)):
         runs = both(some(row), opt_row, strength, imbalance=imbalance)
-        make_equal(runs, slice(20, 80))
+        make_equal(runs, 0.2, 0.8)
         for t in range(2):
             step_alike(runs, t)
             close(*runs)

@@ -243,8 +243,9 @@ class ConstrainedOptimizer(ConstrainedState):
         key = (group["backend"], group["differentiable"], self._moments(group))
         if self._epoch != annotation.epoch():
             self._bind()
+        bound = self._bound
         for p in group["params"]:
-            if (constraint := self._constraint(p)) is not None and constraint.fixed:
+            if (constraint := bound[p] if p in bound else self._constraint(p)) is not None and constraint.fixed:
                 members = self.members(p)
                 if p is members[0] and any(member.grad is not None for member in members):
                     if (joined := self._joint_slot(group, members, constraint, key)) is None:
@@ -320,9 +321,8 @@ class ConstrainedOptimizer(ConstrainedState):
     def zeros(self) -> dict[str, int]:
         """Exact zeros of every constrained tensor, as its last step left it.
 
-        The fused kernels count what they write, so this costs next to nothing there; tensors that changed since, or
-        that the reference steps, are counted now.  Values written in place past autograd (``p.data[0] = 0``) are not
-        noticed.
+        The fused kernels count what they write, so it is free there; tensors that changed since, or that the reference
+        steps, are counted now.  Values written in place past autograd (``p.data[0] = 0``) are not noticed.
         """
         slots = {p: slot.zeros() for p, slot in self._slots.items()}
         return {
