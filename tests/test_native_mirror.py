@@ -105,9 +105,9 @@ def make_equal(runs: list[Run], begin: float = 0.0, end: float = 1.0) -> None:
         orbits = constraint.partition(w)
         chosen = torch.zeros(orbits.count, dtype=torch.bool, device=w.device)
         ids = (orbits.size(w) > 1).nonzero().flatten()
-        part = ids[int(begin * len(ids)) : math.ceil(end * len(ids))]
-        assert len(part) > 0
-        chosen[part] = True
+        first = int(begin * len(ids))
+        chosen[ids[first : max(first + 1, int(end * len(ids)))]] = True
+        assert bool(chosen.any())
         put(run, torch.where(orbits.expand(chosen).reshape(w.shape), constraint.fold(w), w))
 
 
