@@ -26,6 +26,7 @@ namespace baseline {
 #include "native_walk.h"
 #include "native_copies.h"
 #include "native_mirror.h"
+#include "native_centred.h"
 }  // namespace baseline
 #if defined(__x86_64__)
 #define SYMOPT_F16C
@@ -35,6 +36,7 @@ namespace avx2 {
 #include "native_walk.h"
 #include "native_copies.h"
 #include "native_mirror.h"
+#include "native_centred.h"
 }  // namespace avx2
 SYMOPT_TARGET_END
 SYMOPT_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c" SYMOPT_WIDE)
@@ -44,6 +46,7 @@ namespace avx512 {
 #include "native_walk.h"
 #include "native_copies.h"
 #include "native_mirror.h"
+#include "native_centred.h"
 }  // namespace avx512
 SYMOPT_TARGET_END
 #endif
@@ -81,6 +84,12 @@ struct Work {
     int64_t stride = e->groups * e->run;
     return {band * e->rows * stride + group * e->run, stride, n * e->run, e->rows, band * e->groups + group, n, e->run};
   }
+
+  // Where a part of a unit lies.  The last stripe of a band may be narrower; it has as many rows there as elsewhere.
+  void bounds(const Unit& unit, int64_t i, int64_t& begin, int64_t& end) const {
+    const int64_t size = unit.rows * unit.width, length = unit_groups > 1 ? part / width * unit.width : part;
+    begin = std::min(size, i * length), end = std::min(size, begin + length);
+  }
 };
 
 template <class T> double read(const void* p) { return double(*static_cast<const T*>(p)); }
@@ -95,7 +104,7 @@ void write(const Entry& e, void* p, double x) {
 
 void cut(Work& w) {
   Entry& e = *w.e;
-  w.grouped = e.retraction == GROUP;
+  w.grouped = e.retraction == GROUP || e.retraction == MIRROR;
   if (!w.grouped) {
     int64_t chunk = e.numel < SMALL ? SMALL_CHUNK : std::max(CHUNK, (e.numel / CHUNKS + BLOCK) / BLOCK * BLOCK);
     w.part = e.of ? chunk / e.of * e.of : chunk;
@@ -227,10 +236,8 @@ void run_part(Work& w, int64_t i, const Settings& s) {
   const bool moving = turn == 2 * w.units - 1 || (turn > 0 && turn % 2 == 0);
   const int64_t j = turn == 2 * w.units - 1 ? w.units - 1 : moving ? turn / 2 - 1 : (turn + 1) / 2;
   const Unit unit = w.unit(j);
-  // The last stripe of a band may be narrower; a part has as many rows there as elsewhere.
-  const int64_t size = unit.rows * unit.width;
-  const int64_t length = w.unit_groups > 1 ? w.part / w.width * unit.width : w.part;
-  const int64_t begin = std::min(size, part * length), end = std::min(size, begin + length);
+  int64_t begin, end;
+  w.bounds(unit, part, begin, end);
   double* sums = w.sums.get() + j * w.parts * w.sums_size;
   char *keep = w.keep.get() + j * w.numbers * wide, *shift = w.shift.get() + j * w.numbers * wide;
   std::atomic<int64_t>& waiting = w.waiting[static_cast<size_t>(j)];
@@ -288,6 +295,7 @@ void run(std::vector<Work>& works, const Settings& s, int64_t tasks, int64_t ele
 }
 
 #include "native_mirror_tasks.h"
+#include "native_centred_tasks.h"
 
 }  // namespace
 
@@ -339,11 +347,16 @@ SYMOPT_PUBLIC int symopt_step(Entry* const* entries, int64_t count, const Settin
   return 1;
 }
 
-// The same for weights that planes make equal.
+// The same for weights under fixed planes.
 SYMOPT_PUBLIC int symopt_step_mirror(const Mirror* const* mirrors, int64_t count, const Settings* settings) try {
   if (settings->found_inf && *settings->found_inf != 0) return 0;
-  std::vector<MirrorWork> works(mirrors, mirrors + count);
-  for (MirrorWork& w : works) step_mirror(w, *settings);
+  std::vector<std::unique_ptr<MirrorWork>> equal;
+  std::vector<std::unique_ptr<CentredWork>> centred;
+  for (int64_t i = 0; i < count; i++)
+    if (mirrors[i]->centred) centred.emplace_back(new CentredWork(mirrors[i]));
+    else equal.emplace_back(new MirrorWork(mirrors[i]));
+  for (auto& w : equal) step_mirror(*w, *settings);
+  for (auto& w : centred) step_mirror(*w, *settings);
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;

@@ -56,7 +56,7 @@ class _Segment(Structure):
 
 
 class Mirror(Structure):
-    """Tensors that a plane makes equal, as ``struct Mirror`` of ``native_types.h``; ``entries`` are those of each."""
+    """Tensors under one plane, as ``struct Mirror`` of ``native_types.h``; ``entries`` are those of each."""
 
     _fields_: ClassVar = [
         ("members", POINTER(c_void_p)),
@@ -64,7 +64,7 @@ class Mirror(Structure):
         ("segments", POINTER(_Segment)),
         ("count", c_int64),
         ("spread", c_double),
-        ("each", c_int32),
+        *[(name, c_int32) for name in ("each", "centred")],
     ]
     entries: list[Entry]
     places: Sequence[Segment]
@@ -211,25 +211,27 @@ def fill_mirror(
     spread: float,
     each: bool,
     segments: Sequence[Segment] | None = None,
+    centred: Groups | None = None,
     fresh: bool = False,
 ) -> None:
     """Point ``mirror`` at contiguous weights; what they share is in the first of their states.
 
-    Without ``segments`` they have one shape, and orbits are their weights at one place.
+    Those of an orbit become equal.  Without ``segments`` they have one shape, and orbits are their weights at one
+    place.  With ``centred`` there is one weight, whose means over these groups vanish.
 
     With ``each`` every orbit has its own gate.  ``spread`` turns a strength per coordinate into one per gate; a state
     ``critical`` makes the strength automatic, else that of ``entries[0]`` counts.
     """
     mirror.entries = [Entry() for _ in weights]
     for entry, weight, state in zip(mirror.entries, weights, states, strict=True):
-        fill(entry, weight, state, "mirror", fresh=fresh)
+        fill(entry, weight, state, "mirror", centred, fresh=fresh)
     mirror.members = (c_void_p * len(weights))(*map(ctypes.addressof, mirror.entries))
     mirror.critical = states[0]["critical"].data_ptr() if "critical" in states[0] else None
     mirror.places = segments or ()
     rows = [_Segment(s.of.data_ptr(), s.places.data_ptr(), s.ids.data_ptr(), *s.places.shape) for s in mirror.places]
     rows = rows or [_Segment(None, None, None, len(weights), weights[0].numel())]
     mirror.segments, mirror.count = (_Segment * len(rows))(*rows), len(rows)
-    mirror.spread, mirror.each = spread, each
+    mirror.spread, mirror.each, mirror.centred = spread, each, centred is not None
 
 
 def step(

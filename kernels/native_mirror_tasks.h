@@ -36,6 +36,9 @@ struct MirrorWork {
     samples = (orbits + stride - 1) / stride;
     sample.resize(static_cast<size_t>(samples));
   }
+
+  Survey survey(const Law<double>& k, const Settings& s, double* sampled);
+  Tally move(const Law<double>& k, const Settings& s, const Survey& all, const Gate& gate, bool attracted);
 };
 
 template <class F> struct Sweep {
@@ -48,39 +51,52 @@ template <class F> struct Sweep {
   }
 };
 
+// f(i) for every i below `tasks`.
+template <class F> void sweep(int64_t tasks, int64_t weights, const Settings& s, const F& f) {
+  Sweep<F> all{f, tasks};
+  const unsigned threads = unsigned(std::min<int64_t>(s.threads, tasks));
+  if (s.parallel && threads > 1 && weights > SERIAL) s.parallel(all.worker, &all, threads, 0);
+  else all.worker(&all);
+}
+
 // f(part, its number) for every part of the work.
 template <class F> void sweep(const MirrorWork& w, const Settings& s, bool backwards, const F& f) {
   const int64_t tasks = int64_t(w.parts.size());
-  const auto one = [&](int64_t i) {
+  sweep(tasks, w.weights, s, [&](int64_t i) {
     const size_t task = static_cast<size_t>(backwards ? tasks - 1 - i : i);
     f(w.parts[task], task);
-  };
-  Sweep<decltype(one)> all{one, tasks};
-  const unsigned threads = unsigned(std::min<int64_t>(s.threads, tasks));
-  if (s.parallel && threads > 1 && w.weights > SERIAL) s.parallel(all.worker, &all, threads, 0);
-  else all.worker(&all);
+  });
+}
+
+Survey MirrorWork::survey(const Law<double>& k, const Settings& s, double* sampled) {
+  const MirrorFunctions& f = *SYMOPT_CHOOSE(mirror_table, s.instructions)[m->members[0]->dtype];
+  sweep(*this, s, false, [&](const Part& p, size_t task) {
+    f.survey(*m, *p.s, k, p.begin, p.end, surveys[task], glided.data() + p.glided, sampled, stride);
+  });
+  Survey all;
+  for (const Survey& part : surveys) all.add(part);
+  return all;
 }
 
 // torch.maximum: NaN wins.
 inline double greater(double a, double b) { return a != a || a > b ? a : b; }
 
 // The strength in units of lr, from the running estimate of what is needed.
-double automatic(const MirrorWork& w, const Law<double>& k, const Survey& all, double amplify) {
-  const Mirror& m = *w.m;
+double automatic(int64_t weights, const Mirror& m, const Law<double>& k, const Survey& all, double amplify) {
   const bool decoupled = k.direction == ADAMW;
   const double squares = m.each ? all.most : decoupled ? all.dd : all.uu;
   double critical = k.unbias1 * std::sqrt(squares) / amplify, typical = 1;
   if (decoupled) critical /= m.spread;  // per coordinate; its update of a steady gradient is 1
-  else typical = k.unbias1 * std::sqrt(all.all / double(w.weights)) / amplify * m.spread;
+  else typical = k.unbias1 * std::sqrt(all.all / double(weights)) / amplify * m.spread;
   const Entry& e = *m.members[0];
   write(e, m.critical, greater(MEMORY * read(e, m.critical), greater(critical, FLOOR * typical)));
   return MARGIN * read(e, m.critical);
 }
 
 // mirror.py for one gate.  Returns whether it attracts what is off the plane.
-bool decide(const MirrorWork& w, const Law<double>& k, const Survey& all, Gate& gate) {
+bool decide(double weights, const Law<double>& k, const Survey& all, Gate& gate) {
   const bool coupled = k.direction == ADAM;
-  const double lr = k.lr * k.unbias1, c = k.imbalance, pace = coupled ? double(w.weights) / all.paces : 1;
+  const double lr = k.lr * k.unbias1, c = k.imbalance, pace = coupled ? weights / all.paces : 1;
   const double decay = k.inside * pace, metric = std::sqrt(c * c + 4 * all.ww), pull = lr * std::sqrt(all.dd);
   const double least = std::max(decay, 1.0), drive = greater(metric, greater(k.metric_scale, decay + 2 * pull));
   gate.t = 1 / (k.saturated ? drive : least);
@@ -91,41 +107,41 @@ bool decide(const MirrorWork& w, const Law<double>& k, const Survey& all, Gate& 
   return coupled ? lr * std::sqrt(all.uu) < k.inside : pull < k.inside;
 }
 
-void step_mirror(MirrorWork& w, const Settings& s) {
+// What is left off the plane, once the second sweep has moved what the first one has not.
+Tally MirrorWork::move(const Law<double>& k, const Settings& s, const Survey& all, const Gate& gate, bool attracted) {
+  const MirrorFunctions& f = *SYMOPT_CHOOSE(mirror_table, s.instructions)[m->members[0]->dtype];
+  Tally left;
+  // On the plane only a gate that is no number moves anything.
+  if (!all.moving && std::isfinite(m->each ? k.inside : gate.own * gate.t)) return left;
+  sweep(*this, s, true, [&](const Part& p, size_t task) {
+    f.step(*m, *p.s, k, p.begin, p.end, gate, glided.data() + p.glided, tallies[task]);
+  });
+  for (const Tally& part : tallies) left.add(part.sum, part.square, 0);
+  if (m->each) return left;
+  left.sum = std::sqrt(left.square);
+  if (left.sum <= SNAP * k.metric_scale && attracted) {
+    left = Tally();
+    if (all.ww > 0 || k.imbalance != 0)
+      sweep(*this, s, false, [&](const Part& p, size_t) { f.snap(*m, *p.s, k, p.begin, p.end); });
+  }
+  return left;
+}
+
+// The step of one plane; Work is MirrorWork or CentredWork.
+template <class Work> void step_mirror(Work& w, const Settings& s) {
   const Mirror& m = *w.m;
   const Entry& e = *m.members[0];
-  const MirrorFunctions& f = *SYMOPT_CHOOSE(mirror_table, s.instructions)[e.dtype];
   Law<double> k = law(e, s);
   const double amplify = s.direction == SGD && e.first ? (1 - s.dampening) / (1 - s.momentum) : 1;
   const bool counts = k.imbalance != 0 && s.imbalance_decay < 0;  // sizes and decays, for the law of the imbalance
   double* sample = counts && k.direction == ADAM ? w.sample.data() : nullptr;
-  sweep(w, s, false, [&](const Part& p, size_t task) {
-    f.survey(m, *p.s, k, p.begin, p.end, w.surveys[task], w.glided.data() + p.glided, sample, w.stride);
-  });
-  Survey all;
-  for (const Survey& part : w.surveys) all.add(part);
-  if (m.critical) k.inside = s.lr * automatic(w, k, all, amplify) * amplify;
+  const Survey all = w.survey(k, s, sample);
+  if (m.critical) k.inside = s.lr * automatic(w.weights, m, k, all, amplify) * amplify;
   if (k.direction == ADAMW) k.inside *= m.spread;
   Gate gate{1, 0, 0};
-  const bool attracted = !m.each && decide(w, k, all, gate);
-  // On the plane only a gate that is no number moves anything.
-  const bool moves = all.moving || !std::isfinite(m.each ? k.inside : gate.own * gate.t);
-  Tally left;
-  if (moves) {
-    sweep(w, s, true, [&](const Part& p, size_t task) {
-      f.step(m, *p.s, k, p.begin, p.end, gate, w.glided.data() + p.glided, w.tallies[task]);
-    });
-    for (const Tally& part : w.tallies) left.add(part.sum, part.square, 0);
-    if (!m.each) {
-      left.sum = std::sqrt(left.square);
-      if (left.sum <= SNAP * k.metric_scale && attracted) {
-        left = Tally();
-        if (all.ww > 0 || k.imbalance != 0)
-          sweep(w, s, false, [&](const Part& p, size_t) { f.snap(m, *p.s, k, p.begin, p.end); });
-      }
-      if (!std::isfinite(left.sum)) left = Tally();
-    }
-  }
+  const bool attracted = !m.each && decide(double(w.weights), k, all, gate);
+  Tally left = w.move(k, s, all, gate, attracted);
+  if (!m.each && !std::isfinite(left.sum)) left = Tally();
   for (int64_t i = 0; sample && i < w.samples; i++) sample[i] *= k.inside;
   if (k.imbalance != 0) decay_imbalance(e, k, sample, w.samples, left);
 }

@@ -101,8 +101,8 @@ struct Segment {
   int64_t copies, orbits;
 };
 
-// Weights that a plane makes equal.  What they share (second moments, counter, imbalance, strength) is that of the first
-// member.
+// Weights that a plane makes equal, or one whose means over the groups of its entry shall vanish.  What they share (second
+// moments, counter, imbalance, strength) is that of the first member.
 struct Mirror {
   Entry* const* members;
   void* critical;      // running estimate behind an automatic strength, or null
@@ -110,6 +110,7 @@ struct Mirror {
   int64_t count;       // of segments
   double spread;       // what turns AdamW's strength per coordinate into one per gate
   int32_t each;        // every orbit has a gate of its own, else there is one for all
+  int32_t centred;     // means vanish; there are no segments
 };
 
 struct Settings {
@@ -187,6 +188,17 @@ struct MirrorFunctions {
   void (*survey)(const Mirror&, const Segment&, const Law<double>&, int64_t, int64_t, Survey&, char*, double*, int64_t);
   void (*step)(const Mirror&, const Segment&, const Law<double>&, int64_t, int64_t, const Gate&, const char*, Tally&);
   void (*snap)(const Mirror&, const Segment&, const Law<double>&, int64_t, int64_t);
+};
+
+// Of a group: the means of weight and update, and Adam's preconditioner; then what its weights move by.
+struct Mean {
+  double off, update, speed;
+};
+
+struct CentredFunctions {
+  void (*total)(const Entry&, const Law<double>&, const Unit&, int64_t, int64_t, double*);
+  void (*means)(const Entry&, const Law<double>&, const Unit&, double*, int64_t, int64_t, Mean*, Survey&);
+  void (*shift)(const Entry&, const Law<double>&, const Unit&, int64_t, int64_t, const Mean*);
 };
 
 }  // namespace

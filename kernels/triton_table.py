@@ -156,9 +156,10 @@ def fill_mirror(
     spread: float,
     each: bool,
     segments: None = None,
+    centred: None = None,
     fresh: bool = False,
 ) -> None:
-    """Point ``mirror`` at contiguous weights of one shape, as ``native.fill_mirror``; it knows no segments."""
+    """Point ``mirror`` at contiguous weights of one shape, as ``native.fill_mirror``; it knows ties only."""
     mirror.entries = [Entry() for _ in weights]
     first = mirror.entries[0]
     for entry, weight, state in zip(mirror.entries, weights, states, strict=True):

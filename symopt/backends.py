@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from symopt.constraints import Constraint
+from symopt.constraints.orbits import OrbitPlane
 from symopt_kernels import native, triton_launch
 from symopt_kernels.groups import Groups
 
@@ -56,7 +57,7 @@ def why_not(
         return reason
     if constraint is not None and constraint.fixed and not p.is_contiguous():
         return f"strides {p.stride()} of shape {tuple(p.shape)} are not those of a contiguous tensor"
-    if constraint is not None and constraint.fixed and not constraint.shared and p.numel() >= 2**31:
+    if isinstance(constraint, OrbitPlane) and not constraint.shared and p.numel() >= 2**31:
         return f"its index of equal weights ends at 2**31, the tensor has {p.numel()}"
     if (pattern := constraint and constraint.budget and constraint.budget.pattern) and p.stride(1) != 1:
         return f"the {pattern[0]}:{pattern[1]} neighbours do not lie side by side (channels_last would place them so)"

@@ -143,6 +143,12 @@ PLANES = [
     ),
     PlaneRow("zero-mean", lambda k: symopt.ZeroMean(k), ((3, 2, 2),), lambda e: list(e.reshape(3, 4, 12).sum(1))),
     PlaneRow("zero-mean-in", lambda k: symopt.ZeroMean(k, 0), ((3, 4),), lambda e: list(e.reshape(3, 4, 12).sum(0))),
+    PlaneRow(
+        "zero-mean-two",
+        lambda k: symopt.ZeroMean(k, (0, 2)),
+        ((2, 3, 2),),
+        lambda e: list(e.reshape(2, 3, 2, 12).sum((0, 2))),
+    ),
     PlaneRow("mirror", lambda k: symopt.Mirror(_off_basis, k), ((2, 3), (6,)), lambda e: list(_BASIS.T @ e)),
     PlaneRow(
         "mirror-basis", lambda k: symopt.Mirror(basis=_BASIS, strength=k), ((3, 4),), lambda e: list(_BASIS.T @ e)

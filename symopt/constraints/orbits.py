@@ -40,11 +40,6 @@ class OrbitPlane(Plane):
     def partition(self, w: Tensor, index: Tensor | None = None) -> Groups:
         return self._known(w)[0]
 
-    @property
-    def each(self) -> bool:
-        """Whether every orbit has a gate of its own, and not the plane one."""
-        return False
-
     def segments(self, groups: Groups, shapes: tuple[tuple[int, ...], ...]) -> list[Segment] | None:
         """The orbits of weights of these shapes, ``groups`` of their flat vector; None if those are their indices."""
         if groups.index is None:

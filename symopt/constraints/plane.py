@@ -12,7 +12,7 @@ from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors, Outs, heavy_factor
 from symopt_kernels import mirror as kernel
-from symopt_kernels.groups import Groups
+from symopt_kernels.groups import Groups, Segment
 
 __all__ = ["Plane", "flat", "parts", "whole"]
 
@@ -48,6 +48,8 @@ class Plane(Constraint):
     name: ClassVar[str] = "mirror"
     fixed: ClassVar[bool] = True
     free_factors: ClassVar[int] = 1
+    centred: ClassVar[bool] = False
+    """Whether what is off the plane is the mean of each group of :meth:`partition`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +81,15 @@ class Plane(Constraint):
 
     def partition(self, w: Tensor, index: Tensor | None = None) -> Groups:
         return whole(w)
+
+    @property
+    def each(self) -> bool:
+        """Whether every orbit has a gate of its own, and not the plane one."""
+        return False
+
+    def segments(self, groups: Groups, shapes: tuple[tuple[int, ...], ...]) -> list[Segment] | None:
+        """What is gathered for a fused kernel, or None."""
+        return None
 
     # -- strength ----------------------------------------------------------------------------------------------------
 
@@ -176,4 +187,4 @@ class Plane(Constraint):
         return 64 * torch.finfo(w.dtype).eps
 
     def no_kernel(self, backend: str) -> str | None:
-        return "of planes only those that make weights equal have a fused kernel"
+        return "of planes only those of equal weights and of zero means have a fused kernel"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 from torch import Tensor
 
@@ -38,6 +38,8 @@ class ZeroMean(Plane):
                 [ 0.,  0.]])
     """
 
+    centred: ClassVar[bool] = True
+
     strength: float | None = None
     dim: int | tuple[int, ...] | None = None
 
@@ -67,3 +69,6 @@ class ZeroMean(Plane):
 
     def codimension(self, w: Tensor) -> float:
         return float(self.partition(w).count)
+
+    def no_kernel(self, backend: str) -> str | None:
+        return None if backend == "native" else "of planes only those of equal weights have a kernel there"

@@ -76,6 +76,7 @@ class JointSlot:
         spread = float(spread.max()) if isinstance(spread, Tensor) else spread
         segments = constraint.segments(groups, shapes)
         options: dict[str, Any] = {"each": constraint.each, "segments": segments, "fresh": bool(self._fresh)}
+        options["centred"] = groups if constraint.centred else None
         kernel.fill_mirror(self.entry, members, used, spread=spread, **options)
 
     @property

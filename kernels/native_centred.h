@@ -1,0 +1,137 @@
+// The step of weights whose means over groups shall vanish: kernels/mirror.py where what is off the plane is one number
+// per group.
+//
+// Included like native_step.h, once per instruction set.  Two sweeps, as the gate needs its sums before any weight can
+// move: the first advances the moments and takes means, the second moves.  What is decided in between is a few numbers
+// per group.
+
+#define LOOP [[gnu::noinline]] static  // as in native_step.h
+
+// Adds sum g^2, sum u, sum w, sum u^2 of a block of one group.
+template <class T, bool ADAPTIVE> LOOP void add_means(int64_t n, const T* g, const T* u, const T* w, double* sums) {
+  constexpr int64_t EXACT = 256;  // as add_sums
+  for (int64_t start = 0; start < n; start += EXACT) {
+    const int64_t end = n - start < EXACT ? n : start + EXACT;
+    T gg = 0, uu = 0, us = 0, ws = 0;
+#pragma omp simd reduction(+ : gg, uu, us, ws)
+    for (int64_t i = start; i < end; i++) {
+      if (ADAPTIVE) gg += g[i] * g[i];
+      us += u[i], ws += w[i], uu += u[i] * u[i];
+    }
+    sums[0] += gg, sums[1] += us, sums[2] += ws, sums[3] += uu;
+  }
+}
+
+// The same for the columns of one row, `stride` numbers from one sum to the next.
+template <class T, bool ADAPTIVE>
+LOOP void add_row(int64_t n, const T* g, const T* u, const T* w, T* __restrict sums, int64_t stride) {
+  T *gg = sums, *us = sums + stride, *ws = sums + 2 * stride, *uu = sums + 3 * stride;
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    if (ADAPTIVE) gg[i] += g[i] * g[i];
+    us[i] += u[i], ws[i] += w[i], uu[i] += u[i] * u[i];
+  }
+}
+
+template <class T, class W, bool ADAPTIVE>
+static void total(const Entry& e, const Law<T>& k, const Unit& unit, int64_t first, int64_t last, double* sums) {
+  Block<T, W> b;
+  if (unit.groups == 1)
+    return walk(unit, first, last, [&](int64_t at, int64_t n) {
+      b.open(e, k, at, n), b.direct(e, k);
+      add_means<T, ADAPTIVE>(n, b.g, b.u, b.w, sums);
+    });
+  constexpr int64_t PRECISE = 32;  // rows summed before they go to double
+  T columns[4 * STRIPE];
+  const int64_t end = last / unit.width;
+  for (int64_t top = first / unit.width; top < end; top += PRECISE) {
+    std::fill(columns, columns + 4 * unit.width, T(0));
+    const int64_t bottom = std::min(end, top + PRECISE);
+    walk(unit, top * unit.width, bottom * unit.width, [&](int64_t at, int64_t n) {
+      b.open(e, k, at, n), b.direct(e, k);
+      add_row<T, ADAPTIVE>(n, b.g, b.u, b.w, columns + (at - unit.base) % unit.row_stride, unit.width);
+    });
+    for (int64_t i = 0; i < 4 * unit.width; i++) sums[i] += columns[i];
+  }
+}
+
+// Sums of `parts` parts, `size` apart -> the means and second moments of the unit's groups, and what the gate needs.
+template <class T>
+static void means(const Entry& e, const Law<double>& k, const Unit& unit, double* sums, int64_t parts, int64_t size,
+                  Mean* to, Survey& survey) {
+  for (int64_t p = 1; p < parts; p++)
+    for (int64_t i = 0; i < size; i++) sums[i] += sums[p * size + i];
+  const int64_t run = unit.groups == 1 ? 1 : unit.run, pitch = unit.groups == 1 ? 1 : unit.width;
+  const double count = double(unit.rows) * unit.run;
+  for (int64_t j = 0; j < unit.groups; j++) {
+    double s[4] = {0, 0, 0, 0};
+    for (int q = 0; q < 4; q++)
+      for (int64_t r = 0; r < run; r++) s[q] += sums[q * pitch + j * run + r];
+    double speed = 1;
+    if (k.direction != SGD) {
+      T* second = static_cast<T*>(e.second) + unit.group + j;
+      T v = T(k.beta2 * *second + k.fresh2 * (s[0] / count));
+      *second = v;
+      if (e.peak) {
+        T* peak = static_cast<T*>(e.peak) + unit.group + j;
+        *peak = v = v <= *peak ? *peak : v;
+      }
+      speed = 1 / (root(double(v) * k.unbias2) + k.eps);
+    }
+    const double x = s[1] / count, off = s[2] / count, d = speed * x;
+    to[unit.group + j] = {off, x, speed};
+    survey.ww += count * off * off, survey.uu += count * x * x, survey.uw += count * x * off;
+    survey.dd += count * d * d, survey.dw += count * d * off;
+    survey.all += s[3], survey.paces += count / speed;
+  }
+}
+
+// w' = w - forth u + add.
+template <class T> LOOP void drift(int64_t n, T* __restrict w, const T* __restrict u, T forth, T add) {
+  for (int64_t i = 0; i < n; i++) w[i] = w[i] - forth * u[i] + add;
+}
+
+template <class T>
+LOOP void drift_columns(int64_t n, T* __restrict w, const T* __restrict u, const T* __restrict forth,
+                        const T* __restrict add) {
+  for (int64_t i = 0; i < n; i++) w[i] = w[i] - forth[i] * u[i] + add[i];
+}
+
+template <class T, class W>
+static void shift(const Entry& e, const Law<T>& k, const Unit& unit, int64_t first, int64_t last, const Mean* from) {
+  Block<T, W> b;
+  T forth[STRIPE], add[STRIPE];
+  const bool one = unit.groups == 1;
+  for (int64_t j = 0; j < unit.groups; j++)
+    for (int64_t r = 0; r < (one ? 1 : unit.run); r++) {
+      const int64_t i = one ? 0 : j * unit.run + r;
+      forth[i] = T(from[unit.group + j].speed), add[i] = T(from[unit.group + j].off);
+    }
+  walk(unit, first, last, [&](int64_t at, int64_t n) {
+    b.recall(e, k, at, n);
+    const int64_t column = one ? 0 : (at - unit.base) % unit.row_stride;
+    if (one) drift(n, b.w, b.u, forth[0], add[0]);
+    else drift_columns(n, b.w, b.u, forth + column, add + column);
+    b.close(e, 0);
+  });
+}
+
+template <class T, class W> static const CentredFunctions* centred_functions() {
+  static const CentredFunctions table = {
+      [](const Entry& e, const Law<double>& k, const Unit& unit, int64_t first, int64_t last, double* sums) {
+        auto f = k.direction == SGD ? total<T, W, false> : total<T, W, true>;
+        f(e, Law<T>(k), unit, first, last, sums);
+      },
+      means<T>,
+      [](const Entry& e, const Law<double>& k, const Unit& unit, int64_t first, int64_t last, const Mean* from) {
+        shift<T, W>(e, Law<T>(k), unit, first, last, from);
+      }};
+  return &table;
+}
+
+static const CentredFunctions* const centred_table[] = {centred_functions<float, float>(),
+                                                        centred_functions<double, double>(),
+                                                        centred_functions<float, Bfloat>(),
+                                                        centred_functions<float, Half>()};
+
+#undef LOOP
