@@ -84,12 +84,12 @@ def launches(
         options["num_warps"] = max(1, min(8, r * c // 256))
         return [(triton_groups.groups, {"LEAD": lead, **shared, "R": r, "C": c, "P": p, "ALIGNED": aligned}, options)]
     if retraction == "mirror":
-        pair, each, automatic, aligned = form
-        if each and "maxnreg" in options:
-            options["maxnreg"] = 168 if master else 144  # moments, weights and their copies are all in registers
+        pair, each, automatic, gathered, aligned = form
+        if (each or gathered) and "maxnreg" in options:  # moments, weights and their copies, or places, in registers
+            options["maxnreg"] = 168 if master or gathered else 144
         options["num_warps"] = max(1, triton_table.BLOCK // 512)
         shared |= {"LEAD": lead, "DECOUPLED": direction == "adamw", "PAIR": pair, "EACH": each, "AUTOMATIC": automatic}
-        shared |= {"BLOCK": triton_table.BLOCK // 2, "ALIGNED": aligned}
+        shared |= {"GATHERED": gathered, "BLOCK": triton_table.BLOCK // 2, "ALIGNED": aligned}
         kernels = [triton_mirror.surveys] if automatic or not each else []
         kernels += [triton_mirror.moves] if each else [triton_mirror.moves, triton_mirror.snaps]
         return [(kernel, {k: v for k, v in shared.items() if k in kernel.arg_names}, options) for kernel in kernels]

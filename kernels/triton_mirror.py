@@ -1,9 +1,9 @@
 """The step of weights that a fixed plane makes equal: ``mirror.mirror`` for orbits of equally many copies.
 
-Copy j of orbit i is weight i of member j; the members are rows of the table that follow one another.  One gate needs
-its sums before any weight can move: ``surveys`` advances the moments and sums, whichever of its programs is last
-decides, ``moves`` moves, and ``snaps`` returns at once unless that was the step onto the plane.  A gate for every orbit
-needs no sums, unless its strength is automatic, so there ``moves`` advances the moments itself.
+Copy j of orbit i is weight i of member j, or gathered; the members are rows of the table that follow one another.  One
+gate needs its sums before any weight can move: ``surveys`` advances the moments and sums, whichever of its programs is
+last decides, ``moves`` moves, and ``snaps`` returns at once unless that was the step onto the plane.  A gate for every
+orbit needs no sums, unless its strength is automatic, so there ``moves`` advances the moments itself.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call, attr-defined"
@@ -21,11 +21,11 @@ from symopt_kernels.triton_memory import (
     BEGIN,
     COUNT,
     CRITICAL,
-    NUMEL,
     ROWS,
     SNAP,
     SPREAD,
     TINY,
+    WEIGHTS,
     address,
     field,
     load_weight,
@@ -33,7 +33,7 @@ from symopt_kernels.triton_memory import (
     number,
     store_weight,
 )
-from symopt_kernels.triton_orbits import change, gather, place
+from symopt_kernels.triton_orbits import change, gather, lies, owner, place
 from symopt_kernels.triton_retractions import time_scale
 from symopt_kernels.triton_table import GATE as _GATE
 from symopt_kernels.triton_tiles import recall
@@ -61,7 +61,7 @@ def total(partial, begin, count, MOST: tl.constexpr = False):
 def automatic(table, entry, numbers, amplify, squares, everything, DECOUPLED: tl.constexpr):
     """``mirror.needed`` of the updates, times its margin."""
     spread = number(table, entry, SPREAD)
-    weights = (field(table, entry, NUMEL) * field(table, entry, ROWS)).to(tl.float32)
+    weights = field(table, entry, WEIGHTS).to(tl.float32)
     critical, typical = numbers[7] * tl.sqrt(squares) / amplify, 1.0
     if DECOUPLED:
         critical = critical / spread  # per coordinate; its update of a steady gradient is 1
@@ -103,7 +103,7 @@ def decide(
     if not EACH:
         pace = 1.0
         if COUPLED:
-            pace = field(table, entry, NUMEL).to(tl.float32) / total(partial + 6 * programs, begin, count)
+            pace = field(table, entry, WEIGHTS).to(tl.float32) / total(partial + 6 * programs, begin, count)
         lr, c = law[0] * numbers[7], law[4]
         decay, metric, pull = inside * pace, tl.sqrt(c * c + 4 * ww), lr * tl.sqrt(dd)
         t = time_scale(metric, pull, decay, law[5], SATURATED)
@@ -126,24 +126,24 @@ def surveys(
     LEAD: tl.constexpr, DTYPE: tl.constexpr, MASTER: tl.constexpr, PEAK: tl.constexpr, ADAPTIVE: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DECOUPLED: tl.constexpr, COUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr, SATURATED: tl.constexpr, PAIR: tl.constexpr, EACH: tl.constexpr,
-    AUTOMATIC: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    AUTOMATIC: tl.constexpr, GATHERED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The moments, the sums, and what they decide."""
     if found_inf is not None:  # noqa: SIM102 (Triton must not look at None)
         if tl.load(found_inf) != 0:
             return
     program = tl.program_id(0)
-    entry = tl.load(owners + program)
+    segment, entry = owner(table, owners, program, GATHERED)
     numbers, law, factor = settings(
         table, live, entry, lr_at, grad_scale,
         lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, 0.0, imbalance_decay,
         ADAPTIVE, MOMENTUM, True, DECOUPLED, MAXIMIZE, False,
     )  # fmt: skip
-    at, mask = place(table, entry, program, DTYPE, BLOCK, ALIGNED)
-    copies = 2 if PAIR else narrow(table, entry, ROWS)
+    at, mask = place(table, segment, program, DTYPE, BLOCK, ALIGNED)
+    copies = 2 if PAIR else narrow(table, segment, ROWS)
     _first, _last, sums, p = gather(
-        table, live, entry, copies, at, mask, numbers, factor,
-        LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, PEAK, True, ALIGNED,
+        table, live, segment, entry, copies, at, mask, numbers, factor,
+        LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, PEAK, True, GATHERED, ALIGNED,
     )  # fmt: skip
     ww, uu, uw, everything = sums
     tl.store(partial + program, tl.sum(everything, 0))
@@ -157,7 +157,7 @@ def surveys(
             tl.store(partial + 4 * programs + program, tl.sum(p * p * uu, 0))
             tl.store(partial + 5 * programs + program, tl.sum(p * uw, 0))
         if COUPLED:
-            tl.store(partial + 6 * programs + program, tl.sum(tl.where(mask, 1 / p, 0.0), 0))
+            tl.store(partial + 6 * programs + program, copies * tl.sum(tl.where(mask, 1 / p, 0.0), 0))
     tl.debug_barrier()
     before = tl.atomic_add(arrived + entry, 1, sem="acq_rel")
     if before == narrow(table, entry, COUNT) - 1:
@@ -230,7 +230,7 @@ def moves(
     LEAD: tl.constexpr, DTYPE: tl.constexpr, MASTER: tl.constexpr, PEAK: tl.constexpr, ADAPTIVE: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DECOUPLED: tl.constexpr, COUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr, SATURATED: tl.constexpr, PAIR: tl.constexpr, EACH: tl.constexpr,
-    AUTOMATIC: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    AUTOMATIC: tl.constexpr, GATHERED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Every weight; then the imbalance, the step count, and whether what is off the plane is to vanish."""
     if found_inf is not None:  # noqa: SIM102 (Triton must not look at None)
@@ -238,7 +238,7 @@ def moves(
             return
     DECIDED: tl.constexpr = AUTOMATIC or not EACH
     program = tl.program_id(0)
-    entry = tl.load(owners + program)
+    segment, entry = owner(table, owners, program, GATHERED)
     gate = gates + entry * GATE
     numbers, law, factor = settings(
         table, live, entry, lr_at, grad_scale,
@@ -246,11 +246,11 @@ def moves(
         ADAPTIVE, MOMENTUM, True, DECOUPLED, MAXIMIZE, False,
     )  # fmt: skip
     law = in_force(table, entry, gate, law, DECOUPLED, DECIDED)
-    at, mask = place(table, entry, program, DTYPE, BLOCK, ALIGNED)
-    copies = 2 if PAIR else narrow(table, entry, ROWS)
+    at, mask = place(table, segment, program, DTYPE, BLOCK, ALIGNED)
+    copies = 2 if PAIR else narrow(table, segment, ROWS)
     first, last, sums, p = gather(
-        table, live, entry, copies, at, mask, numbers, factor,
-        LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, PEAK, not DECIDED, ALIGNED,
+        table, live, segment, entry, copies, at, mask, numbers, factor,
+        LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, PEAK, not DECIDED, GATHERED, ALIGNED,
     )  # fmt: skip
     if not PAIR:
         tl.debug_barrier()  # moments written by other threads of this program
@@ -265,8 +265,9 @@ def moves(
             rest = 2 * (off + turn) * (off + turn)
         else:
             for j in range(0, copies):
+                row, mine = lies(table, segment, entry, j, at, mask, GATHERED)
                 w, u = recall(
-                    table, live, entry + j, at, mask, numbers, factor,
+                    table, live, row, mine, mask, numbers, factor,
                     DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, ALIGNED,
                 )  # fmt: skip
                 off, turn = change(w, u, first, step)
@@ -290,11 +291,12 @@ def moves(
     else:
         rest = tl.zeros_like(p)
         for j in range(0, copies):
+            row, mine = lies(table, segment, entry, j, at, mask, GATHERED)
             w, u = recall(
-                table, live, entry + j, at, mask, numbers, factor,
+                table, live, row, mine, mask, numbers, factor,
                 DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, ALIGNED,
             )  # fmt: skip
-            rest += settle(table, entry + j, at, mask, w, u, first, step, snapped, on, DTYPE, MASTER, EACH, ALIGNED)
+            rest += settle(table, row, mine, mask, w, u, first, step, snapped, on, DTYPE, MASTER, EACH, ALIGNED)
     if not EACH:
         tl.store(partial + program, tl.sum(rest, 0))
     tl.debug_barrier()
@@ -324,21 +326,25 @@ def moves(
 @triton.jit
 def snaps(
     table, owners, gates, found_inf,
-    DTYPE: tl.constexpr, MASTER: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr, MASTER: tl.constexpr, PAIR: tl.constexpr, GATHERED: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The step onto the plane: what was on it is the mean of what was written."""
     if found_inf is not None:  # noqa: SIM102 (Triton must not look at None)
         if tl.load(found_inf) != 0:
             return
     program = tl.program_id(0)
-    entry = tl.load(owners + program)
+    segment, entry = owner(table, owners, program, GATHERED)
     if tl.load(gates + entry * GATE + SNAPPED) != 0:
-        at, mask = place(table, entry, program, DTYPE, BLOCK, ALIGNED)
-        copies = 2 if PAIR else narrow(table, entry, ROWS)
-        w0 = load_weight(table, entry, at, mask, DTYPE, MASTER, ALIGNED)
+        at, mask = place(table, segment, program, DTYPE, BLOCK, ALIGNED)
+        copies = 2 if PAIR else narrow(table, segment, ROWS)
+        row, mine = lies(table, segment, entry, 0, at, mask, GATHERED)
+        w0 = load_weight(table, row, mine, mask, DTYPE, MASTER, ALIGNED)
         mean = tl.zeros_like(w0)
         for j in range(1, copies):
-            mean += load_weight(table, entry + j, at, mask, DTYPE, MASTER, ALIGNED) - w0
+            row, mine = lies(table, segment, entry, j, at, mask, GATHERED)
+            mean += load_weight(table, row, mine, mask, DTYPE, MASTER, ALIGNED) - w0
         mean = w0 + mean / copies
         for j in range(0, copies):
-            store_weight(table, entry + j, at, mask, mean, 0, 0, DTYPE, MASTER, False, ALIGNED)
+            row, mine = lies(table, segment, entry, j, at, mask, GATHERED)
+            store_weight(table, row, mine, mask, mean, 0, 0, DTYPE, MASTER, False, ALIGNED)

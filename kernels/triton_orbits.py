@@ -1,5 +1,7 @@
 """Orbits of weights that a plane makes equal: where they lie, what they differ by, their sums.
 
+Orbits that are not simply the weights at one place of several tensors come in segments (``groups.Segment``):
+``segment`` is the row of the table that says where their copies lie, ``entry`` that of the first tensor.
 Copies are compared with the first of them, so that what equal ones differ by is exactly zero.
 """
 
@@ -12,19 +14,42 @@ import triton.language as tl
 
 from symopt_kernels.triton_memory import (
     BEGIN,
+    IDS,
+    MAIN,
     NUMEL,
+    OF,
     PEAK_,
+    PLACES,
     SECOND,
     address,
     field,
     get,
     load_grad,
     load_weight,
+    narrow,
     put,
 )
 from symopt_kernels.triton_tiles import recall
 
-__all__ = ["change", "gather", "place"]
+__all__ = ["change", "gather", "lies", "owner", "place"]
+
+
+@triton.jit
+def owner(table, owners, program, GATHERED: tl.constexpr):
+    """The segment of a program, and the first row of its tie."""
+    segment = tl.load(owners + program)
+    return segment, narrow(table, segment, MAIN) if GATHERED else segment
+
+
+@triton.jit
+def lies(table, segment, entry, j, at, mask, GATHERED: tl.constexpr):
+    """The row of the j-th copy of every orbit, and where in that tensor it lies."""
+    row = entry + j
+    if GATHERED:
+        row = entry + tl.load(address(table, segment, OF, tl.int32, False) + j)
+        places = address(table, segment, PLACES, tl.int32, False) + j * field(table, segment, NUMEL)
+        at = tl.load(places + at, mask=mask, other=0).to(tl.int64)
+    return row, at
 
 
 @triton.jit
@@ -60,21 +85,23 @@ def copy(
 
 @triton.jit
 def gather(
-    table, live, entry, copies, at, mask, numbers, factor,
+    table, live, segment, entry, copies, at, mask, numbers, factor,
     LEAD: tl.constexpr, DTYPE: tl.constexpr, MASTER: tl.constexpr, ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr,
-    NESTEROV: tl.constexpr, PEAK: tl.constexpr, ADVANCE: tl.constexpr, ALIGNED: tl.constexpr,
+    NESTEROV: tl.constexpr, PEAK: tl.constexpr, ADVANCE: tl.constexpr, GATHERED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The first copy and the last, how far the mean is from the first, sums of what is off it, the preconditioner."""
+    row, mine = lies(table, segment, entry, 0, at, mask, GATHERED)
     w0, u0, gg = copy(
-        table, live, entry, at, mask, numbers, factor,
+        table, live, row, mine, mask, numbers, factor,
         LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, ADVANCE, ALIGNED,
     )  # fmt: skip
     w, u, everything = w0, u0, u0 * u0
     w_mean, u_mean = tl.zeros_like(w0), tl.zeros_like(w0)
     ww, uu, uw = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)
     for j in range(1, copies):
+        row, mine = lies(table, segment, entry, j, at, mask, GATHERED)
         w, u, square = copy(
-            table, live, entry + j, at, mask, numbers, factor,
+            table, live, row, mine, mask, numbers, factor,
             LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, ADVANCE, ALIGNED,
         )  # fmt: skip
         x, y = w - w0, u - u0
@@ -92,6 +119,8 @@ def gather(
             address(table, entry, SECOND, tl.float32, ALIGNED),
             address(table, entry, PEAK_, tl.float32, ALIGNED),
         )
+        if GATHERED:
+            at = tl.load(address(table, segment, IDS, tl.int32, False) + at, mask=mask, other=0)
         v = get(peak if PEAK and not ADVANCE else second, at, mask)
         if ADVANCE:
             v = numbers[4] * v + numbers[5] * (share * gg)

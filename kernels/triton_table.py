@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symopt_kernels.groups import Groups
+from symopt_kernels.groups import Groups, Segment
 from symopt_kernels.native import layout
 
 __all__ = [
@@ -90,9 +90,12 @@ class Entry:
 
 
 class Mirror(Entry):
-    """Tensors that a plane makes equal; ``entries`` are those of each."""
+    """Tensors that a plane makes equal; ``entries`` are those of each, ``parts`` those of segments, if gathered."""
 
     entries: list[Entry]
+    parts: list[Entry]
+    places: list[tuple[Tensor, ...]]
+    """Kept alive: what the addresses of ``parts`` point at."""
 
 
 def fill(
@@ -122,6 +125,7 @@ def fill(
     f = entry.fields = {**places, "seen": 0 if entry.seen is None else entry.seen.data_ptr(), "numel": weight.numel()}
     f |= {"rows": rows, "groups": count, "run": run, "keep": pattern[0] if pattern else 0}
     f |= dict.fromkeys(("begin", "units", "parts", "lines", "lag", "room", "marks", "critical", "spread"), 0)
+    f |= dict.fromkeys(("weights", "main", "of", "places", "ids"), 0)
     wide = 16 // weight.element_size()
     streams = [f[name] for name in ("weight", "master", "first", "factor_0", "factor_1")]
     streams += [f["second"], f["peak"]] if groups is None else []
@@ -155,21 +159,36 @@ def fill_mirror(
     *,
     spread: float,
     each: bool,
-    segments: None = None,
+    segments: Sequence[Segment] | None = None,
     centred: None = None,
     fresh: bool = False,
 ) -> None:
-    """Point ``mirror`` at contiguous weights of one shape, as ``native.fill_mirror``; it knows ties only."""
+    """Point ``mirror`` at contiguous weights that a plane makes equal, as ``native.fill_mirror``."""
     mirror.entries = [Entry() for _ in weights]
     first = mirror.entries[0]
     for entry, weight, state in zip(mirror.entries, weights, states, strict=True):
         fill(entry, weight, state, "mirror", fresh=fresh and entry is first)
-    critical, f = states[0].get("critical"), first.fields
-    f |= {"rows": len(weights), "count": -(-f["numel"] // (BLOCK // 2)), "spread": _bits(spread)}
+    critical, f, half = states[0].get("critical"), first.fields, BLOCK // 2
+    f |= {"rows": len(weights), "count": -(-f["numel"] // half), "spread": _bits(spread)}
+    f["weights"] = sum(weight.numel() for weight in weights)
     f["critical"] = 0 if critical is None else critical.data_ptr()
     wide = 16 // weights[0].element_size()  # accesses of 128 bits must not cross the end
     f["aligned"] = int(f["numel"] % wide == 0 and all(entry.fields["aligned"] for entry in mirror.entries))
-    mirror.key = (*first.key[:-1], (len(weights) == 2, each, critical is not None))
+    mirror.parts, mirror.places = [], []
+    for s in segments or ():
+        found = tuple(x.to(first.device) for x in (s.of, s.places, s.ids))
+        copies, orbits = s.places.shape
+        addresses = dict(zip(("of", "places", "ids"), (x.data_ptr() for x in found), strict=True))
+        part = Entry()
+        part.fields = dict.fromkeys(f, 0) | addresses | {"rows": copies, "numel": orbits, "count": -(-orbits // half)}
+        mirror.parts.append(part)
+        mirror.places.append(found)
+    if segments:
+        orbits = sum(len(s.ids) for s in segments)
+        f |= {"count": sum(part.fields["count"] for part in mirror.parts), "aligned": 0}
+        f["stride"] = max(1, orbits // SAMPLE)
+        f["samples"] = -(-orbits // f["stride"])
+    mirror.key = (*first.key[:-1], (not segments and len(weights) == 2, each, critical is not None, bool(segments)))
     mirror.fields, mirror.device, mirror.plan = f, first.device, None
 
 
@@ -180,7 +199,7 @@ def _bits(x: float) -> int:
 
 def members(entry: Entry) -> Sequence[Entry]:
     """Its rows in the table."""
-    return entry.entries if isinstance(entry, Mirror) else (entry,)
+    return [*entry.entries, *entry.parts] if isinstance(entry, Mirror) else (entry,)
 
 
 def tile(rows: int, run: int) -> tuple[int, int, int]:
@@ -206,11 +225,18 @@ class Bucket:
                 _, c, p = entry.key[-1]
                 f |= {"marks": marks, "room": room}
                 marks, room = marks + f["units"], room + f["units"] * (4 * f["parts"] + 2) * (c // p)
-            for row in (f, *(other.fields for other in members(entry)[1:])):
+            held = members(entry)
+            parts = entry.parts if isinstance(entry, Mirror) else ()
+            for j, part in enumerate(parts, len(held) - len(parts)):
+                part.fields |= {"begin": self.programs, "main": i}
+                owners.extend([i + j] * part.fields["count"])
+                self.programs += part.fields["count"]
+            for row in (f, *(other.fields for other in held[1:])):
                 rows.extend(row[name] for name in FIELDS)
-            owners.extend([i] * f["count"])
-            self.programs += f["count"]
-            i += len(members(entry))
+            if not parts:
+                owners.extend([i] * f["count"])
+                self.programs += f["count"]
+            i += len(held)
 
         def put(values: array[int], dtype: torch.dtype) -> Tensor:
             return torch.frombuffer(values, dtype=dtype).to(device, copy=True)

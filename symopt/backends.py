@@ -27,6 +27,10 @@ FUSED = BACKENDS[:-1]
 """Those that step unconstrained tensors too, if asked for by name."""
 
 
+LARGEST_ORBIT = 64
+"""Weights of an orbit, on average, that a thread of the Triton step goes through one after the other, at most."""
+
+
 def check_backend(owner: str, backend: object) -> None:
     """Raise unless ``backend`` is None or the name of one."""
     if backend is not None and backend not in BACKENDS:
@@ -57,13 +61,16 @@ def why_not(
         return reason
     if constraint is not None and constraint.fixed and not p.is_contiguous():
         return f"strides {p.stride()} of shape {tuple(p.shape)} are not those of a contiguous tensor"
-    if isinstance(constraint, OrbitPlane) and not constraint.shared and p.numel() >= 2**31:
-        return f"its index of equal weights ends at 2**31, the tensor has {p.numel()}"
     if (pattern := constraint and constraint.budget and constraint.budget.pattern) and p.stride(1) != 1:
         return f"the {pattern[0]}:{pattern[1]} neighbours do not lie side by side (channels_last would place them so)"
     if pattern and backend == "triton" and pattern[1] not in triton_launch.PATTERNS:
         return f"it knows N:M with M in {triton_launch.PATTERNS}, not {pattern[0]}:{pattern[1]}"
-    if backend == "triton" and groups is not None and groups.index is not None:
+    gathered = isinstance(constraint, OrbitPlane) and not constraint.shared
+    if gathered and p.numel() >= 2**31:
+        return f"its index of equal weights ends at 2**31, the tensor has {p.numel()}"
+    if gathered and backend == "triton" and groups is not None and p.numel() > LARGEST_ORBIT * groups.count:
+        return f"orbits of more than {LARGEST_ORBIT} weights leave a GPU too few to step side by side"
+    if backend == "triton" and not gathered and groups is not None and groups.index is not None:
         return "it knows groups that are a view of the weight, not an index map"
     if p.data_ptr() % p.element_size():
         return "the tensor's memory is not aligned to its element size"

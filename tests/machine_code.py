@@ -58,8 +58,8 @@ class Variant:
         if self.retraction == "group":
             words.append("x".join(map(str, self.form[:2])) + f" by {self.form[2]}")
         elif self.retraction == "mirror":
-            pair, each, automatic, _ = self.form
-            words.append("two copies" if pair else "more copies")
+            pair, each, automatic, gathered, _ = self.form
+            words.append("gathered" if gathered else "two copies" if pair else "more copies")
             words += ["elementwise"] * each + ["automatic"] * automatic + [str(self.kernel)]
         elif self.form != (2,):
             words.append(str(self.form[0]))
@@ -67,8 +67,10 @@ class Variant:
         return ", ".join(words + ["amsgrad"] * self.peak + ["budget"] * self.trimmed)
 
 
-_TIE = (True, False, True, True)
-_MANY, _EACH, _EACH_AUTOMATIC = (False, *_TIE[1:]), (True, True, False, True), (True, True, True, True)
+# Two copies, a gate each, automatic, gathered, aligned.
+_TIE = (True, False, True, False, True)
+_MANY, _EACH, _EACH_AUTOMATIC = (False, *_TIE[1:]), (True, True, False, False, True), (True, True, True, False, True)
+_GATHERED, _GATHERED_EACH = (False, False, True, True, False), (False, True, True, True, False)
 
 
 def _ties() -> Iterator[Variant]:
@@ -81,6 +83,8 @@ def _ties() -> Iterator[Variant]:
         yield Variant("adamw", "mirror", peak=True, form=_TIE, kernel=kernel)
         yield Variant("adamw", "mirror", form=_MANY, kernel=kernel)
         yield Variant("adam", "mirror", form=_EACH_AUTOMATIC, kernel=kernel)
+        for form in (_GATHERED, _GATHERED_EACH):
+            yield Variant("adam", "mirror", form=form, kernel=kernel)
         yield Variant("adam", "mirror", "bfloat16", master=True, form=_TIE, kernel=kernel)
     for form in (_EACH, (False, *_EACH[1:])):
         yield Variant("adam", "mirror", "bfloat16", master=True, form=form, kernel="moves")

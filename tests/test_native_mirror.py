@@ -32,12 +32,14 @@ def constraint_of(module: torch.nn.Module) -> symopt.Constraint:
 
 TIES = planes("native")
 OTHERS = [row for row in PLANES if row not in TIES]
+SIMPLE = [row for row in TIES if constraint_of(plane_module(row)).shared]
+"""Ties of weights at one place of several tensors; of others the orbits are gathered."""
 FEW = [row for row in OPTIMIZERS if row.id in ("sgd", "sgd-nesterov", "adam-amsgrad", "adamw")]
 
 # The loops are written for two, three and four copies, and for any number.
 MORE = [
     replace(row, id=f"{row.id}-{n}", shapes=row.shapes[:1] * n)
-    for row in planes("triton")
+    for row in SIMPLE
     for n in (4, 5)
     if len(row.shapes) == 2
 ]
@@ -45,7 +47,7 @@ MORE = [
 every_count = pytest.mark.parametrize("row", [*TIES, *MORE], ids=ids)
 every_tie = pytest.mark.parametrize("row", TIES, ids=ids)
 # Where weights lie is no matter of the optimizer, so with those that are gathered only some meet.
-_PAIRS = [(row, opt_row) for row in TIES for opt_row in (OPTIMIZERS if row in planes("triton") else FEW)]
+_PAIRS = [(row, opt_row) for row in TIES for opt_row in (OPTIMIZERS if row in SIMPLE else FEW)]
 every_pair = pytest.mark.parametrize(("row", "opt_row"), _PAIRS, ids=ids)
 few_optimizers = pytest.mark.parametrize("opt_row", FEW, ids=ids)
 
@@ -139,7 +141,9 @@ def test_planes_of_equal_weights_and_zero_means_have_a_kernel_and_others_say_why
         module = plane_module(row)
         assert [backend for _, backend, _ in symopt.AdamW(module).backends()] == ["native"] * len(row.shapes)
     for row in OTHERS:
-        assert "those of equal weights and of zero means have a fused kernel" in symopt.explain(symopt.AdamW(plane_module(row)))
+        assert "those of equal weights and of zero means have a fused kernel" in symopt.explain(
+            symopt.AdamW(plane_module(row))
+        )
     module = plane_module(TIES[0])
     module.w1.data = module.w1.data.T.contiguous().T
     assert "contiguous" in symopt.explain(symopt.AdamW(module))
@@ -231,7 +235,13 @@ def test_segments_hold_every_weight_once() -> None:
 # How groups may lie in memory: rows, columns, both sides of them, runs, and those that are cut into parts.
 _CENTRED: list[tuple[tuple[int, ...], int | tuple[int, ...] | None]] = [
     *[((7,), None), ((1, 5), 0), ((5, 1), None), ((3, 40_000), None), ((40_000, 3), 0), ((90, 600), 0)],
-    *[((5, 300, 17), 1), ((40, 30, 3, 3), (2, 3)), ((40, 30, 3, 3), (0, 1)), ((6, 40, 150), 1), ((900, 4, 130), (0, 1))],
+    *[
+        ((5, 300, 17), 1),
+        ((40, 30, 3, 3), (2, 3)),
+        ((40, 30, 3, 3), (0, 1)),
+        ((6, 40, 150), 1),
+        ((900, 4, 130), (0, 1)),
+    ],
     *[((700, 3, 160), 0), ((4, 9_000, 2), 1), ((8, 5, 300), (0, 2)), ((2, 3, 5, 7), (0, 2))],
 ]
 

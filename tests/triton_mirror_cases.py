@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,17 +17,19 @@ import symopt
 import test_backends
 import test_native_mirror
 from symopt_kernels import triton_launch
-from table import OPTIMIZERS, OptimizerRow, PlaneRow, ids
+from table import OPTIMIZERS, OptimizerRow, PlaneRow, ids, plane_module
 from test_backends import HALF, step_alike, take, tensors
-from test_native_mirror import FEW, along, large, make_equal, nearly, planes, tied, weights
+from test_native_mirror import FEW, SIMPLE, along, large, make_equal, nearly, planes, tied, weights
 from triton_cases import DEVICE, poisoned, pytestmark
 
 __all__ = ["poisoned", "pytestmark"]
 
 TIES = planes("triton")
-every_tie = pytest.mark.parametrize("row", TIES, ids=ids)
-every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
-some_ties = pytest.mark.parametrize("row", [TIES[1], TIES[2]], ids=ids)  # three copies, two copies element-wise
+GATHERED = {row.id: row for row in TIES if row not in SIMPLE}
+_PAIRS = [(row, opt_row) for row in TIES for opt_row in (OPTIMIZERS if row in SIMPLE else FEW)]
+every_pair = pytest.mark.parametrize(("row", "opt_row"), _PAIRS, ids=ids)
+# Three copies, two copies element-wise, one and two gathered.
+some_ties = pytest.mark.parametrize("row", [SIMPLE[1], SIMPLE[2], GATHERED["symmetric"]], ids=ids)
 few_optimizers = pytest.mark.parametrize("opt_row", FEW, ids=ids)
 
 
@@ -43,8 +46,7 @@ both = functools.partial(test_native_mirror.both, dtype=torch.float32, fused="tr
 close = functools.partial(test_backends.close, kind="backends, fp32")
 
 
-@every_optimizer
-@every_tie
+@every_pair
 def test_many_steps(row: PlaneRow, opt_row: OptimizerRow) -> None:
     """Strengths, formats, shapes and the other choices rotate."""
     i, j = TIES.index(row), OPTIMIZERS.index(opt_row)
@@ -60,8 +62,9 @@ def test_many_steps(row: PlaneRow, opt_row: OptimizerRow) -> None:
     assert not any(torch.equal(w, old) for w, old in zip(weights(runs[0]), start, strict=True))
 
 
-ONTO = [(row, *case) for row in TIES for case in ((None, 1, 0.0), (20.0, -1, 0.0))]
-ONTO += [(TIES[0], 20.0, 1, 0.1), (TIES[3], None, -1, 0.1)]
+ONTO = [(row, *case) for row in SIMPLE for case in ((None, 1, 0.0), (20.0, -1, 0.0))]
+ONTO += [(SIMPLE[0], 20.0, 1, 0.1), (SIMPLE[3], None, -1, 0.1)]
+ONTO += [(GATHERED[name], None, 1, 0.0) for name in ("tied-slices-elementwise", "symmetric")]
 
 
 @pytest.mark.parametrize(("row", "strength", "sign", "imbalance"), ONTO, ids=lambda x: getattr(x, "id", str(x)))
@@ -95,6 +98,39 @@ def test_blocks_that_are_on_the_plane_beside_others_that_are_not(row: PlaneRow, 
             step_alike(runs, t)
             close(*runs)
         assert not tied(runs[0])
+
+
+@few_optimizers
+def test_parts_of_parameters_of_several_shapes(opt_row: OptimizerRow) -> None:
+    row = replace(SIMPLE[0], id="parts", make=test_native_mirror._parts, shapes=((33, 40), (40, 33), (2, 35, 40)))
+    runs = both(row, opt_row, None if opt_row.id == "adamw" else 0.3)
+    nearly(runs)
+    for t in range(2):
+        step_alike(runs, t)
+        close(*runs)
+
+
+def test_planes_whose_orbits_are_gathered_share_launches() -> None:
+    runs: list[test_backends.Run] = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        net = torch.nn.ModuleList(torch.nn.Linear(n, n, bias=False) for n in (7, 40, 5)).to(DEVICE)
+        symopt.constrain(net, {"*.weight": symopt.Symmetric()})
+        runs.append((net, symopt.AdamW(net, lr=0.01, backend=backend)))
+    for t in range(3):
+        step_alike(runs, t)
+        close(*runs)
+    assert len({id(slot.entry.plan) for slot in runs[0][1]._slots.values() if slot.entry.plan is not None}) == 1
+    (first, *_) = (slot.entry.plan for slot in runs[0][1]._slots.values() if slot.entry.plan is not None)
+    assert len(first.buckets) == 1
+
+
+def test_large_orbits_are_left_to_the_reference() -> None:
+    row = next(row for row in TIES if row.id == "circulant")
+    for size in (64, 65):
+        module = plane_module(replace(row, shapes=((size, size),))).float().to(DEVICE)
+        ((_, _, reasons),) = symopt.AdamW(module).backends()
+        assert ("more than 64 weights" in str(reasons["triton"])) == (size == 65)
 
 
 @few_optimizers

@@ -175,11 +175,12 @@ class Mirror(Plane):
 
     def onto(self, x: Tensor) -> Tensor:
         if self.basis is not None:
-            return x - self._lift(self._coordinates(x), x)
+            return x - self.off(x)
         return self._called("Mirror", x).reshape(x.shape)
 
     def off(self, x: Tensor) -> Tensor:
-        return x - self.onto(x) if self.basis is None else self._lift(self._coordinates(x), x)
+        z = self.coordinates(x)
+        return x - self.onto(x) if z is None else self.lift(z, x)
 
     def _orthonormal(self, x: Tensor) -> Tensor:
         key = (x.device, x.dtype)
@@ -189,11 +190,16 @@ class Mirror(Plane):
             found = vars(self)["_cache"][key] = self.basis.detach().to(x)
         return found
 
-    def _coordinates(self, x: Tensor) -> Tensor:
-        return self._orthonormal(x).T @ x.flatten()
+    def coordinates(self, x: Tensor) -> Tensor | None:
+        return None if self.basis is None else self._orthonormal(x).T @ x.flatten()
 
-    def _lift(self, z: Tensor, like: Tensor) -> Tensor:
+    def lift(self, z: Tensor, like: Tensor) -> Tensor:
         return (self._orthonormal(like) @ z).reshape(like.shape)
+
+    def _coordinates(self, x: Tensor) -> Tensor:
+        z = self.coordinates(x)
+        assert z is not None
+        return z
 
     # -- coordinate form: Sparse on the coordinates off the plane ------------------------------------------------------
 
@@ -217,7 +223,7 @@ class Mirror(Plane):
         if self._gate:
             return super().compose(factors)
         base, u, v = factors
-        return self.onto(base) + self._lift(u * v, base)
+        return self.onto(base) + self.lift(u * v, base)
 
     def split(self, w: Tensor, imbalance: Tensor | float = 0.0) -> Factors:
         if self._gate:
@@ -248,7 +254,7 @@ class Mirror(Plane):
         flags: Any = {"saturated": saturated, "snaps": snaps}
         if self._gate:
             return super().retract(w, delta, decay, imbalance, metric_scale, groups, **flags)
-        z = self._coordinates(w)
+        z, d = self._coordinates(w), self._coordinates(delta)
         decay = decay.reshape(()) if isinstance(decay, Tensor) else decay
-        new = reference.sparse(z, self._coordinates(delta), decay, imbalance, metric_scale, **flags)
-        return w - self.onto(delta) + self._lift(new - z, w)
+        new = reference.sparse(z, d, decay, imbalance, metric_scale, **flags)
+        return w - delta + self.lift(new - z + d, w)

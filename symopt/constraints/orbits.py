@@ -50,8 +50,7 @@ class OrbitPlane(Plane):
         return cache[shapes]  # type: ignore[no-any-return]
 
     def no_kernel(self, backend: str) -> str | None:
-        known = backend == "native"
-        return None if known else "of planes only Tied parameters of one shape and order have a kernel there"
+        return None
 
     def onto(self, x: Tensor) -> Tensor:
         groups, sizes = self._known(x)

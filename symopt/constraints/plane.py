@@ -71,6 +71,14 @@ class Plane(Constraint):
         """``P x``, in the shape of ``x``."""
         return x - self.off(x)
 
+    def coordinates(self, x: Tensor) -> Tensor | None:
+        """Those of ``(I - P) x`` in an orthonormal basis, flat; None of a plane that is given otherwise."""
+        return None
+
+    def lift(self, z: Tensor, like: Tensor) -> Tensor:
+        """What lies off the plane with these :meth:`coordinates`, in the shape of ``like``."""
+        raise TypeError(f"{self} has no coordinates")
+
     @abstractmethod
     def codimension(self, w: Tensor) -> float:
         """Number of directions that leave the plane."""
@@ -94,7 +102,8 @@ class Plane(Constraint):
     # -- strength ----------------------------------------------------------------------------------------------------
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.gates(x).sum(self.off(x) * y)
+        a, b = self.coordinates(x), self.coordinates(y)
+        return self.gates(x).sum(self.off(x) * y) if a is None or b is None else whole(a).sum(a * b)
 
     def spread(self, w: Tensor) -> Tensor | float:
         """What turns a strength per coordinate into one per unit: the root of the number of directions it gates."""
@@ -153,17 +162,25 @@ class Plane(Constraint):
         saturated: bool = True,
         snaps: Tensor | bool = True,
     ) -> Tensor:
-        groups = groups or self.partition(w)
-        if isinstance(decay, Tensor) and decay.dim() > 0:
-            decay = decay.reshape(()) if decay.numel() == 1 else groups.expand(decay).reshape(w.shape)
-        projected = self.onto(w), self.onto(delta), self.off(delta)
         flags: Any = {"saturated": saturated, "snaps": snaps}
+        if isinstance(decay, Tensor) and decay.dim() > 0 and decay.numel() == 1:
+            decay = decay.reshape(())
+        if (z := self.coordinates(w)) is not None:  # the same step, of a few numbers and the plane 0
+            d, zero = self.coordinates(delta), torch.zeros_like(z)
+            assert d is not None
+            new = kernel.mirror(z, zero, zero, d, decay, imbalance, metric_scale, whole(z), **flags)
+            return w - delta + self.lift(new - z + d, w)
+        if isinstance(decay, Tensor) and decay.dim() > 0:
+            decay = (groups or self.partition(w)).expand(decay).reshape(w.shape)
+        projected = self.onto(w), self.onto(delta), self.off(delta)
         return kernel.mirror(w, *projected, decay, imbalance, metric_scale, self.gates(w), **flags)
 
     def penalty(self, w: Tensor) -> Tensor:
         return self.size(w).sum()
 
     def size(self, w: Tensor, groups: Groups | None = None) -> Tensor:
+        if (z := self.coordinates(w)) is not None:
+            return whole(z).sum(z * z).sqrt()
         off = self.off(w)
         return self.gates(w).sum(off * off).sqrt()
 
@@ -179,7 +196,8 @@ class Plane(Constraint):
 
     def violation(self, w: Tensor) -> Tensor:
         """Distance from the plane, relative to the weight."""
-        off, norm = self.off(w).norm(), w.norm()
+        z, norm = self.coordinates(w), w.norm()
+        off = (self.off(w) if z is None else z).norm()
         return torch.where(norm > 0, off / norm.clamp(min=torch.finfo(w.dtype).tiny), off)
 
     def rounding(self, w: Tensor) -> float:

@@ -121,9 +121,6 @@ class Tied(OrbitPlane):
         """Whether the tied parameters are the same in shape and order, so that one can serve as all."""
         return len(self.shapes) > 1 and (self.views is None or all(view is None for view in self.views))
 
-    def no_kernel(self, backend: str) -> str | None:
-        return None if self.shared else super().no_kernel(backend)
-
     def orbits(self, shape: tuple[int, ...]) -> Groups:
         if not self.shapes:
             return replace(self, shapes=(shape,)).orbits(shape)

@@ -67,6 +67,14 @@ class ZeroMean(Plane):
         groups = self.partition(x)
         return groups.expand(groups.sum(x) / groups.size(x)).reshape(x.shape)
 
+    def coordinates(self, x: Tensor) -> Tensor:
+        groups = self.partition(x)
+        return groups.sum(x) / groups.size(x).sqrt()
+
+    def lift(self, z: Tensor, like: Tensor) -> Tensor:
+        groups = self.partition(like)
+        return groups.expand(z / groups.size(like).sqrt()).reshape(like.shape)
+
     def codimension(self, w: Tensor) -> float:
         return float(self.partition(w).count)
 
