@@ -18,16 +18,29 @@ import torch
 import symopt
 from benchmarks.timing import interleave, summarize, threads
 
-PLANES: dict[str, tuple[int, Callable[[], symopt.Constraint]]] = {
-    "`Tied()`": (2, symopt.Tied),
-    "`Tied()`, four copies": (4, symopt.Tied),
-    '`Tied(mode="elementwise")`': (2, lambda: symopt.Tied(mode="elementwise")),
-    '`Tied(views=[None, "T"])`': (2, lambda: symopt.Tied(views=[None, "T"])),
-    "`Symmetric()`": (1, symopt.Symmetric),
-    "`Circulant()`": (1, symopt.Circulant),
-    "`ZeroMean()`": (1, symopt.ZeroMean),
+
+def basis(size: int, columns: int) -> torch.Tensor:
+    random = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(size * size, columns, generator=random, dtype=torch.float64)).Q
+
+
+PLANES: dict[str, tuple[int, Callable[[int], symopt.Constraint]]] = {
+    "`Tied()`": (2, lambda n: symopt.Tied()),
+    "`Tied()`, four copies": (4, lambda n: symopt.Tied()),
+    '`Tied(mode="elementwise")`': (2, lambda n: symopt.Tied(mode="elementwise")),
+    '`Tied(views=[None, "T"])`': (2, lambda n: symopt.Tied(views=[None, "T"])),
+    "`Symmetric()`": (1, lambda n: symopt.Symmetric()),
+    "`Circulant()`": (1, lambda n: symopt.Circulant()),
+    "`ZeroMean()`": (1, lambda n: symopt.ZeroMean()),
+    "`ZeroMean(dim=0)`": (1, lambda n: symopt.ZeroMean(dim=0)),
+    "`Mirror(basis=O)`, one column": (1, lambda n: symopt.Mirror(basis=basis(n, 1))),
+    "`Mirror(basis=O)`, eight columns": (1, lambda n: symopt.Mirror(basis=basis(n, 8))),
+    "`Mirror(project)`, the mean": (1, lambda n: symopt.Mirror(lambda w: w - w.mean())),
 }
 """How many square weights are bound together, and by what."""
+
+ALL_OPTIMIZERS = ("Tied", "Symmetric", "ZeroMean")
+"""Of others only AdamW is measured."""
 
 OPTIMIZERS = {
     "AdamW": (symopt.AdamW, torch.optim.AdamW, {}),
@@ -47,9 +60,9 @@ def build(size: int, copies: int) -> torch.nn.Module:
 def row(size: int, name: str, optimizer: str, *, on_plane: bool, seconds: float) -> str:
     copies, make = PLANES[name]
     mine_cls, torch_cls, options = OPTIMIZERS[optimizer]
-    plain = torch_cls(build(size, copies).parameters(), lr=1e-5, fused=True, **options)
-    net = symopt.constrain(build(size, copies), {"*.weight": make()})
-    opt = mine_cls(net, lr=1e-5, **options)
+    plain = torch_cls(build(size, copies).parameters(), lr=1e-7, fused=True, **options)
+    net = symopt.constrain(build(size, copies), {"*.weight": make(size)})
+    opt = mine_cls(net, lr=1e-7, **options)
     constraint = symopt.constraints(net)["0.weight"]
     if on_plane:
         with torch.no_grad():
@@ -81,7 +94,7 @@ def main() -> None:
             print("| constraint | optimizer | backend | | symopt, ms | torch fused, no constraint, ms | ratio |")
             print("|---|---|---|---|---|---|---|")
             for name in PLANES:
-                for optimizer in OPTIMIZERS if "Tied" in name or "Symmetric" in name else ("AdamW",):
+                for optimizer in OPTIMIZERS if any(kind in name for kind in ALL_OPTIMIZERS) else ("AdamW",):
                     for on_plane in (False, True) if arguments.only in name else ():
                         given = {"on_plane": on_plane, "seconds": arguments.seconds}
                         print(row(arguments.size, name, optimizer, **given), flush=True)

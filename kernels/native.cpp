@@ -27,6 +27,7 @@ namespace baseline {
 #include "native_copies.h"
 #include "native_mirror.h"
 #include "native_centred.h"
+#include "native_basis.h"
 }  // namespace baseline
 #if defined(__x86_64__)
 #define SYMOPT_F16C
@@ -37,6 +38,7 @@ namespace avx2 {
 #include "native_copies.h"
 #include "native_mirror.h"
 #include "native_centred.h"
+#include "native_basis.h"
 }  // namespace avx2
 SYMOPT_TARGET_END
 SYMOPT_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c" SYMOPT_WIDE)
@@ -47,6 +49,7 @@ namespace avx512 {
 #include "native_copies.h"
 #include "native_mirror.h"
 #include "native_centred.h"
+#include "native_basis.h"
 }  // namespace avx512
 SYMOPT_TARGET_END
 #endif
@@ -296,6 +299,7 @@ void run(std::vector<Work>& works, const Settings& s, int64_t tasks, int64_t ele
 
 #include "native_mirror_tasks.h"
 #include "native_centred_tasks.h"
+#include "native_basis_tasks.h"
 
 }  // namespace
 
@@ -352,11 +356,14 @@ SYMOPT_PUBLIC int symopt_step_mirror(const Mirror* const* mirrors, int64_t count
   if (settings->found_inf && *settings->found_inf != 0) return 0;
   std::vector<std::unique_ptr<MirrorWork>> equal;
   std::vector<std::unique_ptr<CentredWork>> centred;
+  std::vector<std::unique_ptr<BasisWork>> based;
   for (int64_t i = 0; i < count; i++)
     if (mirrors[i]->centred) centred.emplace_back(new CentredWork(mirrors[i]));
+    else if (mirrors[i]->columns) based.emplace_back(new BasisWork(mirrors[i]));
     else equal.emplace_back(new MirrorWork(mirrors[i]));
   for (auto& w : equal) step_mirror(*w, *settings);
   for (auto& w : centred) step_mirror(*w, *settings);
+  for (auto& w : based) step_mirror(*w, *settings);
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;

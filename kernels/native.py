@@ -33,6 +33,10 @@ HISTOGRAM_SHIFT = 16
 """Bits of a float that a histogram of sizes leaves out: 7 of the mantissa stay, so its bins are 0.8 % wide."""
 
 
+_BLOCK = 512
+"""``BLOCK`` of ``native_types.h``."""
+
+
 class Entry(Structure):
     """One tensor and its state, as ``struct Entry`` of ``native.cpp``."""
 
@@ -62,13 +66,13 @@ class Mirror(Structure):
         ("members", POINTER(c_void_p)),
         ("critical", c_void_p),
         ("segments", POINTER(_Segment)),
-        ("count", c_int64),
+        *[(name, c_int64) for name in ("tensors", "count", "columns")],
         ("spread", c_double),
         *[(name, c_int32) for name in ("each", "centred")],
     ]
     entries: list[Entry]
-    places: Sequence[Segment]
-    """Kept alive: the segments point into them."""
+    kept: Any
+    """Alive as long as this: what it points into."""
 
 
 class Settings(Structure):
@@ -203,6 +207,13 @@ def fill(
     entry.wide_step = "step" in state and state["step"].dtype == torch.float64
 
 
+def _tiled(basis: Tensor) -> Tensor:
+    """``(k, weights)`` as ``(blocks, k, BLOCK)``, the last block filled up with zeros."""
+    blocks = -(-basis.shape[1] // _BLOCK)
+    full = torch.nn.functional.pad(basis, (0, blocks * _BLOCK - basis.shape[1]))
+    return full.unflatten(1, (blocks, _BLOCK)).transpose(0, 1).contiguous()
+
+
 def fill_mirror(
     mirror: Mirror,
     weights: Sequence[Tensor],
@@ -212,12 +223,15 @@ def fill_mirror(
     each: bool,
     segments: Sequence[Segment] | None = None,
     centred: Groups | None = None,
+    basis: Tensor | None = None,
     fresh: bool = False,
 ) -> None:
     """Point ``mirror`` at contiguous weights; what they share is in the first of their states.
 
     Those of an orbit become equal.  Without ``segments`` they have one shape, and orbits are their weights at one
-    place.  With ``centred`` there is one weight, whose means over these groups vanish.
+    place.  With ``centred`` there is one weight, whose means over these groups vanish; with an orthonormal ``basis``,
+    ``(k, weights)`` and in the precision of the step, what vanishes is the coordinates of all weights one after the
+    other.
 
     With ``each`` every orbit has its own gate.  ``spread`` turns a strength per coordinate into one per gate; a state
     ``critical`` makes the strength automatic, else that of ``entries[0]`` counts.
@@ -227,10 +241,13 @@ def fill_mirror(
         fill(entry, weight, state, "mirror", centred, fresh=fresh)
     mirror.members = (c_void_p * len(weights))(*map(ctypes.addressof, mirror.entries))
     mirror.critical = states[0]["critical"].data_ptr() if "critical" in states[0] else None
-    mirror.places = segments or ()
-    rows = [_Segment(s.of.data_ptr(), s.places.data_ptr(), s.ids.data_ptr(), *s.places.shape) for s in mirror.places]
+    tiles = () if basis is None else [_tiled(part) for part in basis.split([w.numel() for w in weights], dim=1)]
+    for entry, tile in zip(mirror.entries, tiles, strict=False):
+        entry.factor_0 = tile.data_ptr()
+    mirror.kept, mirror.columns = (segments, tiles), 0 if basis is None else len(basis)
+    rows = [_Segment(s.of.data_ptr(), s.places.data_ptr(), s.ids.data_ptr(), *s.places.shape) for s in segments or ()]
     rows = rows or [_Segment(None, None, None, len(weights), weights[0].numel())]
-    mirror.segments, mirror.count = (_Segment * len(rows))(*rows), len(rows)
+    mirror.segments, mirror.count, mirror.tensors = (_Segment * len(rows))(*rows), len(rows), len(weights)
     mirror.spread, mirror.each, mirror.centred = spread, each, centred is not None
 
 

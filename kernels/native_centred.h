@@ -55,6 +55,18 @@ static void total(const Entry& e, const Law<T>& k, const Unit& unit, int64_t fir
   }
 }
 
+// The next second moment of all that share the i-th, and their preconditioner.
+template <class T> static double second_moment(const Entry& e, const Law<double>& k, int64_t i, double square) {
+  if (k.direction == SGD) return 1;
+  T* second = static_cast<T*>(e.second) + i;
+  T v = *second = T(k.beta2 * *second + k.fresh2 * square);
+  if (e.peak) {
+    T* peak = static_cast<T*>(e.peak) + i;
+    v = *peak = v <= *peak ? *peak : v;
+  }
+  return 1 / (root(double(v) * k.unbias2) + k.eps);
+}
+
 // Sums of `parts` parts, `size` apart -> the means and second moments of the unit's groups, and what the gate needs.
 template <class T>
 static void means(const Entry& e, const Law<double>& k, const Unit& unit, double* sums, int64_t parts, int64_t size,
@@ -67,22 +79,10 @@ static void means(const Entry& e, const Law<double>& k, const Unit& unit, double
     double s[4] = {0, 0, 0, 0};
     for (int q = 0; q < 4; q++)
       for (int64_t r = 0; r < run; r++) s[q] += sums[q * pitch + j * run + r];
-    double speed = 1;
-    if (k.direction != SGD) {
-      T* second = static_cast<T*>(e.second) + unit.group + j;
-      T v = T(k.beta2 * *second + k.fresh2 * (s[0] / count));
-      *second = v;
-      if (e.peak) {
-        T* peak = static_cast<T*>(e.peak) + unit.group + j;
-        *peak = v = v <= *peak ? *peak : v;
-      }
-      speed = 1 / (root(double(v) * k.unbias2) + k.eps);
-    }
-    const double x = s[1] / count, off = s[2] / count, d = speed * x;
-    to[unit.group + j] = {off, x, speed};
-    survey.ww += count * off * off, survey.uu += count * x * x, survey.uw += count * x * off;
-    survey.dd += count * d * d, survey.dw += count * d * off;
-    survey.all += s[3], survey.paces += count / speed;
+    const Mean found = {s[2] / count, s[1] / count, second_moment<T>(e, k, unit.group + j, s[0] / count)};
+    to[unit.group + j] = found;
+    add(survey, found, count);
+    survey.all += s[3], survey.paces += count / found.speed;
   }
 }
 

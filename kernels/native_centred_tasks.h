@@ -2,6 +2,26 @@
 //
 // Units and their parts are those of groups (native.cpp), so here, too, results do not depend on the number of threads.
 
+// Between the sweeps: what groups of `members` weights, or directions, move by; returns what is left off the plane.
+Tally settle(std::vector<Mean>& means, double members, const Law<double>& k, const Gate& gate, bool attracted) {
+  const double reach = k.lr * k.unbias1, rate = gate.t * k.inside, back = (1 - gate.own) * gate.square * gate.t;
+  const bool coupled = k.direction == ADAM;
+  const auto rest = [&](const Mean& g) {  // as gate_joint of native_mirror.h
+    const double decay = coupled ? rate * g.speed : rate, fits = 1 / std::max(decay, 1.0), kept = std::min(decay, 1.0);
+    const double lost = gate.own * kept - gate.own - kept;
+    return g.off + lost * g.off - back * fits * reach * g.speed * g.update;
+  };
+  Tally left;
+  for (const Mean& g : means) left.square += members * rest(g) * rest(g);
+  left.sum = std::sqrt(left.square);
+  const bool snaps = left.sum <= SNAP * k.metric_scale && attracted;
+  for (Mean& g : means) {
+    const double forth = reach * g.speed;
+    g.off = forth * g.update + (snaps ? 0.0 : rest(g)) - g.off, g.speed = forth;
+  }
+  return snaps ? Tally() : left;
+}
+
 struct CentredWork {
   const Mirror* m;
   Work work;
@@ -58,24 +78,9 @@ struct CentredWork {
 
   Tally move(const Law<double>& k, const Settings& s, const Survey&, const Gate& gate, bool attracted) {
     const Entry& e = *work.e;
-    const double reach = k.lr * k.unbias1, rate = gate.t * k.inside, back = (1 - gate.own) * gate.square * gate.t;
-    const double members = double(weights) / double(means.size());
-    const bool coupled = k.direction == ADAM;
-    const auto rest = [&](const Mean& g) {  // as gate_joint of native_mirror.h
-      const double decay = coupled ? rate * g.speed : rate, fits = 1 / std::max(decay, 1.0), kept = std::min(decay, 1.0);
-      const double lost = gate.own * kept - gate.own - kept;
-      return g.off + lost * g.off - back * fits * reach * g.speed * g.update;
-    };
-    Tally left;
-    for (const Mean& g : means) left.square += members * rest(g) * rest(g);
-    left.sum = std::sqrt(left.square);
-    const bool snaps = left.sum <= SNAP * k.metric_scale && attracted;
-    for (Mean& g : means) {
-      const double forth = reach * g.speed;
-      g.off = forth * g.update + (snaps ? 0.0 : rest(g)) - g.off, g.speed = forth;
-    }
+    const Tally left = settle(means, double(weights) / double(means.size()), k, gate, attracted);
     const CentredFunctions& f = *SYMOPT_CHOOSE(centred_table, s.instructions)[e.dtype];
     visit(s, [&](const Unit& unit, int64_t begin, int64_t end, int64_t) { f.shift(e, k, unit, begin, end, means.data()); });
-    return snaps ? Tally() : left;
+    return left;
   }
 };

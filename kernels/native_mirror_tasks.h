@@ -127,7 +127,7 @@ Tally MirrorWork::move(const Law<double>& k, const Settings& s, const Survey& al
   return left;
 }
 
-// The step of one plane; Work is MirrorWork or CentredWork.
+// The step of one plane; Work is MirrorWork, CentredWork or BasisWork.
 template <class Work> void step_mirror(Work& w, const Settings& s) {
   const Mirror& m = *w.m;
   const Entry& e = *m.members[0];

@@ -78,7 +78,7 @@ struct Entry {
   void* first;       // momentum_buffer, exp_avg, or null
   void* second;      // exp_avg_sq, or null; one entry per group in groups
   void* peak;        // max_exp_avg_sq, or null
-  void* factor_0;
+  void* factor_0;    // of a Mirror with a basis: that, in blocks of (columns, BLOCK)
   void* factor_1;
   void* imbalance;
   const void* metric_scale;
@@ -101,13 +101,13 @@ struct Segment {
   int64_t copies, orbits;
 };
 
-// Weights that a plane makes equal, or one whose means over the groups of its entry shall vanish.  What they share (second
-// moments, counter, imbalance, strength) is that of the first member.
+// Weights that a plane makes equal, or whose coordinates in a basis, or means over the groups of the one entry, shall vanish.
+// What they share (second moments, counter, imbalance, strength) is that of the first member.
 struct Mirror {
   Entry* const* members;
   void* critical;      // running estimate behind an automatic strength, or null
   const Segment* segments;
-  int64_t count;       // of segments
+  int64_t tensors, count, columns;  // members, segments, directions of the basis or 0
   double spread;       // what turns AdamW's strength per coordinate into one per gate
   int32_t each;        // every orbit has a gate of its own, else there is one for all
   int32_t centred;     // means vanish; there are no segments
@@ -190,9 +190,22 @@ struct MirrorFunctions {
   void (*snap)(const Mirror&, const Segment&, const Law<double>&, int64_t, int64_t);
 };
 
-// Of a group: the means of weight and update, and Adam's preconditioner; then what its weights move by.
+// Of a group, or of a direction of a basis: mean or coordinate of weight and update, and Adam's preconditioner; then what
+// its weights move by, `off`, and how fast they follow the update, `speed`.
 struct Mean {
   double off, update, speed;
+};
+
+inline void add(Survey& all, const Mean& g, double members) {
+  const double d = g.speed * g.update;
+  all.ww += members * g.off * g.off, all.uu += members * g.update * g.update, all.uw += members * g.update * g.off;
+  all.dd += members * d * d, all.dw += members * d * g.off;
+}
+
+struct BasisFunctions {
+  void (*project)(const Entry&, const Law<double>&, int64_t, int64_t, int64_t, double*);
+  void (*lift)(const Entry&, const Law<double>&, int64_t, int64_t, int64_t, const Mean*);
+  double (*second_moment)(const Entry&, const Law<double>&, int64_t, double);
 };
 
 struct CentredFunctions {

@@ -161,6 +161,7 @@ def fill_mirror(
     each: bool,
     segments: Sequence[Segment] | None = None,
     centred: None = None,
+    basis: None = None,
     fresh: bool = False,
 ) -> None:
     """Point ``mirror`` at contiguous weights that a plane makes equal, as ``native.fill_mirror``."""

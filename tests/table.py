@@ -154,6 +154,12 @@ PLANES = [
         "mirror-basis", lambda k: symopt.Mirror(basis=_BASIS, strength=k), ((3, 4),), lambda e: list(_BASIS.T @ e)
     ),
     PlaneRow(
+        "mirror-basis-two",
+        lambda k: symopt.Mirror(basis=_BASIS, strength=k),
+        ((2, 3), (6,)),
+        lambda e: list(_BASIS.T @ e),
+    ),
+    PlaneRow(
         "mirror-coordinates",
         lambda k: symopt.Mirror(basis=_BASIS, strength=k, form="coordinates"),
         ((2, 3), (6,)),

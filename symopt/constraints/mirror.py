@@ -102,7 +102,7 @@ class Mirror(Plane):
         wide = self.basis.detach().double()
         gram = wide.T @ wide - torch.eye(wide.shape[1], dtype=wide.dtype, device=wide.device)
         if not bool(gram.abs().max() <= _TOLERANCE):
-            raise ValueError("Mirror: the columns of basis must be orthonormal; pass torch.linalg.qr(basis).Q")
+            raise ValueError("Mirror: the columns of basis must be orthonormal; pass torch.linalg.qr(basis.double()).Q")
 
     def __repr__(self) -> str:
         """The call that makes it."""
@@ -187,14 +187,22 @@ class Mirror(Plane):
         found: Tensor | None = vars(self)["_cache"].get(key)
         if found is None:
             assert self.basis is not None
-            found = vars(self)["_cache"][key] = self.basis.detach().to(x)
+            found = vars(self)["_cache"][key] = self.basis.detach().T.to(x).contiguous()
         return found
 
     def coordinates(self, x: Tensor) -> Tensor | None:
-        return None if self.basis is None else self._orthonormal(x).T @ x.flatten()
+        return None if self.basis is None else self._orthonormal(x) @ x.flatten()
 
     def lift(self, z: Tensor, like: Tensor) -> Tensor:
-        return (self._orthonormal(like) @ z).reshape(like.shape)
+        return (self._orthonormal(like).T @ z).reshape(like.shape)
+
+    def rows(self, like: Tensor) -> Tensor | None:
+        return None if self.basis is None else self.basis.detach().T.to(like)
+
+    def no_kernel(self, backend: str) -> str | None:
+        if backend == "native" and self.basis is not None:
+            return None if self._gate else "of the forms of Mirror only the gate has a fused kernel"
+        return super().no_kernel(backend)
 
     def _coordinates(self, x: Tensor) -> Tensor:
         z = self.coordinates(x)

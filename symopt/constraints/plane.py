@@ -99,6 +99,10 @@ class Plane(Constraint):
         """What is gathered for a fused kernel, or None."""
         return None
 
+    def rows(self, like: Tensor) -> Tensor | None:
+        """An orthonormal basis of what is off the plane for a fused kernel, one direction per row; or None."""
+        return None
+
     # -- strength ----------------------------------------------------------------------------------------------------
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
@@ -205,4 +209,4 @@ class Plane(Constraint):
         return 64 * torch.finfo(w.dtype).eps
 
     def no_kernel(self, backend: str) -> str | None:
-        return "of planes only those of equal weights and of zero means have a fused kernel"
+        return "of planes only those of equal weights, of zero means and those with a basis have a fused kernel"

@@ -35,7 +35,7 @@ class JointSlot:
         self.members, self.constraint, self.states, self.key, self.backend = members, constraint, states, key, backend
         assert groups is not None  # a plane has orbits
         shapes, index = tuple(tuple(p.shape) for p in members), groups.index
-        same = index is not None or len(set(shapes)) == 1
+        same = not constraint.shared or len(set(shapes)) == 1
         whole = index is None or index.numel() == sum(p.numel() for p in members)
         if len({(p.dtype, p.device) for p in members}) > 1 or not same or not whole:  # changed since they were bound
             kinds = ", ".join(f"{p.dtype} {tuple(p.shape)} on {p.device}" for p in members)
@@ -72,10 +72,11 @@ class JointSlot:
         self._none: dict[int, Tensor] = {}
         kernel: Any = native if backend == "native" else triton_launch
         self.entry = kernel.Mirror()
-        spread = constraint.spread(joint.template(members))
+        template = joint.template(members)
+        spread = constraint.spread(template)
         spread = float(spread.max()) if isinstance(spread, Tensor) else spread
-        segments = constraint.segments(groups, shapes)
-        options: dict[str, Any] = {"each": constraint.each, "segments": segments, "fresh": bool(self._fresh)}
+        options: dict[str, Any] = {"each": constraint.each, "fresh": bool(self._fresh)}
+        options |= {"segments": constraint.segments(groups, shapes), "basis": constraint.rows(template)}
         options["centred"] = groups if constraint.centred else None
         kernel.fill_mirror(self.entry, members, used, spread=spread, **options)
 
