@@ -2,13 +2,14 @@
 
 import os
 import shlex
+from glob import glob
 
 from setuptools import Extension, find_packages, setup
 
 native = Extension(
     "symopt_kernels._native",
     ["kernels/native.cpp"],
-    depends=[f"kernels/native_{part}.h" for part in "types step avx512 walk copies mirror mirror_tasks".split()],
+    depends=sorted(glob("kernels/*.h")),
     # -fopenmp-simd only lets the loops be vectorized; no OpenMP runtime is linked, for torch has brought one.
     extra_compile_args=[
         *("-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),

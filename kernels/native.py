@@ -211,7 +211,8 @@ def _tiled(basis: Tensor) -> Tensor:
     """``(k, weights)`` as ``(blocks, k, BLOCK)``, the last block filled up with zeros."""
     blocks = -(-basis.shape[1] // _BLOCK)
     full = torch.nn.functional.pad(basis, (0, blocks * _BLOCK - basis.shape[1]))
-    return full.unflatten(1, (blocks, _BLOCK)).transpose(0, 1).contiguous()
+    tiles: Tensor = full.unflatten(1, (blocks, _BLOCK)).transpose(0, 1)
+    return tiles.contiguous()
 
 
 def fill_mirror(
