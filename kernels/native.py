@@ -210,9 +210,9 @@ def fill(
 def _tiled(basis: Tensor) -> Tensor:
     """``(k, weights)`` as ``(blocks, k, BLOCK)``, the last block filled up with zeros."""
     blocks = -(-basis.shape[1] // _BLOCK)
-    full = torch.nn.functional.pad(basis, (0, blocks * _BLOCK - basis.shape[1]))
-    tiles: Tensor = full.unflatten(1, (blocks, _BLOCK)).transpose(0, 1)
-    return tiles.contiguous()
+    full = basis.new_zeros(len(basis), blocks * _BLOCK)
+    full[:, : basis.shape[1]] = basis
+    return full.view(len(basis), blocks, _BLOCK).transpose(0, 1).contiguous()
 
 
 def fill_mirror(
