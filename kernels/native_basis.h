@@ -33,14 +33,14 @@ static void project(const Entry& e, const Law<T>& k, int64_t begin, int64_t end,
 }
 
 template <class T, class W>
-static void lift(const Entry& e, const Law<T>& k, int64_t begin, int64_t end, int64_t columns, const Mean* from) {
+static void lift(const Entry& e, const Law<T>& k, int64_t begin, int64_t end, int64_t columns, const Move* moves) {
   Block<T, W> b;
-  const T forth = T(from[0].speed);
+  const T forth = T(moves[0].forth);
   for (int64_t i = begin; i < end; i += BLOCK) {
     const T* basis = static_cast<const T*>(e.factor_0) + i * columns;
     b.recall(e, k, i, std::min(end - i, BLOCK));
     drift(b.n, b.w, b.u, forth, T(0));
-    for (int64_t j = 0; j < columns; j++) add_direction(b.n, b.w, basis + j * BLOCK, T(from[j].off));
+    for (int64_t j = 0; j < columns; j++) add_direction(b.n, b.w, basis + j * BLOCK, T(moves[j].add));
     b.close(e, 0);
   }
 }
@@ -50,8 +50,8 @@ template <class T, class W> static const BasisFunctions* basis_functions() {
       [](const Entry& e, const Law<double>& k, int64_t begin, int64_t end, int64_t columns, double* sums) {
         project<T, W>(e, Law<T>(k), begin, end, columns, sums);
       },
-      [](const Entry& e, const Law<double>& k, int64_t begin, int64_t end, int64_t columns, const Mean* from) {
-        lift<T, W>(e, Law<T>(k), begin, end, columns, from);
+      [](const Entry& e, const Law<double>& k, int64_t begin, int64_t end, int64_t columns, const Move* moves) {
+        lift<T, W>(e, Law<T>(k), begin, end, columns, moves);
       },
       second_moment<T>};
   return &table;

@@ -11,8 +11,9 @@ struct BasisWork {
   std::vector<Part> parts;
   std::vector<double> sums, sample;
   std::vector<Mean> means;  // of every direction
+  std::vector<Move> moves;
 
-  BasisWork(const Mirror* mirror) : m(mirror), sample(1), means(static_cast<size_t>(mirror->columns)) {
+  BasisWork(const Mirror* mirror) : m(mirror), sample(1), means(static_cast<size_t>(mirror->columns)), moves(means.size()) {
     for (int64_t i = 0; i < m->tensors; i++) {
       const Entry& e = *m->members[i];
       const int64_t chunk = std::max(e.numel < SMALL ? SMALL_CHUNK : CHUNK, (e.numel / CHUNKS + BLOCK) / BLOCK * BLOCK);
@@ -45,11 +46,12 @@ struct BasisWork {
 
   Tally move(const Law<double>& k, const Settings& s, const Survey&, const Gate& gate, bool attracted) {
     const BasisFunctions& f = *SYMOPT_CHOOSE(basis_table, s.instructions)[m->members[0]->dtype];
-    const Tally left = settle(means, 1, k, gate, attracted);
+    const Settled settled(means, 1, k, gate, attracted);
+    for (size_t j = 0; j < means.size(); j++) moves[j] = settled.move(means[j]);
     sweep(int64_t(parts.size()), weights, s, [&](int64_t i) {
       const Part& p = parts[static_cast<size_t>(i)];
-      f.lift(*p.e, k, p.begin, p.end, m->columns, means.data());
+      f.lift(*p.e, k, p.begin, p.end, m->columns, moves.data());
     });
-    return left;
+    return settled.left;
   }
 };

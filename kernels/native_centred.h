@@ -3,9 +3,20 @@
 //
 // Included like native_step.h, once per instruction set.  Two sweeps, as the gate needs its sums before any weight can
 // move: the first advances the moments and takes means, the second moves.  What is decided in between is a few numbers
-// per group.
+// per group.  Groups that are on the plane already move at once, as if they were to stay there.
 
 #define LOOP [[gnu::noinline]] static  // as in native_step.h
+
+// Blocks are shorter than what hardware needs to see a stream coming.
+template <class T, class W> static void expect(const Entry& e, int64_t at, int64_t end, bool grads) {
+  const int64_t n = std::min(end - at, BLOCK);
+  const auto fetch = [&](const void* from, int64_t each) {
+    const char* p = static_cast<const char*>(from) + at * each;
+    for (int64_t i = 0; from && i < n * each; i += 64) __builtin_prefetch(p + i);
+  };
+  fetch(e.weight, sizeof(W)), fetch(e.master, sizeof(T)), fetch(e.first, sizeof(T));
+  if (grads || !e.first) fetch(e.grad, sizeof(W));
+}
 
 // Adds sum g^2, sum u, sum w, sum u^2 of a block of one group.
 template <class T, bool ADAPTIVE> LOOP void add_means(int64_t n, const T* g, const T* u, const T* w, double* sums) {
@@ -38,6 +49,7 @@ static void total(const Entry& e, const Law<T>& k, const Unit& unit, int64_t fir
   Block<T, W> b;
   if (unit.groups == 1)
     return walk(unit, first, last, [&](int64_t at, int64_t n) {
+      expect<T, W>(e, at + n, e.numel, true);
       b.open(e, k, at, n), b.direct(e, k);
       add_means<T, ADAPTIVE>(n, b.g, b.u, b.w, sums);
     });
@@ -48,6 +60,7 @@ static void total(const Entry& e, const Law<T>& k, const Unit& unit, int64_t fir
     std::fill(columns, columns + 4 * unit.width, T(0));
     const int64_t bottom = std::min(end, top + PRECISE);
     walk(unit, top * unit.width, bottom * unit.width, [&](int64_t at, int64_t n) {
+      expect<T, W>(e, n < BLOCK ? at + unit.row_stride : at + n, e.numel, true);
       b.open(e, k, at, n), b.direct(e, k);
       add_row<T, ADAPTIVE>(n, b.g, b.u, b.w, columns + (at - unit.base) % unit.row_stride, unit.width);
     });
@@ -98,14 +111,14 @@ LOOP void drift_columns(int64_t n, T* __restrict w, const T* __restrict u, const
 }
 
 template <class T, class W>
-static void shift(const Entry& e, const Law<T>& k, const Unit& unit, int64_t first, int64_t last, const Mean* from) {
+static void shift(const Entry& e, const Law<T>& k, const Unit& unit, int64_t first, int64_t last, const Move* moves) {
   Block<T, W> b;
   T forth[STRIPE], add[STRIPE];
   const bool one = unit.groups == 1;
   for (int64_t j = 0; j < unit.groups; j++)
     for (int64_t r = 0; r < (one ? 1 : unit.run); r++) {
       const int64_t i = one ? 0 : j * unit.run + r;
-      forth[i] = T(from[unit.group + j].speed), add[i] = T(from[unit.group + j].off);
+      forth[i] = T(moves[unit.group + j].forth), add[i] = T(moves[unit.group + j].add);
     }
   walk(unit, first, last, [&](int64_t at, int64_t n) {
     b.recall(e, k, at, n);
@@ -123,8 +136,8 @@ template <class T, class W> static const CentredFunctions* centred_functions() {
         f(e, Law<T>(k), unit, first, last, sums);
       },
       means<T>,
-      [](const Entry& e, const Law<double>& k, const Unit& unit, int64_t first, int64_t last, const Mean* from) {
-        shift<T, W>(e, Law<T>(k), unit, first, last, from);
+      [](const Entry& e, const Law<double>& k, const Unit& unit, int64_t first, int64_t last, const Move* moves) {
+        shift<T, W>(e, Law<T>(k), unit, first, last, moves);
       }};
   return &table;
 }

@@ -2,31 +2,40 @@
 //
 // Units and their parts are those of groups (native.cpp), so here, too, results do not depend on the number of threads.
 
-// Between the sweeps: what groups of `members` weights, or directions, move by; returns what is left off the plane.
-Tally settle(std::vector<Mean>& means, double members, const Law<double>& k, const Gate& gate, bool attracted) {
-  const double reach = k.lr * k.unbias1, rate = gate.t * k.inside, back = (1 - gate.own) * gate.square * gate.t;
-  const bool coupled = k.direction == ADAM;
-  const auto rest = [&](const Mean& g) {  // as gate_joint of native_mirror.h
-    const double decay = coupled ? rate * g.speed : rate, fits = 1 / std::max(decay, 1.0), kept = std::min(decay, 1.0);
-    const double lost = gate.own * kept - gate.own - kept;
-    return g.off + lost * g.off - back * fits * reach * g.speed * g.update;
-  };
+// What groups of `members` weights, or directions, lie off the plane by after a step through one gate.
+struct Settled {
+  double reach, rate, back, own;
+  bool coupled, snaps = false;
   Tally left;
-  for (const Mean& g : means) left.square += members * rest(g) * rest(g);
-  left.sum = std::sqrt(left.square);
-  const bool snaps = left.sum <= SNAP * k.metric_scale && attracted;
-  for (Mean& g : means) {
-    const double forth = reach * g.speed;
-    g.off = forth * g.update + (snaps ? 0.0 : rest(g)) - g.off, g.speed = forth;
+
+  Settled(const std::vector<Mean>& means, double members, const Law<double>& k, const Gate& gate, bool attracted)
+      : reach(k.lr * k.unbias1), rate(gate.t * k.inside), back((1 - gate.own) * gate.square * gate.t), own(gate.own),
+        coupled(k.direction == ADAM) {
+    for (const Mean& g : means) left.square += members * rest(g) * rest(g);
+    left.sum = std::sqrt(left.square);
+    snaps = left.sum <= SNAP * k.metric_scale && attracted;
+    if (snaps) left = Tally();
   }
-  return snaps ? Tally() : left;
-}
+
+  double rest(const Mean& g) const {  // as gate_joint of native_mirror.h
+    const double decay = coupled ? rate * g.speed : rate, fits = 1 / std::max(decay, 1.0), kept = std::min(decay, 1.0);
+    const double lost = own * kept - own - kept;
+    return g.off + lost * g.off - back * fits * reach * g.speed * g.update;
+  }
+
+  Move move(const Mean& g) const {
+    const double forth = reach * g.speed;
+    return {forth, forth * g.update - g.off + (snaps ? 0.0 : rest(g))};
+  }
+};
 
 struct CentredWork {
   const Mirror* m;
   Work work;
   int64_t weights, stride, samples;
   std::vector<Mean> means;  // of all groups
+  std::vector<Move> moves;
+  std::vector<char> glided;  // units that the first sweep has moved
   std::vector<Survey> surveys;
   std::vector<double> sample;
 
@@ -36,22 +45,23 @@ struct CentredWork {
     cut(work);
     const int64_t groups = e.bands * e.groups;
     weights = e.numel, stride = std::max<int64_t>(1, groups / SAMPLE), samples = (groups + stride - 1) / stride;
-    means.resize(static_cast<size_t>(groups)), sample.resize(static_cast<size_t>(samples));
+    means.resize(static_cast<size_t>(groups)), moves.resize(means.size()), sample.resize(static_cast<size_t>(samples));
+    glided.resize(static_cast<size_t>(work.units));
     surveys.resize(static_cast<size_t>(work.split ? work.units : work.tasks));
   }
 
-  // f(unit, begin, end, task, its number) for all units, or all parts of them.
+  // f(i, unit, begin, end, task) for all units, or all parts of them.
   template <class F> void visit(const Settings& s, const F& f) {
     sweep(work.tasks, weights, s, [&](int64_t task) {
       int64_t begin, end;
       if (work.split) {
         const Unit unit = work.unit(task / work.parts);
         work.bounds(unit, task % work.parts, begin, end);
-        return f(unit, begin, end, task);
+        return f(task / work.parts, unit, begin, end, task);
       }
       for (int64_t i = task * work.per_task; i < std::min(work.units, (task + 1) * work.per_task); i++) {
         const Unit unit = work.unit(i);
-        f(unit, 0, unit.rows * unit.width, task);
+        f(i, unit, 0, unit.rows * unit.width, task);
       }
     });
   }
@@ -59,11 +69,24 @@ struct CentredWork {
   Survey survey(const Law<double>& k, const Settings& s, double* sampled) {
     const Entry& e = *work.e;
     const CentredFunctions& f = *SYMOPT_CHOOSE(centred_table, s.instructions)[e.dtype];
-    visit(s, [&](const Unit& unit, int64_t begin, int64_t end, int64_t task) {
+    // So little that all groups together are on the plane; without lr or strength nothing is kept there.
+    const double least = k.imbalance == 0 && k.lr > 0 && (m->critical || k.inside > 0)
+                             ? SNAP * k.metric_scale / std::sqrt(double(weights)) : -1;
+    visit(s, [&](int64_t i, const Unit& unit, int64_t begin, int64_t end, int64_t task) {
       double here[4 * STRIPE], *sums = work.split ? work.sums.get() + task * work.sums_size : here;
       std::fill(sums, sums + work.sums_size, 0.0);
       f.total(e, k, unit, begin, end, sums);
-      if (!work.split) f.means(e, k, unit, sums, 1, 0, means.data(), surveys[static_cast<size_t>(task)]);
+      if (work.split) return;
+      f.means(e, k, unit, sums, 1, 0, means.data(), surveys[static_cast<size_t>(task)]);
+      bool near = true;
+      for (int64_t g = unit.group; g < unit.group + unit.groups; g++) {
+        const Mean& mean = means[static_cast<size_t>(g)];
+        near &= std::fabs(mean.off) <= least && std::isfinite(mean.update * mean.speed);
+        const double forth = k.lr * k.unbias1 * mean.speed;
+        moves[static_cast<size_t>(g)] = {forth, forth * mean.update - mean.off};
+      }
+      glided[static_cast<size_t>(i)] = near;
+      if (near) f.shift(e, k, unit, begin, end, moves.data());
     });
     if (work.split)
       sweep(work.units, weights, s, [&](int64_t i) {
@@ -78,9 +101,19 @@ struct CentredWork {
 
   Tally move(const Law<double>& k, const Settings& s, const Survey&, const Gate& gate, bool attracted) {
     const Entry& e = *work.e;
-    const Tally left = settle(means, double(weights) / double(means.size()), k, gate, attracted);
     const CentredFunctions& f = *SYMOPT_CHOOSE(centred_table, s.instructions)[e.dtype];
-    visit(s, [&](const Unit& unit, int64_t begin, int64_t end, int64_t) { f.shift(e, k, unit, begin, end, means.data()); });
-    return left;
+    const Settled settled(means, double(weights) / double(means.size()), k, gate, attracted);
+    for (int64_t i = 0; i < work.units; i++) {
+      const Unit unit = work.unit(i);
+      for (int64_t j = unit.group; j < unit.group + unit.groups; j++) {
+        const size_t g = static_cast<size_t>(j);
+        moves[g] = glided[static_cast<size_t>(i)] ? Move{0, settled.rest(means[g])} : settled.move(means[g]);
+      }
+    }
+    visit(s, [&](int64_t i, const Unit& unit, int64_t begin, int64_t end, int64_t) {
+      if (settled.snaps && glided[static_cast<size_t>(i)]) return;
+      f.shift(e, k, unit, begin, end, moves.data());
+    });
+    return settled.left;
   }
 };

@@ -190,10 +190,14 @@ struct MirrorFunctions {
   void (*snap)(const Mirror&, const Segment&, const Law<double>&, int64_t, int64_t);
 };
 
-// Of a group, or of a direction of a basis: mean or coordinate of weight and update, and Adam's preconditioner; then what
-// its weights move by, `off`, and how fast they follow the update, `speed`.
+// Of a group, or of a direction of a basis: mean or coordinate of weight and update, and Adam's preconditioner.
 struct Mean {
   double off, update, speed;
+};
+
+// w' = w - forth u + add, for the weights of a group; or for all weights, and `add` times a direction of the basis.
+struct Move {
+  double forth, add;
 };
 
 inline void add(Survey& all, const Mean& g, double members) {
@@ -204,14 +208,14 @@ inline void add(Survey& all, const Mean& g, double members) {
 
 struct BasisFunctions {
   void (*project)(const Entry&, const Law<double>&, int64_t, int64_t, int64_t, double*);
-  void (*lift)(const Entry&, const Law<double>&, int64_t, int64_t, int64_t, const Mean*);
+  void (*lift)(const Entry&, const Law<double>&, int64_t, int64_t, int64_t, const Move*);
   double (*second_moment)(const Entry&, const Law<double>&, int64_t, double);
 };
 
 struct CentredFunctions {
   void (*total)(const Entry&, const Law<double>&, const Unit&, int64_t, int64_t, double*);
   void (*means)(const Entry&, const Law<double>&, const Unit&, double*, int64_t, int64_t, Mean*, Survey&);
-  void (*shift)(const Entry&, const Law<double>&, const Unit&, int64_t, int64_t, const Mean*);
+  void (*shift)(const Entry&, const Law<double>&, const Unit&, int64_t, int64_t, const Move*);
 };
 
 }  // namespace

@@ -189,11 +189,17 @@ class Plane(Constraint):
         return self.gates(w).sum(off * off).sqrt()
 
     def start(self, w: Tensor, relative: float, groups: Groups | None = None) -> tuple[Tensor, Tensor]:
-        """As of other constraints, from what is off the plane; a weight on it needs no imbalance to be where it is."""
-        size = self.size(w).square().mean().sqrt()
+        """As of other constraints, from what is off the plane.
+
+        A weight on it, up to rounding, needs no imbalance to be where it is, and has the scale of a random one of its
+        norm: that of what rounding leaves would be no scale for anything.
+        """
+        sizes, norm = self.size(w), w.norm()
+        size = torch.where(sizes.norm() <= self.rounding(w) * norm, 0.0, sizes.square().mean().sqrt())
+        random = 2 * norm * math.sqrt(self.codimension(w) / (w.numel() * sizes.numel()))
         c = relative * size
         scale = (c * c + 4 * size * size).sqrt()
-        return c, torch.where(size > 0, scale, torch.ones_like(scale))
+        return c, torch.where(size > 0, scale, torch.where(random > 0, random, 1.0))
 
     def fold(self, w: Tensor) -> Tensor:
         return self.onto(w)
