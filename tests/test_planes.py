@@ -93,6 +93,19 @@ def test_factors(row):
     assert float(constraint.penalty(constraint.compose(random))) <= float(sum(f.square().sum() for f in random[1:])) / 2
 
 
+@every_plane
+def test_a_weight_on_its_plane_has_the_scale_of_a_random_one(row):
+    """Not of what rounding leaves off the plane."""
+    _, params, constraint = bound(row)
+    w = flat(params).detach().float()
+    c, scale = constraint.start(constraint.fold(w), 1.0)
+    assert c == 0
+    drawn = [x / x.norm() for x in (randn(w.shape, seed) for seed in range(400))]
+    typical = torch.stack([constraint.start(x, 0.0)[1] for x in drawn]).square().mean().sqrt()
+    assert float(scale / constraint.fold(w).norm()) == pytest.approx(float(typical), rel=0.1)
+    assert constraint.start(torch.zeros_like(w), 1.0)[1] == 1
+
+
 # -- the step --------------------------------------------------------------------------------------------------------
 
 
