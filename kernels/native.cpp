@@ -398,4 +398,54 @@ SYMOPT_PUBLIC float symopt_rank(const float* x, int64_t numel, const int64_t* co
   return -1;
 }
 
+// How many weights of each tensor live, from their histograms: selection.py's `_shares`, which explains it.  Bins that score
+// less than 1 / far are only ranked.  Returns 1 without memory.
+SYMOPT_PUBLIC int symopt_shares(const int64_t* const* counts, int64_t tensors, int64_t keep, double far, double rounding,
+                                int64_t* live) try {
+  std::vector<double> order, first, near, many;
+  std::vector<int64_t> owner;
+  double least = 0, most = 0;
+  for (int64_t t = 0; t < tensors; t++) {
+    live[t] = 0;
+    double above = 0;
+    for (int64_t bin = (int64_t(1) << (31 - HISTOGRAM_SHIFT)) - 1; bin >= 0; bin--) {
+      const double n = double(counts[t][bin]);
+      if (n == 0) continue;
+      const double size = cast<float>(uint32_t(bin) << HISTOGRAM_SHIFT | 1u << (HISTOGRAM_SHIFT - 1));
+      const double largest = Law<float>::largest, middle = size <= largest ? size : largest, square = middle * middle;
+      const double before = above / square;
+      above += n * square;
+      order.push_back(before), first.push_back(std::min(before, far)), near.push_back(before < far ? n : 0);
+      many.push_back(n), owner.push_back(t);
+      most = std::max(most, first.back() + near.back());
+    }
+  }
+  const size_t bins = first.size();
+  for (int i = 0; i < 64 && least < most; i++) {  // so many scores as `keep` are above 1 / cut
+    const double cut = least + (most - least) / 2;
+    double sum = 0;
+    for (size_t j = 0; j < bins; j++) sum += std::min(std::max(cut - first[j], 0.0), near[j]);
+    (sum < double(keep) ? least : most) = cut;
+  }
+  std::vector<size_t> rest;
+  for (size_t j = 0; j < bins; j++) {
+    double n = std::floor(most - first[j] - rounding);
+    n = std::min(std::max(n, first[j] == 0 ? 1.0 : 0.0), near[j]);
+    live[owner[j]] += int64_t(n), keep -= int64_t(n), many[j] -= n;
+    if (many[j] > 0) rest.push_back(j);
+  }
+  // What rounding down has left goes to the best of the rest.
+  const auto worse = [&](size_t a, size_t b) { return order[a] > order[b] || (order[a] == order[b] && a > b); };
+  std::make_heap(rest.begin(), rest.end(), worse);
+  while (keep > 0 && !rest.empty()) {
+    std::pop_heap(rest.begin(), rest.end(), worse);
+    const int64_t more = std::min(keep, int64_t(many[rest.back()]));
+    live[owner[rest.back()]] += more, keep -= more;
+    rest.pop_back();
+  }
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
 }  // extern "C"

@@ -23,7 +23,7 @@ from symopt_kernels.groups import Groups, Segment
 
 __all__ = [
     *("DTYPES", "HISTOGRAM_SHIFT", "INSTRUCTIONS", "THREADS", "UNAVAILABLE", "Entry", "Mirror", "Settings"),
-    *("fill", "fill_mirror", "histogram", "layout", "rank", "step"),
+    *("fill", "fill_mirror", "histogram", "layout", "rank", "shares", "step"),
 ]
 
 DIRECTIONS = ("sgd", "adam", "adamw")
@@ -105,6 +105,7 @@ def _find() -> tuple[Any, str | None]:
     library.symopt_histogram.restype = None
     library.symopt_rank.argtypes = [c_void_p, c_int64, c_void_p, c_int64]
     library.symopt_rank.restype = c_float
+    library.symopt_shares.argtypes = [POINTER(c_void_p), c_int64, c_int64, c_double, c_double, c_void_p]
     for step in (library.symopt_step, library.symopt_step_mirror):
         step.argtypes = [POINTER(c_void_p), c_int64, POINTER(Settings)]
     return library, None
@@ -315,3 +316,12 @@ def rank(x: Tensor, k: int, counts: Tensor) -> float:
     if found < 0:
         raise MemoryError("symopt: no memory for a selection")
     return found
+
+
+def shares(counts: Sequence[Tensor], keep: int, far: float, rounding: float) -> Tensor:
+    """How many weights live in each of several tensors, from their histograms; ``symopt.selection`` says which."""
+    live = torch.empty(len(counts), dtype=torch.int64)
+    table = (c_void_p * len(counts))(*(count.data_ptr() for count in counts))
+    if _library.symopt_shares(table, len(counts), keep, far, rounding, live.data_ptr()):
+        raise MemoryError("symopt: no memory for a selection")
+    return live

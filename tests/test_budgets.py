@@ -371,7 +371,9 @@ def test_shares_are_exact_over_all_magnitudes(seed: int, count: int, data: st.Da
     ws = [w * 10.0 ** data.draw(st.integers(-20, 12)) for w in ws]
     ws[0] = ws[0].where(torch.rand(numels[0], generator=generator) < 0.2, 0.0)
     keep = data.draw(st.integers(count, sum(numels)))
-    live = selection._shares([selection._histogram(w) for w in ws], keep).tolist()
+    counts = [selection._histogram(w) for w in ws]
+    live = selection._shares(counts, keep).tolist()
+    assert native.shares(counts, keep, selection._FAR, selection._ROUNDING).tolist() == live
     assert sum(live) == keep
     assert all(1 <= n <= numel for n, numel in zip(live, numels, strict=True))
 
