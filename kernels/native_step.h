@@ -108,8 +108,8 @@ template <class T> static void add_finite(int64_t n, const T* w, Tally& tally) {
     if (size(w[i]) <= Law<T>::largest) tally.add(size(w[i]), w[i] * w[i], 0);
 }
 
-// The next function of four neighbours at once, in one vector that rotations bring to the others (2:4 on AVX2: a sixth of
-// the time).
+// The next function of four neighbours at once, in one vector that rotations bring to the others (2:4 on AVX2: an
+// eighth of the time).
 template <class T>
 LOOP void rank_four(int64_t n, const T* __restrict w, T* __restrict decays, int keep, T inside, T outside) {
   typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type Index;
