@@ -10,6 +10,7 @@ the default plan's, seed by seed, with a 95 % interval.
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import statistics
 import warnings
@@ -37,6 +38,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"outside": 10.0},
     *({"plasticity": x} for x in (2.0, 8.0)),
     *({"inside": x} for x in (0.0, 0.03, 0.04)),
+    *({"inside at least": x} for x in (0.06, 0.09)),
     *({"ramp": ramp, "commit": commit} for ramp, commit in ((0.3, 0.45), (0.6, 0.8))),
     *({"lr": x} for x in (7e-3, 1.4e-2)),
     {"between tensors": "by size"},
@@ -66,6 +68,8 @@ def _score(job: tuple[str, str, dict[str, Any], str, int]) -> float:
         plan = dict(setting["plan"])
         if plan.pop("between tensors", None) == "by size":
             symopt.selection._shares = _by_size
+        if (least := plan.pop("inside at least", None)) is not None:  # as a strength, for large budgets
+            plan["inside"] = max(Plan.inside, least / math.log(1 / Budget(budget).share))
         others = {key: plan.pop(key) for key in ("time_scale", "imbalance") if key in plan}
         setting = {**setting, "plan": Plan(**plan), **others}
     found = run(method, TASKS[task], seed, Budget(budget), **setting)
