@@ -18,7 +18,8 @@ HERE = Path(__file__).resolve().parent
 MODES = ["interpreted", *(["gpu"] if torch.cuda.is_available() else [])]
 
 
-PARTS = [("triton_cases", "references"), ("triton_cases", "not references"), ("triton_mirror_cases", "")]
+PARTS = [("triton_cases", "references"), ("triton_cases", "not references")]
+PARTS += [("triton_mirror_cases", "many_steps"), ("triton_mirror_cases", "not many_steps")]
 
 
 @pytest.mark.parametrize(("cases", "part"), PARTS)
