@@ -398,7 +398,7 @@ SYMOPT_PUBLIC float symopt_rank(const float* x, int64_t numel, const int64_t* co
   return -1;
 }
 
-// How many weights of each tensor live, from their histograms: selection.py's `_shares`, which explains it.  Bins that score
+// How many weights of each tensor live, from their histograms: selection.py's `_shares`.  Bins that score
 // less than 1 / far are only ranked.  Returns 1 without memory.
 SYMOPT_PUBLIC int symopt_shares(const int64_t* const* counts, int64_t tensors, int64_t keep, double far, double rounding,
                                 int64_t* live) try {

@@ -30,8 +30,7 @@ def largest_weights(tensors: list[Tensor], keep: int) -> list[Threshold]:
     if len(tensors) == 1:
         return [_kth(tensors[0], sizes[0] - keep)]
     counts = [_histogram(w) for w in tensors]
-    fast = native.UNAVAILABLE is None and all(c.is_cpu for c in counts)
-    live = native.shares(counts, keep, _FAR, _ROUNDING) if fast else _shares(counts, keep)
+    live = _shares(counts, keep)
     if live.is_cpu:
         gone = [size - n for size, n in zip(sizes, live.tolist(), strict=True)]
         return [_kth(w, k, c) if k > 0 else -1.0 for w, k, c in zip(tensors, gone, counts, strict=True)]
@@ -47,6 +46,13 @@ def _shares(counts: list[Tensor], keep: int) -> Tensor:
     drops out, and no tensor dies, as the score of its largest weight is 1.  No weights are sorted: all of a histogram's
     bin count as its middle, so the j-th of them scores ``1 / (above / middle**2 + j)``.
     """
+    if native.UNAVAILABLE is None and all(c.is_cpu for c in counts):
+        return native.shares(counts, keep, _FAR, _ROUNDING)
+    return _sorted_shares(counts, keep)
+
+
+def _sorted_shares(counts: list[Tensor], keep: int) -> Tensor:
+    """:func:`_shares` in torch, by sorting the ends of what every bin may give."""
     table = torch.stack(counts)
     size = torch.arange(table.shape[1], device=table.device)
     if table.is_cpu:  # few bins are in use; a device would have to tell the host how many
