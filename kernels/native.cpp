@@ -354,16 +354,12 @@ SYMOPT_PUBLIC int symopt_step(Entry* const* entries, int64_t count, const Settin
 // The same for weights under fixed planes.
 SYMOPT_PUBLIC int symopt_step_mirror(const Mirror* const* mirrors, int64_t count, const Settings* settings) try {
   if (settings->found_inf && *settings->found_inf != 0) return 0;
-  std::vector<std::unique_ptr<MirrorWork>> equal;
-  std::vector<std::unique_ptr<CentredWork>> centred;
-  std::vector<std::unique_ptr<BasisWork>> based;
-  for (int64_t i = 0; i < count; i++)
-    if (mirrors[i]->centred) centred.emplace_back(new CentredWork(mirrors[i]));
-    else if (mirrors[i]->columns) based.emplace_back(new BasisWork(mirrors[i]));
-    else equal.emplace_back(new MirrorWork(mirrors[i]));
-  for (auto& w : equal) step_mirror(*w, *settings);
-  for (auto& w : centred) step_mirror(*w, *settings);
-  for (auto& w : based) step_mirror(*w, *settings);
+  std::vector<std::unique_ptr<PlaneWork>> works;
+  for (const Mirror* const* at = mirrors; at != mirrors + count; at++)
+    if ((*at)->centred) works.emplace_back(new CentredWork(*at));
+    else if ((*at)->columns) works.emplace_back(new BasisWork(*at));
+    else works.emplace_back(new MirrorWork(*at));
+  for (auto& w : works) step_mirror(*w, *settings);
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;

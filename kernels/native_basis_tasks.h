@@ -1,19 +1,19 @@
 // How weights under a plane that is given by a basis are cut into tasks; native_basis.h has the sweeps.
 
-struct BasisWork {
+struct BasisWork final : PlaneWork {
   struct Part {
     const Entry* e;
     int64_t begin, end;
   };
 
-  const Mirror* m;
-  int64_t weights = 0, samples = 1;
   std::vector<Part> parts;
-  std::vector<double> sums, sample;
+  std::vector<double> sums;
   std::vector<Mean> means;  // of every direction
   std::vector<Move> moves;
 
-  BasisWork(const Mirror* mirror) : m(mirror), sample(1), means(static_cast<size_t>(mirror->columns)), moves(means.size()) {
+  explicit BasisWork(const Mirror* mirror)
+      : PlaneWork(mirror), means(static_cast<size_t>(mirror->columns)), moves(means.size()) {
+    sample.resize(1);
     for (int64_t i = 0; i < m->tensors; i++) {
       const Entry& e = *m->members[i];
       const int64_t chunk = std::max(e.numel < SMALL ? SMALL_CHUNK : CHUNK, (e.numel / CHUNKS + BLOCK) / BLOCK * BLOCK);
@@ -25,7 +25,7 @@ struct BasisWork {
 
   size_t size() const { return static_cast<size_t>(2 + 2 * m->columns); }
 
-  Survey survey(const Law<double>& k, const Settings& s, double* sampled) {
+  Survey survey(const Law<double>& k, const Settings& s, double* sampled) override {
     const Entry& e = *m->members[0];
     const BasisFunctions& f = *SYMOPT_CHOOSE(basis_table, s.instructions)[e.dtype];
     sweep(int64_t(parts.size()), weights, s, [&](int64_t i) {
@@ -44,7 +44,7 @@ struct BasisWork {
     return all;
   }
 
-  Tally move(const Law<double>& k, const Settings& s, const Survey&, const Gate& gate, bool attracted) {
+  Tally move(const Law<double>& k, const Settings& s, const Survey&, const Gate& gate, bool attracted) override {
     const BasisFunctions& f = *SYMOPT_CHOOSE(basis_table, s.instructions)[m->members[0]->dtype];
     const Settled settled(means, 1, k, gate, attracted);
     for (size_t j = 0; j < means.size(); j++) moves[j] = settled.move(means[j]);

@@ -7,67 +7,6 @@
 
 #define LOOP [[gnu::noinline]] static  // as in native_step.h
 
-// Blocks are shorter than what hardware needs to see a stream coming.
-template <class T, class W> static void expect(const Entry& e, int64_t at, int64_t end, bool grads) {
-  const int64_t n = std::min(end - at, BLOCK);
-  const auto fetch = [&](const void* from, int64_t each) {
-    const char* p = static_cast<const char*>(from) + at * each;
-    for (int64_t i = 0; from && i < n * each; i += 64) __builtin_prefetch(p + i);
-  };
-  fetch(e.weight, sizeof(W)), fetch(e.master, sizeof(T)), fetch(e.first, sizeof(T));
-  if (grads || !e.first) fetch(e.grad, sizeof(W));
-}
-
-// Adds sum g^2, sum u, sum w, sum u^2 of a block of one group.
-template <class T, bool ADAPTIVE> LOOP void add_means(int64_t n, const T* g, const T* u, const T* w, double* sums) {
-  constexpr int64_t EXACT = 256;  // as add_sums
-  for (int64_t start = 0; start < n; start += EXACT) {
-    const int64_t end = n - start < EXACT ? n : start + EXACT;
-    T gg = 0, uu = 0, us = 0, ws = 0;
-#pragma omp simd reduction(+ : gg, uu, us, ws)
-    for (int64_t i = start; i < end; i++) {
-      if (ADAPTIVE) gg += g[i] * g[i];
-      us += u[i], ws += w[i], uu += u[i] * u[i];
-    }
-    sums[0] += gg, sums[1] += us, sums[2] += ws, sums[3] += uu;
-  }
-}
-
-// The same for the columns of one row, `stride` numbers from one sum to the next.
-template <class T, bool ADAPTIVE>
-LOOP void add_row(int64_t n, const T* g, const T* u, const T* w, T* __restrict sums, int64_t stride) {
-  T *gg = sums, *us = sums + stride, *ws = sums + 2 * stride, *uu = sums + 3 * stride;
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    if (ADAPTIVE) gg[i] += g[i] * g[i];
-    us[i] += u[i], ws[i] += w[i], uu[i] += u[i] * u[i];
-  }
-}
-
-template <class T, class W, bool ADAPTIVE>
-static void total(const Entry& e, const Law<T>& k, const Unit& unit, int64_t first, int64_t last, double* sums) {
-  Block<T, W> b;
-  if (unit.groups == 1)
-    return walk(unit, first, last, [&](int64_t at, int64_t n) {
-      expect<T, W>(e, at + n, e.numel, true);
-      b.open(e, k, at, n), b.direct(e, k);
-      add_means<T, ADAPTIVE>(n, b.g, b.u, b.w, sums);
-    });
-  constexpr int64_t PRECISE = 32;  // rows summed before they go to double
-  T columns[4 * STRIPE];
-  const int64_t end = last / unit.width;
-  for (int64_t top = first / unit.width; top < end; top += PRECISE) {
-    std::fill(columns, columns + 4 * unit.width, T(0));
-    const int64_t bottom = std::min(end, top + PRECISE);
-    walk(unit, top * unit.width, bottom * unit.width, [&](int64_t at, int64_t n) {
-      expect<T, W>(e, n < BLOCK ? at + unit.row_stride : at + n, e.numel, true);
-      b.open(e, k, at, n), b.direct(e, k);
-      add_row<T, ADAPTIVE>(n, b.g, b.u, b.w, columns + (at - unit.base) % unit.row_stride, unit.width);
-    });
-    for (int64_t i = 0; i < 4 * unit.width; i++) sums[i] += columns[i];
-  }
-}
-
 // The next second moment of all that share the i-th, and their preconditioner.
 template <class T> static double second_moment(const Entry& e, const Law<double>& k, int64_t i, double square) {
   if (k.direction == SGD) return 1;
@@ -80,7 +19,7 @@ template <class T> static double second_moment(const Entry& e, const Law<double>
   return 1 / (root(double(v) * k.unbias2) + k.eps);
 }
 
-// Sums of `parts` parts, `size` apart -> the means and second moments of the unit's groups, and what the gate needs.
+// Sums of `parts` parts, `size` apart (g^2, u, w, u^2) -> the means and second moments of the unit's groups, and what the gate needs.
 template <class T>
 static void means(const Entry& e, const Law<double>& k, const Unit& unit, double* sums, int64_t parts, int64_t size,
                   Mean* to, Survey& survey) {
@@ -131,11 +70,7 @@ static void shift(const Entry& e, const Law<T>& k, const Unit& unit, int64_t fir
 
 template <class T, class W> static const CentredFunctions* centred_functions() {
   static const CentredFunctions table = {
-      [](const Entry& e, const Law<double>& k, const Unit& unit, int64_t first, int64_t last, double* sums) {
-        auto f = k.direction == SGD ? total<T, W, false> : total<T, W, true>;
-        f(e, Law<T>(k), unit, first, last, sums);
-      },
-      means<T>,
+      sum_up<T, W, true>, means<T>,
       [](const Entry& e, const Law<double>& k, const Unit& unit, int64_t first, int64_t last, const Move* moves) {
         shift<T, W>(e, Law<T>(k), unit, first, last, moves);
       }};

@@ -2,6 +2,12 @@
 //
 // Units and their parts are those of groups (native.cpp), so here, too, results do not depend on the number of threads.
 
+// What takes a group, or a direction, onto the plane and along it.
+inline Move onto_plane(const Mean& g, double reach) {
+  const double forth = reach * g.speed;
+  return {forth, forth * g.update - g.off};
+}
+
 // What groups of `members` weights, or directions, lie off the plane by after a step through one gate.
 struct Settled {
   double reach, rate, back, own;
@@ -24,28 +30,27 @@ struct Settled {
   }
 
   Move move(const Mean& g) const {
-    const double forth = reach * g.speed;
-    return {forth, forth * g.update - g.off + (snaps ? 0.0 : rest(g))};
+    const Move onto = onto_plane(g, reach);
+    return {onto.forth, onto.add + (snaps ? 0.0 : rest(g))};
   }
 };
 
-struct CentredWork {
-  const Mirror* m;
+struct CentredWork final : PlaneWork {
   Work work;
-  int64_t weights, stride, samples;
+  int64_t stride;
   std::vector<Mean> means;  // of all groups
   std::vector<Move> moves;
   std::vector<char> glided;  // units that the first sweep has moved
   std::vector<Survey> surveys;
-  std::vector<double> sample;
 
-  CentredWork(const Mirror* mirror) : m(mirror) {
+  explicit CentredWork(const Mirror* mirror) : PlaneWork(mirror) {
     Entry& e = *m->members[0];
     work.e = &e;
     cut(work);
     const int64_t groups = e.bands * e.groups;
-    weights = e.numel, stride = std::max<int64_t>(1, groups / SAMPLE), samples = (groups + stride - 1) / stride;
-    means.resize(static_cast<size_t>(groups)), moves.resize(means.size()), sample.resize(static_cast<size_t>(samples));
+    weights = e.numel, stride = std::max<int64_t>(1, groups / SAMPLE);
+    means.resize(static_cast<size_t>(groups)), moves.resize(means.size());
+    sample.resize(static_cast<size_t>((groups + stride - 1) / stride));
     glided.resize(static_cast<size_t>(work.units));
     surveys.resize(static_cast<size_t>(work.split ? work.units : work.tasks));
   }
@@ -66,7 +71,7 @@ struct CentredWork {
     });
   }
 
-  Survey survey(const Law<double>& k, const Settings& s, double* sampled) {
+  Survey survey(const Law<double>& k, const Settings& s, double* sampled) override {
     const Entry& e = *work.e;
     const CentredFunctions& f = *SYMOPT_CHOOSE(centred_table, s.instructions)[e.dtype];
     // So little that all groups together are on the plane; without lr or strength nothing is kept there.
@@ -75,15 +80,14 @@ struct CentredWork {
     visit(s, [&](int64_t i, const Unit& unit, int64_t begin, int64_t end, int64_t task) {
       double here[4 * STRIPE], *sums = work.split ? work.sums.get() + task * work.sums_size : here;
       std::fill(sums, sums + work.sums_size, 0.0);
-      f.total(e, k, unit, begin, end, sums);
+      f.reduce(e, k, unit, begin, end, sums);
       if (work.split) return;
       f.means(e, k, unit, sums, 1, 0, means.data(), surveys[static_cast<size_t>(task)]);
       bool near = true;
       for (int64_t g = unit.group; g < unit.group + unit.groups; g++) {
         const Mean& mean = means[static_cast<size_t>(g)];
         near &= std::fabs(mean.off) <= least && std::isfinite(mean.update * mean.speed);
-        const double forth = k.lr * k.unbias1 * mean.speed;
-        moves[static_cast<size_t>(g)] = {forth, forth * mean.update - mean.off};
+        moves[static_cast<size_t>(g)] = onto_plane(mean, k.lr * k.unbias1);
       }
       glided[static_cast<size_t>(i)] = near;
       if (near) f.shift(e, k, unit, begin, end, moves.data());
@@ -95,11 +99,11 @@ struct CentredWork {
       });
     Survey all;
     for (const Survey& part : surveys) all.add(part);
-    for (int64_t i = 0; sampled && i < samples; i++) sampled[i] = means[static_cast<size_t>(i * stride)].speed;
+    for (size_t i = 0; sampled && i < sample.size(); i++) sampled[i] = means[i * static_cast<size_t>(stride)].speed;
     return all;
   }
 
-  Tally move(const Law<double>& k, const Settings& s, const Survey&, const Gate& gate, bool attracted) {
+  Tally move(const Law<double>& k, const Settings& s, const Survey&, const Gate& gate, bool attracted) override {
     const Entry& e = *work.e;
     const CentredFunctions& f = *SYMOPT_CHOOSE(centred_table, s.instructions)[e.dtype];
     const Settled settled(means, double(weights) / double(means.size()), k, gate, attracted);

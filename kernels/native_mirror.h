@@ -59,20 +59,10 @@ template <class T, class W> struct Orbits {
   const Entry& entry(int64_t j) const { return s.places ? entries[j] : *m.members[j]; }
   const int32_t* places(int64_t j) const { return s.places + j * s.orbits + start; }
 
-  // Blocks are shorter than what hardware needs to see a stream coming.
-  void expect(int64_t begin, int64_t end, bool all) const {
+  void look_ahead(int64_t begin, int64_t end, bool all) const {
     if (s.places) return;  // 1024 x 1024, Symmetric: fetching their lines ahead gained nothing
-    const int64_t bytes = sizeof(T), size = std::min(end - begin, BLOCK);
-    const auto fetch = [&](const void* from, int64_t each) {
-      const char* p = static_cast<const char*>(from) + begin * each;
-      for (int64_t i = 0; from && i < size * each; i += 64) __builtin_prefetch(p + i);
-    };
-    for (int64_t j = 0; j < s.copies; j++) {
-      const Entry& e = entry(j);
-      fetch(e.weight, sizeof(W)), fetch(e.master, bytes), fetch(e.first, bytes);
-      if (all || !e.first) fetch(e.grad, sizeof(W));
-    }
-    fetch(entry(0).second, bytes);
+    for (int64_t j = 0; j < s.copies; j++) expect<T, W>(entry(j), begin, end, all);
+    fetch(entry(0).second, begin, end, sizeof(T));
   }
 
   // Turns to a block; `all` says that the gradients are needed.
@@ -452,7 +442,7 @@ template <class T, class W> static const MirrorFunctions* mirror_functions() {
         Orbits<T, W> o(m, s, k);
         const int64_t block = block_of(s);
         for (int64_t i = begin; i < end; i += block) {
-          o.expect(i + block, end, true);
+          o.look_ahead(i + block, end, true);
           const bool apart = o.survey_block(i, std::min(end - i, block), sums);
           if (sample) o.take(sample, stride);
           glided[i / block] = (k.imbalance == 0 || s.copies == 1) && !apart;
@@ -470,7 +460,7 @@ template <class T, class W> static const MirrorFunctions* mirror_functions() {
         const int64_t block = block_of(s);
         for (int64_t i = begin; i < end; i += block) {
           if (still && glided[i / block] && finite) continue;
-          o.expect(i + block, end, false);
+          o.look_ahead(i + block, end, false);
           tally.square += o.step_block(i, std::min(end - i, block), gate, glided[i / block], tally);
         }
       },

@@ -10,16 +10,28 @@ struct Part {
   int64_t begin, end, glided;  // orbits; and which of the flags below is that of the segment's first block
 };
 
-struct MirrorWork {
+// What a kind of plane does in the two sweeps of its step.
+struct PlaneWork {
   const Mirror* m;
-  int64_t orbits = 0, weights = 0, stride = 1, samples = 0;
+  int64_t weights = 0;
+  std::vector<double> sample;  // preconditioners, for the law of the imbalance
+
+  explicit PlaneWork(const Mirror* mirror) : m(mirror) {}
+  virtual ~PlaneWork() = default;
+  // Advances the moments, sums up what the gate needs and, where asked to, takes the sample.
+  virtual Survey survey(const Law<double>& k, const Settings& s, double* sampled) = 0;
+  // Moves, and returns what is left off the plane.
+  virtual Tally move(const Law<double>& k, const Settings& s, const Survey& all, const Gate& gate, bool attracted) = 0;
+};
+
+struct MirrorWork final : PlaneWork {
+  int64_t orbits = 0, stride = 1;
   std::vector<Part> parts;
   std::vector<Survey> surveys;
   std::vector<Tally> tallies;
   std::vector<char> glided;  // blocks that the first sweep has moved
-  std::vector<double> sample;
 
-  MirrorWork(const Mirror* mirror) : m(mirror) {
+  explicit MirrorWork(const Mirror* mirror) : PlaneWork(mirror) {
     int64_t blocks = 0;
     for (int64_t i = 0; i < m->count; i++) {
       const Segment& s = m->segments[i];
@@ -33,12 +45,11 @@ struct MirrorWork {
     surveys.resize(parts.size()), tallies.resize(parts.size());
     glided.resize(static_cast<size_t>(blocks));
     stride = std::max<int64_t>(1, orbits / SAMPLE);
-    samples = (orbits + stride - 1) / stride;
-    sample.resize(static_cast<size_t>(samples));
+    sample.resize(static_cast<size_t>((orbits + stride - 1) / stride));
   }
 
-  Survey survey(const Law<double>& k, const Settings& s, double* sampled);
-  Tally move(const Law<double>& k, const Settings& s, const Survey& all, const Gate& gate, bool attracted);
+  Survey survey(const Law<double>& k, const Settings& s, double* sampled) override;
+  Tally move(const Law<double>& k, const Settings& s, const Survey& all, const Gate& gate, bool attracted) override;
 };
 
 template <class F> struct Sweep {
@@ -127,8 +138,7 @@ Tally MirrorWork::move(const Law<double>& k, const Settings& s, const Survey& al
   return left;
 }
 
-// The step of one plane; Work is MirrorWork, CentredWork or BasisWork.
-template <class Work> void step_mirror(Work& w, const Settings& s) {
+void step_mirror(PlaneWork& w, const Settings& s) {
   const Mirror& m = *w.m;
   const Entry& e = *m.members[0];
   Law<double> k = law(e, s);
@@ -142,6 +152,7 @@ template <class Work> void step_mirror(Work& w, const Settings& s) {
   const bool attracted = !m.each && decide(double(w.weights), k, all, gate);
   Tally left = w.move(k, s, all, gate, attracted);
   if (!m.each && !std::isfinite(left.sum)) left = Tally();
-  for (int64_t i = 0; sample && i < w.samples; i++) sample[i] *= k.inside;
-  if (k.imbalance != 0) decay_imbalance(e, k, sample, w.samples, left);
+  if (sample)
+    for (double& x : w.sample) x *= k.inside;
+  if (k.imbalance != 0) decay_imbalance(e, k, sample, int64_t(w.sample.size()), left);
 }

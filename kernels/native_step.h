@@ -278,48 +278,54 @@ static void mend(int64_t n, const T* __restrict w, T* __restrict factor_0, T* __
 
 // --------------------------------------------------------------------------------------------------- group members
 
-// Adds sum g^2, sum u^2, sum u w, sum w^2 of a block of one group, u being the update up to a factor per group.  Up to
-// EXACT members are summed in the weight's own precision, in many lanes; `decide` knows what that leaves uncertain.
-template <class T, bool ADAPTIVE> LOOP void add_sums(int64_t n, const T* g, const T* u, const T* w, double* sums) {
+// What is summed beside g^2, u being the update up to a factor per group: u^2, u w, w^2; or with MEANS u, w, u^2.
+template <bool MEANS, class T> [[gnu::always_inline]] static inline T term_1(T u, T) { return MEANS ? u : u * u; }
+template <bool MEANS, class T> [[gnu::always_inline]] static inline T term_2(T u, T w) { return MEANS ? w : u * w; }
+template <bool MEANS, class T> [[gnu::always_inline]] static inline T term_3(T u, T w) { return MEANS ? u * u : w * w; }
+
+// Adds the four sums of a block of one group.  Up to EXACT members are summed in the weight's own precision, in many lanes;
+// `decide` knows what that leaves uncertain.
+template <class T, bool ADAPTIVE, bool MEANS>
+LOOP void add_sums(int64_t n, const T* g, const T* u, const T* w, double* sums) {
   constexpr int64_t EXACT = 256;
   for (int64_t start = 0; start < n; start += EXACT) {
     const int64_t end = n - start < EXACT ? n : start + EXACT;
-    T gg = 0, uu = 0, uw = 0, ww = 0;
-#pragma omp simd reduction(+ : gg, uu, uw, ww)
+    T gg = 0, a = 0, b = 0, c = 0;
+#pragma omp simd reduction(+ : gg, a, b, c)
     for (int64_t i = start; i < end; i++) {
       if (ADAPTIVE) gg += g[i] * g[i];
-      uu += u[i] * u[i], uw += u[i] * w[i], ww += w[i] * w[i];
+      a += term_1<MEANS>(u[i], w[i]), b += term_2<MEANS>(u[i], w[i]), c += term_3<MEANS>(u[i], w[i]);
     }
-    sums[0] += gg, sums[1] += uu, sums[2] += uw, sums[3] += ww;
+    sums[0] += gg, sums[1] += a, sums[2] += b, sums[3] += c;
   }
 }
 
 // The same for n columns of ROWS rows at once, added to sums[0..3][column]: several rows to one visit of the sums.
-template <class T, bool ADAPTIVE, int ROWS>
+template <class T, bool ADAPTIVE, bool MEANS, int ROWS>
 LOOP void add_columns(int64_t n, const T* const* g, const T* const* u, const T* const* w, T* __restrict sums,
                       int64_t stride) {
-  T *gg = sums, *uu = sums + stride, *uw = sums + 2 * stride, *ww = sums + 3 * stride;
+  T *gg = sums, *sum_1 = sums + stride, *sum_2 = sums + 2 * stride, *sum_3 = sums + 3 * stride;
   const T *g0 = g[0], *u0 = u[0], *w0 = w[0], *g1 = g[ROWS > 1], *u1 = u[ROWS > 1], *w1 = w[ROWS > 1];
   const T *g2 = g[ROWS > 2 ? 2 : 0], *u2 = u[ROWS > 2 ? 2 : 0], *w2 = w[ROWS > 2 ? 2 : 0];
   const T *g3 = g[ROWS > 3 ? 3 : 0], *u3 = u[ROWS > 3 ? 3 : 0], *w3 = w[ROWS > 3 ? 3 : 0];
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
-    T a = ADAPTIVE ? gg[i] + g0[i] * g0[i] : T(0), b = uu[i] + u0[i] * u0[i], c = uw[i] + u0[i] * w0[i];
-    T d = ww[i] + w0[i] * w0[i];
+    T a = ADAPTIVE ? gg[i] + g0[i] * g0[i] : T(0), b = sum_1[i], c = sum_2[i], d = sum_3[i];
+    b += term_1<MEANS>(u0[i], w0[i]), c += term_2<MEANS>(u0[i], w0[i]), d += term_3<MEANS>(u0[i], w0[i]);
     if (ROWS > 1) {
       if (ADAPTIVE) a += g1[i] * g1[i];
-      b += u1[i] * u1[i], c += u1[i] * w1[i], d += w1[i] * w1[i];
+      b += term_1<MEANS>(u1[i], w1[i]), c += term_2<MEANS>(u1[i], w1[i]), d += term_3<MEANS>(u1[i], w1[i]);
     }
     if (ROWS > 2) {
       if (ADAPTIVE) a += g2[i] * g2[i];
-      b += u2[i] * u2[i], c += u2[i] * w2[i], d += w2[i] * w2[i];
+      b += term_1<MEANS>(u2[i], w2[i]), c += term_2<MEANS>(u2[i], w2[i]), d += term_3<MEANS>(u2[i], w2[i]);
     }
     if (ROWS > 3) {
       if (ADAPTIVE) a += g3[i] * g3[i];
-      b += u3[i] * u3[i], c += u3[i] * w3[i], d += w3[i] * w3[i];
+      b += term_1<MEANS>(u3[i], w3[i]), c += term_2<MEANS>(u3[i], w3[i]), d += term_3<MEANS>(u3[i], w3[i]);
     }
     if (ADAPTIVE) gg[i] = a;
-    uu[i] = b, uw[i] = c, ww[i] = d;
+    sum_1[i] = b, sum_2[i] = c, sum_3[i] = d;
   }
 }
 

@@ -213,7 +213,7 @@ struct BasisFunctions {
 };
 
 struct CentredFunctions {
-  void (*total)(const Entry&, const Law<double>&, const Unit&, int64_t, int64_t, double*);
+  void (*reduce)(const Entry&, const Law<double>&, const Unit&, int64_t, int64_t, double*);
   void (*means)(const Entry&, const Law<double>&, const Unit&, double*, int64_t, int64_t, Mean*, Survey&);
   void (*shift)(const Entry&, const Law<double>&, const Unit&, int64_t, int64_t, const Move*);
 };

@@ -79,6 +79,17 @@ template <class T, class W> struct Block {
   }
 };
 
+// Fetches the block from `at` on, ahead of time: blocks are shorter than what hardware needs to see a stream coming.
+static void fetch(const void* from, int64_t at, int64_t end, int64_t each) {
+  const char* p = static_cast<const char*>(from) + at * each;
+  for (int64_t i = 0; from && i < std::min(end - at, BLOCK) * each; i += 64) __builtin_prefetch(p + i);
+}
+
+template <class T, class W> static void expect(const Entry& e, int64_t at, int64_t end, bool grads) {
+  fetch(e.weight, at, end, sizeof(W)), fetch(e.master, at, end, sizeof(T)), fetch(e.first, at, end, sizeof(T));
+  if (grads || !e.first) fetch(e.grad, at, end, sizeof(W));
+}
+
 // ----------------------------------------------------------------------------------------------------- single weights
 
 template <class T, class W>
@@ -128,13 +139,14 @@ static void walk(const Unit& unit, int64_t first, int64_t last, const F& f) {
 
 // Phase 1.  sums is [4] for one group with long runs, [4][width] for a stripe, [5][groups] for an index (the fifth
 // counts members).
-template <class T, class W, bool ADAPTIVE>
+template <class T, class W, bool ADAPTIVE, bool MEANS>
 static void reduce(const Entry& e, const Law<T>& k, const Unit& unit, int64_t first, int64_t last, double* sums) {
   Block<T, W> b;
   walk(unit, first, last, [&](int64_t at, int64_t n) {
+    expect<T, W>(e, at + n, e.numel, true);
     b.open(e, k, at, n);
     b.direct(e, k);
-    if (!e.index) return add_sums<T, ADAPTIVE>(n, b.g, b.u, b.w, sums);
+    if (!e.index) return add_sums<T, ADAPTIVE, MEANS>(n, b.g, b.u, b.w, sums);
     for (int64_t i = 0; i < n; i++) {
       double *s = sums + e.index[at + i], x = b.g[i], y = b.u[i], z = b.w[i];
       s[0] += x * x, s[e.groups] += y * y, s[2 * e.groups] += y * z, s[3 * e.groups] += z * z, s[4 * e.groups] += 1;
@@ -142,7 +154,7 @@ static void reduce(const Entry& e, const Law<T>& k, const Unit& unit, int64_t fi
   });
 }
 
-template <class T, class W, bool ADAPTIVE>
+template <class T, class W, bool ADAPTIVE, bool MEANS>
 static void reduce_stripe(const Entry& e, const Law<T>& k, const Unit& unit, int64_t first, int64_t last,
                           double* sums) {
   constexpr int64_t TOGETHER = 4, PRECISE = 32;  // rows of one visit, and rows summed before they go to double
@@ -157,16 +169,28 @@ static void reduce_stripe(const Entry& e, const Law<T>& k, const Unit& unit, int
         const int64_t n = std::min(BLOCK, unit.width - column), rows = std::min(TOGETHER, bottom - row);
         const T *g[TOGETHER], *u[TOGETHER], *w[TOGETHER];
         for (int64_t r = 0; r < rows; r++) {
-          b[r].open(e, k, unit.base + (row + r) * unit.row_stride + column, n);
+          const int64_t at = unit.base + (row + r) * unit.row_stride + column;
+          expect<T, W>(e, at + TOGETHER * unit.row_stride, e.numel, true);
+          b[r].open(e, k, at, n);
           b[r].direct(e, k);
           g[r] = b[r].g, u[r] = b[r].u, w[r] = b[r].w;
         }
-        auto add = rows == 4 ? add_columns<T, ADAPTIVE, 4> : rows == 3 ? add_columns<T, ADAPTIVE, 3>
-                 : rows == 2 ? add_columns<T, ADAPTIVE, 2> : add_columns<T, ADAPTIVE, 1>;
+        auto add = rows == 4   ? add_columns<T, ADAPTIVE, MEANS, 4>
+                   : rows == 3 ? add_columns<T, ADAPTIVE, MEANS, 3>
+                   : rows == 2 ? add_columns<T, ADAPTIVE, MEANS, 2>
+                               : add_columns<T, ADAPTIVE, MEANS, 1>;
         add(n, g, u, w, columns + column, unit.width);
       }
     for (int64_t i = 0; i < 4 * unit.width; i++) sums[i] += columns[i];
   }
+}
+
+template <class T, class W, bool MEANS>
+static void sum_up(const Entry& e, const Law<double>& k, const Unit& unit, int64_t first, int64_t last, double* sums) {
+  const bool adaptive = k.direction != SGD, striped = !e.index && unit.groups > 1;
+  auto f = striped ? (adaptive ? reduce_stripe<T, W, true, MEANS> : reduce_stripe<T, W, false, MEANS>)
+                   : (adaptive ? reduce<T, W, true, MEANS> : reduce<T, W, false, MEANS>);
+  f(e, Law<T>(k), unit, first, last, sums);
 }
 
 // Between the phases: sums of `parts` parts, `size` apart -> the two numbers of every group of the unit.
@@ -236,12 +260,7 @@ template <class T, class W> static const Functions* functions() {
          int64_t stride) {
         single<T, W>(e, Law<T>(k), begin, end, tally, sample, stride);
       },
-      [](const Entry& e, const Law<double>& k, const Unit& unit, int64_t first, int64_t last, double* sums) {
-        const bool adaptive = k.direction != SGD, striped = !e.index && unit.groups > 1;
-        auto f = striped ? (adaptive ? reduce_stripe<T, W, true> : reduce_stripe<T, W, false>)
-                         : (adaptive ? reduce<T, W, true> : reduce<T, W, false>);
-        f(e, Law<T>(k), unit, first, last, sums);
-      },
+      sum_up<T, W, false>,
       [](const Entry& e, const Law<double>& k, const Unit& unit, double* sums, int64_t parts, int64_t size, void* keep,
          void* shift, Tally& tally, double* sample, int64_t stride) {
         auto f = k.direction == SGD ? settle<T, SGD> : k.direction == ADAM ? settle<T, ADAM> : settle<T, ADAMW>;

@@ -174,9 +174,7 @@ class Mirror(Plane):
         return self.directions
 
     def onto(self, x: Tensor) -> Tensor:
-        if self.basis is not None:
-            return x - self.off(x)
-        return self._called("Mirror", x).reshape(x.shape)
+        return self._called("Mirror", x).reshape(x.shape) if self.basis is None else super().onto(x)
 
     def off(self, x: Tensor) -> Tensor:
         z = self.coordinates(x)
@@ -186,8 +184,9 @@ class Mirror(Plane):
         key = (x.device, x.dtype)
         found: Tensor | None = vars(self)["_cache"].get(key)
         if found is None:
-            assert self.basis is not None
-            found = vars(self)["_cache"][key] = self.basis.detach().T.to(x).contiguous()
+            rows = self.rows(x)
+            assert rows is not None
+            found = vars(self)["_cache"][key] = rows.contiguous()
         return found
 
     def coordinates(self, x: Tensor) -> Tensor | None:
