@@ -47,6 +47,7 @@ CASES = (
     # Summed first and moved then; weights share a second moment.
     Case("AdamW, Tied, two copies", symopt.Tied, 24, 10, copies=2),
     Case('AdamW, Tied(strength, "elementwise"), two copies', lambda: symopt.Tied(0.3, "elementwise"), 14, 10, copies=2),
+    Case("AdamW, ZeroMean", symopt.ZeroMean, 20, 8),
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from symopt_kernels.triton_memory import FIRST, PEAK_, SECOND, address, get, put
 
-__all__ = ["adam", "adam_lead", "sgd", "sgd_lead", "unbias"]
+__all__ = ["adam", "adam_lead", "sgd", "sgd_lead", "shared_gain", "unbias"]
 
 
 @triton.jit
@@ -68,6 +68,19 @@ def adam_lead(
     m = m + numbers[3] * (g - m)
     put(exp_avg, at, m, mask)
     return m
+
+
+@triton.jit
+def shared_gain(table, entry, at, mask, square, numbers, PEAK: tl.constexpr):
+    """Advance second moments that several weights share by their mean squared gradient; the preconditioner."""
+    second = address(table, entry, SECOND, tl.float32, False)
+    v = numbers[4] * tl.load(second + at, mask=mask, other=0.0) + numbers[5] * square
+    tl.store(second + at, v, mask=mask)
+    if PEAK:
+        peak = address(table, entry, PEAK_, tl.float32, False)
+        v = tl.maximum(v, tl.load(peak + at, mask=mask, other=0.0), propagate_nan=tl.PropagateNan.ALL)
+        tl.store(peak + at, v, mask=mask)
+    return 1 / (tl.sqrt(v * numbers[8]) + numbers[6])
 
 
 @triton.jit

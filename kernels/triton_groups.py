@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from symopt_kernels.triton_directions import shared_gain
 from symopt_kernels.triton_law import finish, settings
 from symopt_kernels.triton_memory import (
     BEGIN,
@@ -16,15 +17,12 @@ from symopt_kernels.triton_memory import (
     LINES,
     MARKS,
     PARTS,
-    PEAK_,
     ROOM,
     ROWS,
     RUN,
-    SECOND,
     SNAP,
     TINY,
     UNITS,
-    address,
     field,
     narrow,
 )
@@ -51,14 +49,7 @@ def decide(
     size = (rows.to(tl.int64) * run).to(tl.float32)
     lr, gain = law[0], 1.0
     if ADAPTIVE:
-        second = address(table, entry, SECOND, tl.float32, False)
-        v = numbers[4] * tl.load(second + at, mask=mask, other=0.0) + numbers[5] * (gg / size)
-        tl.store(second + at, v, mask=mask)
-        if PEAK:
-            peak = address(table, entry, PEAK_, tl.float32, False)
-            v = tl.maximum(v, tl.load(peak + at, mask=mask, other=0.0), propagate_nan=tl.PropagateNan.ALL)
-            tl.store(peak + at, v, mask=mask)
-        p = 1 / (tl.sqrt(v * numbers[8]) + numbers[6])
+        p = shared_gain(table, entry, at, mask, gg / size, numbers, PEAK)
         lr = lr * (p * numbers[7])
         gain = p if COUPLED else tl.sqrt(size)
     norm = tl.sqrt(ww)

@@ -57,7 +57,14 @@ def launches(
     """What steps a bucket: kernels, one after the other, with their compile-time arguments and launch options."""
     import triton.language as tl
 
-    from symopt_kernels import triton_directions, triton_groups, triton_mirror, triton_retractions, triton_step
+    from symopt_kernels import (
+        triton_coordinates,
+        triton_directions,
+        triton_groups,
+        triton_mirror,
+        triton_retractions,
+        triton_step,
+    )
 
     retraction, dtype, master, peak, first, trimmed, form = key
     adaptive = direction != "sgd"
@@ -93,6 +100,28 @@ def launches(
         kernels = [triton_mirror.surveys] if automatic or not each else []
         kernels += [triton_mirror.moves] if each else [triton_mirror.moves, triton_mirror.snaps]
         return [(kernel, {k: v for k, v in shared.items() if k in kernel.arg_names}, options) for kernel in kernels]
+    if retraction in ("centred", "basis"):
+        *form, together, automatic, aligned = form
+        shared |= {"LEAD": lead, "DECOUPLED": direction == "adamw", "AUTOMATIC": automatic, "ALIGNED": aligned}
+        shared |= {"BASIS": retraction == "basis", "Q": together}
+        if retraction == "centred":
+            r, c, p = form
+            shared |= {"R": r, "C": c, "P": p, "G": c // p}
+            kernels = [triton_coordinates.reduce_groups, triton_coordinates.settle, triton_coordinates.shift_groups]
+            options["num_warps"] = max(1, min(8, r * c // 256))
+        else:
+            shared |= {"G": form[0], "BLOCK": triton_table.BLOCK // 2}
+            kernels = [triton_coordinates.reduce_basis, triton_coordinates.settle, triton_coordinates.shift_basis]
+            options["num_warps"] = max(1, triton_table.BLOCK // 512)
+        wide = {**options, "num_warps": 16}
+        return [
+            (
+                kernel,
+                {k: v for k, v in shared.items() if k in kernel.arg_names},
+                wide if kernel is triton_coordinates.settle else options,
+            )
+            for kernel in kernels
+        ]
     own = {
         "DIRECTION": triton_directions.adam if adaptive else triton_directions.sgd,
         "RETRACTION": getattr(triton_retractions, retraction),

@@ -75,24 +75,12 @@ def automatic(table, entry, numbers, amplify, squares, everything, DECOUPLED: tl
 
 
 @triton.jit
-def decide(
-    table, entry, gate, numbers, law, amplify, partial, programs,
-    EACH: tl.constexpr, AUTOMATIC: tl.constexpr, ADAPTIVE: tl.constexpr, DECOUPLED: tl.constexpr,
-    COUPLED: tl.constexpr, SATURATED: tl.constexpr,
+def weigh(
+    table, entry, gate, numbers, law, amplify, everything, ww, uu, uw, dd, dw, paces,
+    EACH: tl.constexpr, AUTOMATIC: tl.constexpr, DECOUPLED: tl.constexpr, COUPLED: tl.constexpr,
+    SATURATED: tl.constexpr,
 ):  # fmt: skip
-    """From the sums of a tie its strength, and what ``mirror.mirror`` says of its one gate."""
-    begin, count = narrow(table, entry, BEGIN), narrow(table, entry, COUNT)
-    everything = total(partial, begin, count)
-    if EACH:
-        most = total(partial + programs, begin, count, True)
-        uu = tl.where(everything < float("inf"), most, everything - everything)  # a maximum loses NaN
-        dd = uu
-    else:
-        ww = total(partial + programs, begin, count)
-        uu, uw = total(partial + 2 * programs, begin, count), total(partial + 3 * programs, begin, count)
-        dd, dw = uu, uw
-        if ADAPTIVE:
-            dd, dw = total(partial + 4 * programs, begin, count), total(partial + 5 * programs, begin, count)
+    """From the sums of a plane its strength, and what ``mirror.mirror`` says of its one gate."""
     inside = law[1]
     if AUTOMATIC:
         squares = dd if DECOUPLED else uu
@@ -101,9 +89,7 @@ def decide(
         inside *= number(table, entry, SPREAD)
     tl.store(gate + INSIDE, inside)
     if not EACH:
-        pace = 1.0
-        if COUPLED:
-            pace = field(table, entry, WEIGHTS).to(tl.float32) / total(partial + 6 * programs, begin, count)
+        pace = field(table, entry, WEIGHTS).to(tl.float32) / paces if COUPLED else 1.0
         lr, c = law[0] * numbers[7], law[4]
         decay, metric, pull = inside * pace, tl.sqrt(c * c + 4 * ww), lr * tl.sqrt(dd)
         t = time_scale(metric, pull, decay, law[5], SATURATED)
@@ -117,6 +103,34 @@ def decide(
         tl.store(gate + RATE, t * inside)
         tl.store(gate + BACK, (1 - own) * square * t * lr)
         tl.store(gate + ATTRACTS, attracts.to(tl.float32))
+
+
+@triton.jit
+def decide(
+    table, entry, gate, numbers, law, amplify, partial, programs,
+    EACH: tl.constexpr, AUTOMATIC: tl.constexpr, ADAPTIVE: tl.constexpr, DECOUPLED: tl.constexpr,
+    COUPLED: tl.constexpr, SATURATED: tl.constexpr,
+):  # fmt: skip
+    """:func:`weigh` of the sums of a tie."""
+    begin, count = narrow(table, entry, BEGIN), narrow(table, entry, COUNT)
+    everything = total(partial, begin, count)
+    ww, uw, dw, paces = 0.0, 0.0, 0.0, 1.0
+    if EACH:
+        most = total(partial + programs, begin, count, True)
+        uu = tl.where(everything < float("inf"), most, everything - everything)  # a maximum loses NaN
+        dd = uu
+    else:
+        ww = total(partial + programs, begin, count)
+        uu, uw = total(partial + 2 * programs, begin, count), total(partial + 3 * programs, begin, count)
+        dd, dw = uu, uw
+        if ADAPTIVE:
+            dd, dw = total(partial + 4 * programs, begin, count), total(partial + 5 * programs, begin, count)
+        if COUPLED:
+            paces = total(partial + 6 * programs, begin, count)
+    weigh(
+        table, entry, gate, numbers, law, amplify, everything, ww, uu, uw, dd, dw, paces,
+        EACH, AUTOMATIC, DECOUPLED, COUPLED, SATURATED,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["programs"])

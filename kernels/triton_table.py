@@ -69,7 +69,10 @@ _STATE |= {k: k for k in ("master", "factor_0", "factor_1", "imbalance", "metric
 
 
 class Entry:
-    """One tensor and its state: addresses, shape, and what the last step left."""
+    """One tensor and its state: addresses, shape, and what the last step left.
+
+    ``room`` numbers are between its launches; programs work on the rows ``working``, if any, instead of its own.
+    """
 
     def __init__(self) -> None:
         self.fields: dict[str, int] = {}
@@ -80,6 +83,8 @@ class Entry:
         self.counted: tuple[Tensor, int] | None = None
         self.device = torch.device("cpu")
         self.seen: Tensor | None = None
+        self.room = 0
+        self.working: Sequence[Entry] = ()
 
     @property
     def zeros(self) -> int:
@@ -90,12 +95,12 @@ class Entry:
 
 
 class Mirror(Entry):
-    """Tensors that a plane makes equal; ``entries`` are those of each, ``parts`` those of segments, if gathered."""
+    """Tensors under a plane; ``entries`` are those of each, ``parts`` those of segments whose orbits are gathered."""
 
     entries: list[Entry]
     parts: list[Entry]
-    places: list[tuple[Tensor, ...]]
-    """Kept alive: what the addresses of ``parts`` point at."""
+    kept: list[tuple[Tensor, ...]]
+    """Alive as long as addresses point at them."""
 
 
 def fill(
@@ -139,6 +144,7 @@ def fill(
         f["lines"] = -(-rows // r) * -(-run // p)
         f["parts"] = 1 if f["lines"] <= SHARE else -(-f["lines"] // SHARE)
         f["count"] = f["units"] * (1 if f["parts"] == 1 else 2 * f["parts"])
+        entry.room = f["units"] * (4 * f["parts"] + 2) * (c // p) if f["parts"] > 1 else 0
         f["lag"] = max(1, min(f["units"], -(-RESIDENT // f["parts"])))
     elif pattern is not None:
         retraction, form = "nm", (pattern[1],)
@@ -160,37 +166,84 @@ def fill_mirror(
     spread: float,
     each: bool,
     segments: Sequence[Segment] | None = None,
-    centred: None = None,
-    basis: None = None,
+    centred: Groups | None = None,
+    basis: Tensor | None = None,
     fresh: bool = False,
 ) -> None:
-    """Point ``mirror`` at contiguous weights that a plane makes equal, as ``native.fill_mirror``."""
+    """Point ``mirror`` at contiguous weights under a plane, as ``native.fill_mirror``."""
     mirror.entries = [Entry() for _ in weights]
-    first = mirror.entries[0]
+    first, retraction = mirror.entries[0], "mirror" if centred is None else "group"
     for entry, weight, state in zip(mirror.entries, weights, states, strict=True):
-        fill(entry, weight, state, "mirror", fresh=fresh and entry is first)
-    critical, f, half = states[0].get("critical"), first.fields, BLOCK // 2
-    f |= {"rows": len(weights), "count": -(-f["numel"] // half), "spread": _bits(spread)}
-    f["weights"] = sum(weight.numel() for weight in weights)
+        fill(entry, weight, state, retraction, centred, fresh=fresh and entry is first)
+    critical, f = states[0].get("critical"), first.fields
+    f["spread"], f["weights"] = _bits(spread), sum(weight.numel() for weight in weights)
     f["critical"] = 0 if critical is None else critical.data_ptr()
     wide = 16 // weights[0].element_size()  # accesses of 128 bits must not cross the end
-    f["aligned"] = int(f["numel"] % wide == 0 and all(entry.fields["aligned"] for entry in mirror.entries))
-    mirror.parts, mirror.places = [], []
-    for s in segments or ():
+    if centred is None:
+        f["aligned"] = int(all(e.fields["aligned"] and e.fields["numel"] % wide == 0 for e in mirror.entries))
+    mirror.parts, mirror.kept, mirror.working, mirror.room = [], [], (), 0
+    if centred is not None:
+        retraction, form = "centred", _centre(mirror, *first.key[-1])
+    elif basis is not None:
+        retraction, form = "basis", _span(mirror, basis)
+    else:
+        form = (not segments and len(weights) == 2, each)
+        _tie(mirror, segments or ())
+    automatic: tuple[Any, ...] = (critical is not None, *((bool(segments),) if retraction == "mirror" else ()))
+    mirror.key = (retraction, *first.key[1:-1], (*form, *automatic))
+    mirror.fields, mirror.device, mirror.plan = f, first.device, None
+
+
+def _tie(mirror: Mirror, segments: Sequence[Segment]) -> None:
+    """Weights of orbits become equal."""
+    first, half = mirror.entries[0], BLOCK // 2
+    f = first.fields
+    f |= {"rows": len(mirror.entries), "count": -(-f["numel"] // half)}
+    for s in segments:
         found = tuple(x.to(first.device) for x in (s.of, s.places, s.ids))
         copies, orbits = s.places.shape
         addresses = dict(zip(("of", "places", "ids"), (x.data_ptr() for x in found), strict=True))
         part = Entry()
         part.fields = dict.fromkeys(f, 0) | addresses | {"rows": copies, "numel": orbits, "count": -(-orbits // half)}
         mirror.parts.append(part)
-        mirror.places.append(found)
+        mirror.kept.append(found)
     if segments:
+        mirror.working = mirror.parts
         orbits = sum(len(s.ids) for s in segments)
         f |= {"count": sum(part.fields["count"] for part in mirror.parts), "aligned": 0}
         f["stride"] = max(1, orbits // SAMPLE)
         f["samples"] = -(-orbits // f["stride"])
-    mirror.key = (*first.key[:-1], (not segments and len(weights) == 2, each, critical is not None, bool(segments)))
-    mirror.fields, mirror.device, mirror.plan = f, first.device, None
+
+
+def _centre(mirror: Mirror, r: int, c: int, p: int) -> tuple[int, ...]:
+    """Means of groups vanish: tiles as those of groups, and three numbers of every group."""
+    f = mirror.entries[0].fields
+    per_band, f["count"] = -(-f["groups"] // (c // p)), f["units"] * f["parts"]
+    mirror.room = f["count"] * 4 * (c // p) + 3 * (f["units"] // per_band * f["groups"])
+    return r, c, p, _together(f["parts"])
+
+
+def _span(mirror: Mirror, basis: Tensor) -> tuple[int, ...]:
+    """Coordinates in a basis, a direction per row, vanish: one tile of as many groups, whose parts are programs."""
+    basis = basis.to(torch.float32).contiguous()
+    mirror.kept, mirror.working = [(basis,)], mirror.entries
+    columns, f, half = len(basis), mirror.entries[0].fields, BLOCK // 2
+    width, at = 1 << (columns - 1).bit_length(), 0
+    f["lines"] = max(1, -(-f["weights"] // (half * RESIDENT)))
+    for entry in mirror.entries:
+        numel = entry.fields["numel"]
+        entry.fields |= {"places": basis.data_ptr() + 4 * at, "count": -(-numel // (half * f["lines"]))}
+        at += numel
+    programs = sum(entry.fields["count"] for entry in mirror.entries)
+    f |= {"groups": columns, "units": 1, "parts": programs, "stride": 1, "samples": 1}
+    f["aligned"] &= int(basis.data_ptr() % 16 == 0)
+    mirror.room = programs * 4 * width + 3 * columns
+    return width, _together(programs)
+
+
+def _together(parts: int) -> int:
+    """Parts that are added up side by side."""
+    return next(n for n in (1, 32, 1024) if parts <= n or n == 1024)
 
 
 def _bits(x: float) -> int:
@@ -221,20 +274,18 @@ class Bucket:
         rows, owners, marks, room = array("q"), array("i"), 0, 0
         self.programs, i = 0, 0
         for entry in entries:
-            f = entry.fields | {"begin": self.programs}
+            f = entry.fields | {"begin": self.programs, "main": i, "room": room, "marks": marks}
             if f["parts"] > 1:
-                _, c, p = entry.key[-1]
-                f |= {"marks": marks, "room": room}
-                marks, room = marks + f["units"], room + f["units"] * (4 * f["parts"] + 2) * (c // p)
+                marks += f["units"]
+            room += entry.room
             held = members(entry)
-            parts = entry.parts if isinstance(entry, Mirror) else ()
-            for j, part in enumerate(parts, len(held) - len(parts)):
+            for part in entry.working:
                 part.fields |= {"begin": self.programs, "main": i}
-                owners.extend([i + j] * part.fields["count"])
+                owners.extend([i + held.index(part)] * part.fields["count"])
                 self.programs += part.fields["count"]
             for row in (f, *(other.fields for other in held[1:])):
                 rows.extend(row[name] for name in FIELDS)
-            if not parts:
+            if not entry.working:
                 owners.extend([i] * f["count"])
                 self.programs += f["count"]
             i += len(held)
@@ -284,7 +335,7 @@ class Plan:
         found: dict[Any, list[Entry]] = {}
         for entry in entries:
             *key, form = entry.key
-            if key[0] in ("group", "mirror"):
+            if key[0] in ("group", "mirror", "centred", "basis"):
                 form = (*form, bool(entry.fields["aligned"]) and all(straight([entry])))
             found.setdefault((entry.device, (*key, form)), []).append(entry)
         self.buckets = [(key, Bucket(members)) for (_, key), members in found.items()]

@@ -61,6 +61,9 @@ class Variant:
             pair, each, automatic, gathered, _ = self.form
             words.append("gathered" if gathered else "two copies" if pair else "more copies")
             words += ["elementwise"] * each + ["automatic"] * automatic + [str(self.kernel)]
+        elif self.retraction in ("centred", "basis"):
+            words += ["x".join(map(str, self.form[:2])) + f" by {self.form[2]}"] * (self.retraction == "centred")
+            words.append(str(self.kernel))
         elif self.form != (2,):
             words.append(str(self.form[0]))
         words += [self.dtype + "+master" * self.master + "+stochastic" * self.stochastic]
@@ -90,6 +93,19 @@ def _ties() -> Iterator[Variant]:
         yield Variant("adam", "mirror", "bfloat16", master=True, form=form, kernel="moves")
 
 
+def _coordinates() -> Iterator[Variant]:
+    for direction in ("sgd", "adam", "adamw"):
+        row = (*triton_launch.tile(1, 4096), 1, True, True)
+        for kernel in ("reduce_groups", "settle", "shift_groups"):
+            yield Variant(direction, "centred", form=row, kernel=kernel)
+        for kernel in ("reduce_basis", "settle", "shift_basis"):
+            yield Variant(direction, "basis", form=(2, 1024, True, True), kernel=kernel)
+    column = (*triton_launch.tile(4096, 1), 32, True, True)
+    for kernel in ("reduce_groups", "settle", "shift_groups"):
+        yield Variant("adamw", "centred", peak=kernel == "settle", form=column, kernel=kernel)
+        yield Variant("adamw", "centred", "bfloat16", master=True, form=row, kernel=kernel)
+
+
 def _tiles() -> Iterator[tuple[Any, ...]]:
     for rows, run in ((4096, 1), (512, 9), (1, 100), (1, 1000), (1, 4096)):
         yield (*triton_launch.tile(rows, run), True)
@@ -110,6 +126,7 @@ VARIANTS = (
     *(Variant(d, "group", form=(*triton_launch.tile(1, 4096), True)) for d in ("sgd", "adam")),
     Variant("adamw", "group", "bfloat16", master=True, form=(*triton_launch.tile(1, 4096), True)),
     *_ties(),
+    *_coordinates(),
 )
 
 
@@ -149,6 +166,13 @@ def traffic(v: Variant) -> tuple[int, int]:
         if v.form[1] and not v.form[2]:
             return weight + size + moments, weight + moments
         return weight + (state or size) + second, weight
+    if v.retraction in ("centred", "basis"):  # one second moment for many; of the basis one direction
+        weight, basis = size + 4 * v.master, 4 * (v.retraction == "basis")
+        if v.kernel == "settle":
+            return 0, 0
+        if str(v.kernel).startswith("reduce"):
+            return weight + size + state + basis, state
+        return weight + (state or size) + basis, weight
     if v.direction != "sgd" and v.retraction != "group":
         state += 4 + 4 * v.peak
     factors = 8 if v.retraction == "sparse_free" else 0
@@ -184,7 +208,7 @@ def build(v: Variant, target: str) -> Code:
         text = triton.compile(source, target=GPUTarget("hip", target, 64), options=options).asm["amdgcn"]
         return _amd(text)
     made = triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options)
-    size = fixed["BLOCK"] if "BLOCK" in fixed else fixed["R"] * fixed["C"]
+    size = fixed["BLOCK"] if "BLOCK" in fixed else fixed.get("R", 1) * fixed.get("C", 1)
     if v.retraction == "mirror":
         size *= 2
     return _nvidia(made.asm["cubin"], size / (32 * options["num_warps"]))

@@ -58,6 +58,11 @@ COMPILED = [
     (Variant("adam", "mirror", form=(False, True, True, True, False), kernel="moves"), "sm_90"),
     (Variant("adamw", "mirror", form=(False, False, True, True, False), kernel="surveys"), "gfx942"),
     (Variant("adam", "mirror", form=(False, *_TIE[1:]), kernel="moves"), "gfx942"),
+    (Variant("adamw", "centred", form=(*_ROW[:3], 1, True, True), kernel="reduce_groups"), "sm_90"),
+    (Variant("adam", "centred", form=(*_ROW[:3], 1, True, True), kernel="settle"), "sm_100"),
+    (Variant("sgd", "centred", form=(*_COLUMN[:3], 32, True, True), kernel="shift_groups"), "sm_80"),
+    (Variant("adamw", "basis", form=(2, 1024, True, True), kernel="reduce_basis"), "sm_90"),
+    (Variant("adam", "basis", form=(2, 1024, True, True), kernel="settle"), "gfx942"),
 ]
 
 

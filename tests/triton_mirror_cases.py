@@ -16,7 +16,7 @@ import torch
 import symopt
 import test_backends
 import test_native_mirror
-from symopt_kernels import triton_launch
+from symopt_kernels import triton_launch, triton_table
 from table import OPTIMIZERS, OptimizerRow, PlaneRow, ids, plane_module
 from test_backends import HALF, step_alike, take, tensors
 from test_native_mirror import FEW, SIMPLE, along, large, make_equal, nearly, planes, tied, weights
@@ -25,11 +25,12 @@ from triton_cases import DEVICE, poisoned, pytestmark
 __all__ = ["poisoned", "pytestmark"]
 
 TIES = planes("triton")
-GATHERED = {row.id: row for row in TIES if row not in SIMPLE}
+OTHERS = {row.id: row for row in TIES if row not in SIMPLE}
 _PAIRS = [(row, opt_row) for row in TIES for opt_row in (OPTIMIZERS if row in SIMPLE else FEW)]
 every_pair = pytest.mark.parametrize(("row", "opt_row"), _PAIRS, ids=ids)
-# Three copies, two copies element-wise, one and two gathered.
-some_ties = pytest.mark.parametrize("row", [SIMPLE[1], SIMPLE[2], GATHERED["symmetric"]], ids=ids)
+# Three copies, two copies element-wise, one and two gathered; coordinates of groups and of several tensors.
+COORDINATES = [OTHERS["zero-mean"], OTHERS["mirror-basis-two"]]
+some_ties = pytest.mark.parametrize("row", [SIMPLE[1], SIMPLE[2], OTHERS["symmetric"], *COORDINATES], ids=ids)
 few_optimizers = pytest.mark.parametrize("opt_row", FEW, ids=ids)
 
 
@@ -64,7 +65,8 @@ def test_many_steps(row: PlaneRow, opt_row: OptimizerRow) -> None:
 
 ONTO = [(row, *case) for row in SIMPLE for case in ((None, 1, 0.0), (20.0, -1, 0.0))]
 ONTO += [(SIMPLE[0], 20.0, 1, 0.1), (SIMPLE[3], None, -1, 0.1)]
-ONTO += [(GATHERED[name], None, 1, 0.0) for name in ("tied-slices-elementwise", "symmetric")]
+ONTO += [(OTHERS[name], None, 1, 0.0) for name in ("tied-slices-elementwise", "symmetric")]
+ONTO += [(row, *case) for row in (*COORDINATES, OTHERS["zero-mean-in"]) for case in ((None, 1, 0.0), (20.0, -1, 0.1))]
 
 
 @pytest.mark.parametrize(("row", "strength", "sign", "imbalance"), ONTO, ids=lambda x: getattr(x, "id", str(x)))
@@ -89,7 +91,7 @@ def test_onto_the_plane_and_along_it(
 
 
 @few_optimizers
-@some_ties
+@pytest.mark.parametrize("row", [SIMPLE[1], SIMPLE[2], OTHERS["symmetric"], COORDINATES[0]], ids=ids)
 def test_blocks_that_are_on_the_plane_beside_others_that_are_not(row: PlaneRow, opt_row: OptimizerRow) -> None:
     for strength, imbalance in ((None, 0.0), (0.3, 1.0)):
         runs = both(some(row), opt_row, strength, imbalance=imbalance)
@@ -110,6 +112,64 @@ def test_parts_of_parameters_of_several_shapes(opt_row: OptimizerRow) -> None:
         step_alike(runs, t)
         close(*runs)
     assert not any(torch.equal(w, old) for w, old in zip(weights(runs[0]), start, strict=True))
+
+
+@pytest.mark.parametrize("opt_row", [FEW[1], FEW[-1]], ids=ids)
+@pytest.mark.parametrize(
+    ("shape", "dim", "share"),
+    [((2, 5000), 1, 1), ((100, 10), 0, 2), ((40, 130), 0, 16), ((9000,), 0, 1), ((2, 90, 3), (0, 2), 16)]
+    + [((5000, 2), 1, 16)],
+    ids=str,
+)
+def test_sums_of_many_parts(
+    shape: tuple[int, ...], dim: int, share: int, opt_row: OptimizerRow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups in one tile and in several, tiles in one part and in several, more groups than are settled at a time."""
+    monkeypatch.setattr(triton_table, "SHARE", share)
+    row = replace(OTHERS["zero-mean"], make=lambda k: symopt.ZeroMean(k, dim), shapes=(shape,))
+    runs = both(row, opt_row, None if opt_row.id == "adamw" else 0.3)
+    step_alike(runs, 0)
+    close(*runs)
+    make_equal(runs)
+    step_alike(runs, 1)
+    close(*runs)
+
+
+@pytest.mark.parametrize("opt_row", [FEW[1], FEW[-1]], ids=ids)
+@pytest.mark.parametrize("resident", [1, 3, 2048])
+def test_a_basis_over_many_blocks(resident: int, opt_row: OptimizerRow, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks to a program, and as many programs as there are blocks; 5 directions are no power of two."""
+    monkeypatch.setattr(triton_table, "RESIDENT", resident)
+    shapes = ((40, 60), (3, 5), (1111,))
+    numel = sum(torch.Size(shape).numel() for shape in shapes)
+    basis = torch.linalg.qr(test_backends.gradient(torch.zeros(numel, 5, dtype=torch.float64), 0)).Q
+    row = replace(OTHERS["mirror-basis-two"], make=lambda k: symopt.Mirror(basis=basis, strength=k), shapes=shapes)
+    runs = both(row, opt_row, None if opt_row.id == "adamw" else 0.3)
+    for t in range(2):
+        step_alike(runs, t)
+        close(*runs)
+
+
+def test_planes_of_coordinates_share_launches() -> None:
+    runs: list[test_backends.Run] = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        net = torch.nn.ModuleList(torch.nn.Linear(n, 12, bias=False) for n in (7, 9, 12)).to(DEVICE)
+        directions = torch.linalg.qr(torch.randn(12 * 12, 2)).Q
+        symopt.constrain(
+            net, {("0.weight", "1.weight"): symopt.ZeroMean(), "2.weight": symopt.Mirror(basis=directions)}
+        )
+        runs.append((net, symopt.AdamW(net, lr=0.01, backend=backend)))
+    for t in range(3):
+        step_alike(runs, t)
+        close(*runs)
+    (plan,) = {id(s.entry.plan): s.entry.plan for s in runs[0][1]._slots.values() if s.entry.plan is not None}.values()
+    for key, bucket in plan.buckets:
+        names = [kernel.__name__ for kernel, _, _ in triton_launch.launches(key, "adamw")]
+        kind = "basis" if key[0] == "basis" else "groups"
+        assert names == [f"reduce_{kind}", "settle", f"shift_{kind}"]
+        assert len(bucket.rows) == (1 if kind == "basis" else 2)
+    assert len(plan.buckets) == 2
 
 
 def test_planes_whose_orbits_are_gathered_share_launches() -> None:

@@ -199,7 +199,7 @@ class Mirror(Plane):
         return None if self.basis is None else self.basis.detach().T.to(like)
 
     def no_kernel(self, backend: str) -> str | None:
-        if backend == "native" and self.basis is not None:
+        if self.basis is not None:
             return None if self._gate else "of the forms of Mirror only the gate has a fused kernel"
         return super().no_kernel(backend)
 
