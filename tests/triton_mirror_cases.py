@@ -117,8 +117,10 @@ def test_parts_of_parameters_of_several_shapes(opt_row: OptimizerRow) -> None:
 @pytest.mark.parametrize("opt_row", [FEW[1], FEW[-1]], ids=ids)
 @pytest.mark.parametrize(
     ("shape", "dim", "share"),
-    [((2, 5000), 1, 1), ((100, 10), 0, 2), ((40, 130), 0, 16), ((9000,), 0, 1), ((2, 90, 3), (0, 2), 16)]
-    + [((5000, 2), 1, 16)],
+    [
+        *(((2, 5000), 1, 1), ((9000,), 0, 1), ((100, 10), 0, 2)),
+        *(((40, 130), 0, 16), ((2, 90, 3), (0, 2), 16), ((5000, 2), 1, 16)),
+    ],
     ids=str,
 )
 def test_sums_of_many_parts(
