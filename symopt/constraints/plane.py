@@ -176,8 +176,10 @@ class Plane(Constraint):
             return w - delta + self.lift(new - z + d, w)
         if isinstance(decay, Tensor) and decay.dim() > 0:
             decay = (groups or self.partition(w)).expand(decay).reshape(w.shape)
-        projected = self.onto(w), self.onto(delta), self.off(delta)
-        return kernel.mirror(w, *projected, decay, imbalance, metric_scale, self.gates(w), **flags)
+        along = self.onto(delta)
+        return kernel.mirror(
+            w, self.onto(w), along, delta - along, decay, imbalance, metric_scale, self.gates(w), **flags
+        )
 
     def penalty(self, w: Tensor) -> Tensor:
         return self.size(w).sum()
