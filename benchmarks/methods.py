@@ -393,7 +393,7 @@ METHODS: dict[str, Method] = {
     "PAT": Method(pat, grid(lr=_TWO, strength=(0.03, 0.1), cut=(0.4, 0.7))),
     "spred": Method(lambda *a, **k: factors(*a, depth=2, **k), grid(lr=(0.1, 0.3), strength=(5e-4, 2e-3), cut=(0.7,))),
     "deep factors": Method(
-        lambda *a, **k: factors(*a, depth=3, **k), grid(lr=(0.3, 0.5), strength=(1e-4, 3e-4), cut=(0.7,))
+        lambda *a, **k: factors(*a, depth=3, **k), grid(lr=(0.1, 0.3, 0.5), strength=(1e-4, 3e-4), cut=(0.7,))
     ),
     "RigL": Method(rigl, grid(lr=(3e-3, 6e-3, 1.2e-2), renew=(0.3, 0.5), cut=(0.75,)), patterns=False),
 }
