@@ -87,13 +87,19 @@ def plot(table: Table, cases: dict[str, tuple[list[str], list[str]]], seeds: int
         if not shares:
             continue
         at = [float(b.removesuffix("%")) for b in shares]
+        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
         for method in methods:
             scores = [_scores(table, task, method, b, seeds) for b in shares]
             means, spreads = zip(*map(interval, scores), strict=True)
             first = method == methods[0]
             style: dict[str, Any] = {"linewidth": 2.5, "color": "black", "zorder": 3} if first else {"linewidth": 1}
             axis.errorbar(at, means, spreads, label=method, capsize=2, marker=".", **style)
+            if first:
+                least = min(means) - 3 * (max(means) - min(means)) - max(spreads)
         axis.set(xscale="log", xlabel="weights that live, %", ylabel=f"{TASKS[task].unit}, test", title=task)
+        axis.set_xticks(at, [f"{share:g}" for share in at])
+        axis.minorticks_off()
+        axis.set_ylim(max(least, axis.get_ylim()[0]))  # what falls far below the first would flatten everything else
         axis.invert_xaxis()
         axis.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
