@@ -2,6 +2,7 @@
 
     python -m benchmarks.plans        a quarter of an hour on two idle cores; the table in docs/budgets.md
     python -m benchmarks.plans --cases lenet-300-100/2% lenet-300-100/1% --seeds 8
+    python -m benchmarks.plans --cases lenet-300-100/50% --only "inside at least" --seeds 28
 
 Seeds that benchmarks/frontier.py does not use; the score is the accuracy on all 1 500 images held out, in brackets less
 the default plan's, seed by seed, with a 95 % interval.
@@ -80,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["/".join(case) for case in CASES], metavar="TASK/BUDGET")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="a part of a row's name; the default plan stays")
     arguments = parser.parse_args()
     cases = [case.split("/") for case in arguments.cases]
     seeds = range(FIRST_SEED, FIRST_SEED + arguments.seeds)
@@ -92,6 +94,7 @@ def main() -> None:
         (f"pruning, lr {lr:g}, {a:.0%} to {b:.0%}", "gradual pruning", {"lr": lr, "begin": a, "end": b})
         for lr, a, b in PRUNING
     ]
+    rows = [row for i, row in enumerate(rows) if i == 0 or arguments.only in row[0]]
     jobs = [(task, method, setting, b, seed) for _, method, setting in rows for task, b in cases for seed in seeds]
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         found = pool.imap(_score, jobs)

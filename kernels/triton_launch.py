@@ -154,7 +154,7 @@ def step(
     found_inf: Tensor | None = None,
     seed: int | None = None,
 ) -> None:
-    """``native.step`` on the device: one launch per bucket (of ties up to three), and the host waits for nothing.
+    """``native.step`` on the device: one launch per bucket (of planes up to three), and the host waits for nothing.
 
     ``lr`` and an entry's strength (``inside``) may be fp32 tensors on the device, read when the kernel runs.  With a
     ``seed``, bf16 weights without an fp32 copy are rounded stochastically; give every step another one.
