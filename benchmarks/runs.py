@@ -23,8 +23,12 @@ Case = tuple[str, ...]
 Job = tuple[Any, ...]
 """A case, a seed, and a setting as JSON."""
 
-_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Student's t at 97.5 % for n - 1 degrees of freedom."""
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+"""Student's t at 97.5 % for 1, 2, ... degrees of freedom."""
 
 
 class Table:
@@ -94,7 +98,7 @@ def settings(found: Iterable[dict[str, Any]]) -> list[str]:
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half of its 95 % interval."""
     n = len(values)
-    return statistics.mean(values), statistics.stdev(values) / n**0.5 * _T[n] if n > 1 else 0.0
+    return statistics.mean(values), statistics.stdev(values) / n**0.5 * _T[n - 2] if n > 1 else 0.0
 
 
 def cell(values: list[float], digits: int, sign: str = "") -> str:
