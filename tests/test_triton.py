@@ -19,7 +19,7 @@ MODES = ["interpreted", *(["gpu"] if torch.cuda.is_available() else [])]
 
 
 PARTS = [("triton_cases", "references"), ("triton_cases", "not references")]
-PARTS += [("triton_mirror_cases", "many_steps"), ("triton_mirror_cases", "not many_steps")]
+PARTS += [("triton_mirror_cases", "many"), ("triton_mirror_cases", "not many")]
 
 
 @pytest.mark.parametrize(("cases", "part"), PARTS)
