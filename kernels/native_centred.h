@@ -19,7 +19,8 @@ template <class T> static double second_moment(const Entry& e, const Law<double>
   return 1 / (root(double(v) * k.unbias2) + k.eps);
 }
 
-// Sums of `parts` parts, `size` apart (g^2, u, w, u^2) -> the means and second moments of the unit's groups, and what the gate needs.
+// Sums of `parts` parts, `size` apart (g^2, u, w, u^2) -> the means and second moments of the unit's groups, and what
+// the gate needs.
 template <class T>
 static void means(const Entry& e, const Law<double>& k, const Unit& unit, double* sums, int64_t parts, int64_t size,
                   Mean* to, Survey& survey) {

@@ -21,7 +21,6 @@ from symopt_kernels.triton_memory import (
     BEGIN,
     GROUPS,
     LINES,
-    NUMEL,
     PARTS,
     PLACES,
     ROOM,
@@ -37,7 +36,7 @@ from symopt_kernels.triton_memory import (
     store_weight,
 )
 from symopt_kernels.triton_mirror import ATTRACTS, in_force, one_gate, weigh
-from symopt_kernels.triton_orbits import owner
+from symopt_kernels.triton_orbits import block, owner
 from symopt_kernels.triton_table import GATE as _GATE
 from symopt_kernels.triton_tiles import per_column, per_group, place, recall
 
@@ -76,17 +75,6 @@ def lines_of(table, entry, program):
     per_part = (lines + parts - 1) // parts
     part = task % parts
     return task // parts, part, part * per_part, tl.minimum((part + 1) * per_part, lines)
-
-
-@triton.jit
-def block(table, row, local, DTYPE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """Weights of a block of one tensor, and which of them exist."""
-    numel = field(table, row, NUMEL)
-    if ALIGNED:  # as in triton_tiles
-        wide: tl.constexpr = 128 // DTYPE.primitive_bitwidth
-        numel = numel // wide * wide
-    at = local.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return at, at < numel
 
 
 @triton.jit
@@ -189,6 +177,16 @@ def total(room, own, mask, parts, which: tl.constexpr, G: tl.constexpr, Q: tl.co
     return found
 
 
+@triton.jit
+def turned(kept, gate, j, number, COUPLED: tl.constexpr):
+    """Coordinates, their updates and preconditioners, and what the gate changes of them."""
+    mask = j < number
+    z, d = tl.load(kept + j, mask=mask, other=0.0), tl.load(kept + number + j, mask=mask, other=0.0)
+    p = tl.load(kept + 2 * number + j, mask=mask, other=0.0)
+    lost, shift = one_gate(gate, p, COUPLED)
+    return z, d, p, lost * z - shift * d
+
+
 @triton.jit(do_not_specialize=["programs"])
 def settle(
     table, live, owners, arrived, gates, room, lr_at, found_inf, grad_scale,
@@ -254,25 +252,16 @@ def settle(
     law = in_force(table, entry, gate, law, DECOUPLED, True)
     square = 0.0
     for base in range(0, number, LANES):
-        j = base + lane
-        mask = j < number
-        z, d = tl.load(kept + j, mask=mask, other=0.0), tl.load(kept + number + j, mask=mask, other=0.0)
-        p = tl.load(kept + 2 * number + j, mask=mask, other=0.0)
-        lost, shift = one_gate(gate, p, COUPLED)
-        rest = z + (lost * z - shift * d)
-        square += tl.sum(rest * rest, 0)
+        z, d, p, turn = turned(kept, gate, base + lane, number, COUPLED)
+        square += tl.sum((z + turn) * (z + turn), 0)
     far = tl.sqrt(square)
     gone = (far <= law[5] * SNAP) & (tl.load(gate + ATTRACTS) != 0)
     for base in range(0, number, LANES):
         j = base + lane
-        mask = j < number
-        z, d = tl.load(kept + j, mask=mask, other=0.0), tl.load(kept + number + j, mask=mask, other=0.0)
-        p = tl.load(kept + 2 * number + j, mask=mask, other=0.0)
-        lost, shift = one_gate(gate, p, COUPLED)
+        z, d, p, turn = turned(kept, gate, j, number, COUPLED)
         forth = law[0] * numbers[7] * p
-        turn = tl.where(gone, -z, lost * z - shift * d)
-        tl.store(kept + j, (forth * d + turn) * root, mask=mask)
-        tl.store(kept + 2 * number + j, forth, mask=mask)
+        tl.store(kept + j, (forth * d + tl.where(gone, -z, turn)) * root, mask=j < number)
+        tl.store(kept + 2 * number + j, forth, mask=j < number)
     counts = (far <= LARGEST) & (gone == 0)
     far, square = tl.where(counts, far, 0.0), tl.where(counts, square, 0.0)
     decay_imbalance(table, entry, law, numbers, 1.0, far, square, COUPLED, PEAK, SATURATED)

@@ -85,6 +85,10 @@ def launches(
     options = {"num_warps": max(1, triton_table.BLOCK // 256), "enable_fp_fusion": True}
     if torch.version.hip is None:
         options["maxnreg"] = 128  # ptxas 12.9 otherwise sometimes spills 8 bytes to get by with 64
+
+    def fit(kernel: Any, options: dict[str, Any]) -> Launch:
+        return kernel, {k: v for k, v in shared.items() if k in kernel.arg_names}, options
+
     lead = triton_directions.adam_lead if adaptive else triton_directions.sgd_lead
     if retraction == "group":
         r, c, p, aligned = form
@@ -99,7 +103,7 @@ def launches(
         shared |= {"GATHERED": gathered, "BLOCK": triton_table.BLOCK // 2, "ALIGNED": aligned}
         kernels = [triton_mirror.surveys] if automatic or not each else []
         kernels += [triton_mirror.moves] if each else [triton_mirror.moves, triton_mirror.snaps]
-        return [(kernel, {k: v for k, v in shared.items() if k in kernel.arg_names}, options) for kernel in kernels]
+        return [fit(kernel, options) for kernel in kernels]
     if retraction in ("centred", "basis"):
         *form, together, automatic, aligned = form
         shared |= {"LEAD": lead, "DECOUPLED": direction == "adamw", "AUTOMATIC": automatic, "ALIGNED": aligned}
@@ -113,15 +117,8 @@ def launches(
             shared |= {"G": form[0], "BLOCK": triton_table.BLOCK // 2}
             kernels = [triton_coordinates.reduce_basis, triton_coordinates.settle, triton_coordinates.shift_basis]
             options["num_warps"] = max(1, triton_table.BLOCK // 512)
-        wide = {**options, "num_warps": 16}
-        return [
-            (
-                kernel,
-                {k: v for k, v in shared.items() if k in kernel.arg_names},
-                wide if kernel is triton_coordinates.settle else options,
-            )
-            for kernel in kernels
-        ]
+        before, settle, after = kernels
+        return [fit(before, options), fit(settle, {**options, "num_warps": 16}), fit(after, options)]
     own = {
         "DIRECTION": triton_directions.adam if adaptive else triton_directions.sgd,
         "RETRACTION": getattr(triton_retractions, retraction),

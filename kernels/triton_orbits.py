@@ -31,7 +31,7 @@ from symopt_kernels.triton_memory import (
 )
 from symopt_kernels.triton_tiles import recall
 
-__all__ = ["change", "gather", "lies", "owner", "place"]
+__all__ = ["block", "change", "gather", "lies", "owner", "place"]
 
 
 @triton.jit
@@ -53,14 +53,20 @@ def lies(table, segment, entry, j, at, mask, GATHERED: tl.constexpr):
 
 
 @triton.jit
-def place(table, entry, program, DTYPE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """Orbits of a program, and which of them exist."""
-    numel = field(table, entry, NUMEL)
+def block(table, row, number, DTYPE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Elements of a block of a row, and which of them exist."""
+    numel = field(table, row, NUMEL)
     if ALIGNED:  # as in triton_tiles
         wide: tl.constexpr = 128 // DTYPE.primitive_bitwidth
         numel = numel // wide * wide
-    at = (program - field(table, entry, BEGIN)) * BLOCK + tl.arange(0, BLOCK)
+    at = number.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return at, at < numel
+
+
+@triton.jit
+def place(table, entry, program, DTYPE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Orbits of a program, and which of them exist."""
+    return block(table, entry, program - field(table, entry, BEGIN), DTYPE, BLOCK, ALIGNED)
 
 
 @triton.jit
