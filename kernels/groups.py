@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Groups", "Segment", "segments"]
-
-_TILES = (128, 16, 8)
-"""Sides of the squares, one in the other, in which groups follow one another: a number of pages that the processor
-remembers, whole cache lines, and as many lines as fit where rows of 4 kB put them into one set.  ns per weight and step
-of Symmetric on the plane, 1024 x 1024: 16 alone 15, 8 in 16 14, these 11; larger or smaller outer ones 13."""
+__all__ = ["Groups"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,50 +57,3 @@ class Groups:
             torch.mul(self.expand(v), x.reshape(self.view), out=out.view(self.view))
             return out
         return (self.expand(v) * x.reshape(self.view)).reshape(x.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """Groups of equally many elements: copy j of the i-th is element ``places[j, i]`` of tensor ``of[j]``."""
-
-    of: Tensor
-    places: Tensor
-    ids: Tensor
-    """Which groups they are."""
-
-
-def segments(groups: Groups, shapes: Sequence[tuple[int, ...]]) -> list[Segment]:
-    """The groups of several tensors, whose elements ``groups.index`` counts one after the other, as int32 on the CPU.
-
-    Groups whose first elements lie in one square tile of their matrix follow one another, so that whichever way the
-    others are turned, what is gathered for a few hundred of them has been fetched for few cache lines.
-    """
-    assert groups.index is not None
-    label, order = groups.index.flatten().cpu().sort(stable=True)
-    numels = torch.tensor([math.prod(shape) for shape in shapes])
-    ends = numels.cumsum(0)
-    tensor = torch.bucketize(order, ends, right=True)
-    kind = torch.zeros(groups.count, dtype=torch.int64)
-    for t in range(len(shapes)):  # which groups have as many elements as each other of every tensor
-        own = torch.bincount(label[tensor == t], minlength=groups.count)
-        kind = torch.unique(kind * (int(own.max()) + 1) + own, return_inverse=True)[1]
-    counts = torch.bincount(label, minlength=groups.count)
-    begin = counts.cumsum(0) - counts
-    starts = ends - numels
-    columns = torch.tensor([shape[-1] if len(shape) > 1 else 1 for shape in shapes])[tensor[begin]]
-    first = order[begin] - starts[tensor[begin]]
-    row, column = first // columns, first % columns
-    tile, per_side = torch.zeros_like(first), int(max(row.max(), column.max())) + 1
-    for size in _TILES:
-        per_side = -(-per_side // size)
-        tile = (tile * per_side + row // size) * per_side + column // size
-        row, column, per_side = row % size, column % size, size
-    found = []
-    for k in range(int(kind.max()) + 1):
-        ids = (kind == k).nonzero().flatten()
-        ids = ids[tile[ids].sort(stable=True).indices]
-        which = begin[ids] + torch.arange(int(counts[ids[0]]))[:, None]
-        of = tensor[which[:, 0]]
-        places = order[which] - starts[of][:, None]
-        found.append(Segment(of.int(), places.int().contiguous(), ids.int()))
-    return found

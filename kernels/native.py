@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from symopt_kernels.groups import Groups, Segment
+from symopt_kernels.groups import Groups
+from symopt_kernels.segments import Segment
 
 __all__ = [
     *("DTYPES", "HISTOGRAM_SHIFT", "INSTRUCTIONS", "THREADS", "UNAVAILABLE", "Entry", "Mirror", "Settings"),
@@ -51,11 +52,11 @@ class Entry(Structure):
 
 
 class _Segment(Structure):
-    """:class:`symopt_kernels.groups.Segment`, as ``struct Segment`` of ``native_types.h``."""
+    """:class:`symopt_kernels.segments.Segment`, as ``struct Segment`` of ``native_types.h``."""
 
     _fields_: ClassVar = [
-        *[(name, c_void_p) for name in ("of", "places", "ids")],
-        *[(name, c_int64) for name in ("copies", "orbits")],
+        *[(name, c_void_p) for name in ("of", "places", "begins", "tiles")],
+        *[(name, c_int64) for name in ("copies", "orbits", "first", "count")],
     ]
 
 
@@ -247,8 +248,12 @@ def fill_mirror(
     for entry, tile in zip(mirror.entries, tiles, strict=False):
         entry.factor_0 = tile.data_ptr()
     mirror.kept, mirror.columns = (segments, tiles), 0 if basis is None else len(basis)
-    rows = [_Segment(s.of.data_ptr(), s.places.data_ptr(), s.ids.data_ptr(), *s.places.shape) for s in segments or ()]
-    rows = rows or [_Segment(None, None, None, len(weights), weights[0].numel())]
+    rows = [
+        _Segment(
+            *(x.data_ptr() for x in (s.of, s.places, s.begins, s.tiles)), *s.places.shape, s.first, s.tiles.shape[1]
+        )
+        for s in segments or ()
+    ] or [_Segment(None, None, None, None, len(weights), weights[0].numel())]
     mirror.segments, mirror.count, mirror.tensors = (_Segment * len(rows))(*rows), len(rows), len(weights)
     mirror.spread, mirror.each, mirror.centred = spread, each, centred is not None
 

@@ -8,20 +8,99 @@
 
 #define LOOP [[gnu::noinline]] static  // as in native_step.h
 
-template <class X> LOOP void gather(int64_t n, const void* from, const int32_t* __restrict places, X* __restrict to) {
+// Where one copy of a block's orbits lies: `rows` rows of `columns` as a tile says, or n places.
+struct Where {
+  int64_t n, columns;
+  Tile tile;
+  const int32_t* places;
+};
+
+// Rows of `from`, `apart` of them, become columns of `to`.  Cache lines of the rows that lie far apart are finished one
+// after the other, because a few kilobytes apart they would push each other out: WRITE says that these are those of `to`.
+template <bool WRITE, class X>
+static void turn_over(int64_t rows, int64_t columns, const X* from, int64_t from_apart, X* to, int64_t to_apart) {
+  using V = Lanes<sizeof(X)>;
+  constexpr int64_t L = 16 / sizeof(X);
+  const int64_t outer = WRITE ? rows : columns, inner = WRITE ? columns : rows;
+  for (int64_t o = 0; o < outer; o += L)
+    for (int64_t i = 0; i < inner; i += L) {
+      const int64_t r = WRITE ? o : i, c = WRITE ? i : o;
+      if (r + L <= rows && c + L <= columns) {
+        V v[L], w[L];
+#pragma GCC unroll 8
+        for (int64_t l = 0; l < L; l++) __builtin_memcpy(&v[l], from + (c + l) * from_apart + r, sizeof(V));
+#pragma GCC unroll 3
+        for (int64_t step = 1; step < L; step *= 2) {
+#pragma GCC unroll 4
+          for (int64_t l = 0; l < L / 2; l++)
+            w[2 * l] = low(v[l], v[l + L / 2]), w[2 * l + 1] = high(v[l], v[l + L / 2]);
+#pragma GCC unroll 8
+          for (int64_t l = 0; l < L; l++) v[l] = w[l];
+        }
+#pragma GCC unroll 8
+        for (int64_t l = 0; l < L; l++) __builtin_memcpy(to + (r + l) * to_apart + c, &v[l], sizeof(V));
+      } else {
+        for (int64_t x = c; x < std::min(c + L, columns); x++)
+          for (int64_t y = r; y < std::min(r + L, rows); y++) to[y * to_apart + x] = from[x * from_apart + y];
+      }
+    }
+}
+
+// Copies whole pieces of a row; returns how much.
+template <int64_t BYTES, class X> static int64_t copy_pieces(int64_t n, const X* from, X* to) {
+  constexpr int64_t L = BYTES / sizeof(X);
+  int64_t i = 0;
+  for (; i + L <= n; i += L) {
+    __builtin_memcpy(to + i, from + i, BYTES);
+    asm volatile("" ::: "memory");  // else compilers call memmove for every row
+  }
+  return i;
+}
+
+template <class X>
+static void copy_rows(int64_t rows, int64_t columns, const X* from, int64_t from_apart, X* to, int64_t to_apart) {
+  for (int64_t r = 0; r < rows; r++, from += from_apart, to += to_apart) {
+    int64_t c = copy_pieces<64>(columns, from, to);
+    c += copy_pieces<16>(columns - c, from + c, to + c);
+    for (; c < columns; c++) to[c] = from[c];
+  }
+}
+
+template <class X> LOOP void gather(const Where w, const void* from, X* __restrict to) {
   const X* x = static_cast<const X*>(from);
-  for (int64_t i = 0; i < n; i++) to[i] = x[places[i]];
+  const int64_t rows = w.tile.rows, columns = w.columns, down = w.tile.down, across = w.tile.across;
+  if (!rows)
+    for (int64_t i = 0; i < w.n; i++) to[i] = x[w.places[i]];
+  x += w.tile.at;
+  if (across == 1 || columns == 1)
+    copy_rows(rows, columns, x, down, to, columns);
+  else if (down == 1)
+    turn_over<false>(rows, columns, x, across, to, columns);
+  else
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < columns; c++) to[r * columns + c] = x[r * down + c * across];
 }
 
-template <class X> LOOP void scatter(int64_t n, const X* __restrict from, const int32_t* __restrict places, void* to) {
+template <class X> LOOP void scatter(const Where w, const X* __restrict from, void* to) {
   X* x = static_cast<X*>(to);
-  for (int64_t i = 0; i < n; i++) x[places[i]] = from[i];
+  const int64_t rows = w.tile.rows, columns = w.columns, down = w.tile.down, across = w.tile.across;
+  if (!rows)
+    for (int64_t i = 0; i < w.n; i++) x[w.places[i]] = from[i];
+  x += w.tile.at;
+  if (across == 1 || columns == 1)
+    copy_rows(rows, columns, from, columns, x, down);
+  else if (down == 1)
+    turn_over<true>(columns, rows, from, columns, x, across);
+  else
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < columns; c++) x[r * down + c * across] = from[r * columns + c];
 }
 
-// One copy of the orbits of a block, side by side.
+// One copy of the orbits of a block, side by side; arrays of full pages would be taken for one another.
 template <class T, class W> struct Gathered {
-  W weight[BLOCK], grad[BLOCK];
-  T master[BLOCK], first[BLOCK];
+  static constexpr int64_t N = BLOCK + 32;
+  W weight[N], grad[N];
+  T master[N], first[N];
 };
 
 // All copies of up to BLOCK neighbouring orbits of a segment.
@@ -32,8 +111,7 @@ template <class T, class W> struct Orbits {
   const Mirror& m;
   const Segment& s;
   const Law<T>& k;
-  int64_t n = 0, at = 0, start = 0;
-  T second[BLOCK], peak[BLOCK];                    // gathered
+  int64_t n = 0, at = 0, start = 0, block = 0;
   T speed[BLOCK];                                  // Adam's preconditioner
   T w_mean[BLOCK], u_mean[BLOCK];                  // of weight and update, over the copies
   T forth[BLOCK], lost[BLOCK], shift[BLOCK];       // w' = w - forth u_mean + lost (w - w_mean) - shift (u - u_mean)
@@ -51,45 +129,40 @@ template <class T, class W> struct Orbits {
       e.weight = g.weight, e.grad = g.grad;
       if (e.master) e.master = g.master;
       if (e.first) e.first = g.first;
-      if (e.second) e.second = second;
-      if (e.peak) e.peak = peak;
     }
   }
 
   const Entry& entry(int64_t j) const { return s.places ? entries[j] : *m.members[j]; }
-  const int32_t* places(int64_t j) const { return s.places + j * s.orbits + start; }
-
-  void look_ahead(int64_t begin, int64_t end, bool all) const {
-    if (s.places) return;  // 1024 x 1024, Symmetric: fetching their lines ahead gained nothing
-    for (int64_t j = 0; j < s.copies; j++) expect<T, W>(entry(j), begin, end, all);
-    fetch(entry(0).second, begin, end, sizeof(T));
+  Where where(int64_t j) const {
+    const Tile& tile = s.tiles[j * s.count + block];
+    return {n, tile.rows ? n / tile.rows : 0, tile, s.places + j * s.orbits + start};
   }
 
   // Turns to a block; `all` says that the gradients are needed.
-  void turn(int64_t from, int64_t count, bool all) {
-    start = from, n = count, at = s.places ? 0 : from;
-    if (!s.places) return;
+  void turn(int64_t to, bool all) {
+    block = to, start = begin(s, to), n = begin(s, to + 1) - start, at = s.places ? 0 : start;
+    fetch(entry(0).second, s.first + start + n, s.first + s.orbits, sizeof(T));
     for (int64_t j = 0; j < s.copies; j++) {
+      if (!s.places) {
+        expect<T, W>(entry(j), start + n, s.orbits, all);
+        continue;
+      }
+      // Nothing ahead: what pieces of many rows cost is as many lines as can be under way, not waiting for them.
       const Entry& e = *m.members[s.of[j]];
+      const Where w = where(j);
       Gathered<T, W>& g = gathered[j];
-      gather(n, e.weight, places(j), g.weight);
-      if (all || !e.first || k.nesterov) gather(n, e.grad, places(j), g.grad);
-      if (e.master) gather(n, e.master, places(j), g.master);
-      if (e.first) gather(n, e.first, places(j), g.first);
+      gather(w, e.weight, g.weight);
+      if (all || !e.first || k.nesterov) gather(w, e.grad, g.grad);
+      if (e.master) gather(w, e.master, g.master);
+      if (e.first) gather(w, e.first, g.first);
     }
-    const Entry& e = *m.members[0];
-    if (e.second) gather(n, e.second, s.ids + start, second);
-    if (e.peak) gather(n, e.peak, s.ids + start, peak);
   }
 
   // What the first sweep has written beside weights goes back to where it lay.
   void keep_moments() {
     if (!s.places) return;
     for (int64_t j = 0; j < s.copies; j++)
-      if (void* first = m.members[s.of[j]]->first) scatter(n, gathered[j].first, places(j), first);
-    const Entry& e = *m.members[0];
-    if (e.second) scatter(n, second, s.ids + start, e.second);
-    if (e.peak) scatter(n, peak, s.ids + start, e.peak);
+      if (void* first = m.members[s.of[j]]->first) scatter(where(j), gathered[j].first, first);
   }
 
   void close() {
@@ -97,12 +170,13 @@ template <class T, class W> struct Orbits {
       copies[j].close(entry(j), 0);
       if (!s.places) continue;
       const Entry& e = *m.members[s.of[j]];
-      scatter(n, gathered[j].weight, places(j), e.weight);
-      if (e.master) scatter(n, gathered[j].master, places(j), e.master);
+      scatter(where(j), gathered[j].weight, e.weight);
+      if (e.master) scatter(where(j), gathered[j].master, e.master);
     }
   }
 
   T* moment(void* of) const { return of ? static_cast<T*>(of) + at : nullptr; }
+  T* shared(void* of) const { return of ? static_cast<T*>(of) + s.first + start : nullptr; }
 
   template <int N> Copies<T, N> streams() {
     Copies<T, N> c;
@@ -117,7 +191,7 @@ template <class T, class W> struct Orbits {
   template <int N> bool advance_few(Survey& sums) {
     for (int64_t j = 0; j < N; j++) copies[j].open(entry(j), k, at, n);
     const Entry& e = entry(0);
-    T *second = moment(e.second), *peak = moment(e.peak), *on = rest;
+    T *second = shared(e.second), *peak = shared(e.peak), *on = rest;
     if (k.direction == SGD && (!e.first || e.fresh)) {
       for (int64_t j = 0; j < N; j++) copies[j].direct(entry(j), k);
       return survey_copies<T, N, GIVEN>(n, streams<N>(), second, peak, on, k, sums);
@@ -132,7 +206,7 @@ template <class T, class W> struct Orbits {
   template <int N> double step_few(const Gate& gate, bool glided, Tally& tally) {
     for (int64_t j = 0; j < N; j++) copies[j].recall(entry(j), k, at, n);
     const Entry& e = entry(0);
-    const T* second = moment(e.peak ? e.peak : e.second);
+    const T* second = shared(e.peak ? e.peak : e.second);
     const Copies<T, N> c = streams<N>();
     double square = 0;
     if (!m.each) {
@@ -160,8 +234,8 @@ template <class T, class W> struct Orbits {
   }
 
   // The first sweep of a block; returns whether copies differ.
-  bool survey_block(int64_t from, int64_t count, Survey& sums) {
-    turn(from, count, true);
+  bool survey_block(int64_t block, Survey& sums) {
+    turn(block, true);
     bool apart = false;
     if (!few([&](auto copies) { apart = this->template advance_few<decltype(copies)::value>(sums); }))
       apart = advance(sums);
@@ -183,8 +257,8 @@ template <class T, class W> struct Orbits {
   }
 
   // The second sweep of a block; returns the squared distance from the plane under one gate.
-  double step_block(int64_t from, int64_t count, const Gate& gate, bool glided, Tally& tally) {
-    turn(from, count, false);
+  double step_block(int64_t block, const Gate& gate, bool glided, Tally& tally) {
+    turn(block, false);
     double square = 0;
     if (few([&](auto copies) { square = this->template step_few<decltype(copies)::value>(gate, glided, tally); }))
       return square;
@@ -195,8 +269,8 @@ template <class T, class W> struct Orbits {
   }
 
   // The last step onto the plane: what was on it is the mean of what was written.
-  void snap_block(int64_t from, int64_t count) {
-    turn(from, count, false);
+  void snap_block(int64_t block) {
+    turn(block, false);
     open(false);
     for (int64_t j = 0; j < s.copies; j++) std::copy(w_mean, w_mean + n, copies[j].w);
     close();
@@ -211,7 +285,7 @@ template <class T, class W> struct Orbits {
       else b.recall(entry(j), k, at, n);
       if (advance && k.direction != SGD) add_square(n, b.g, square);
     }
-    T *second = moment(entry(0).second), *peak = moment(entry(0).peak);
+    T *second = shared(entry(0).second), *peak = shared(entry(0).peak);
     if (k.direction == SGD) std::fill(speed, speed + n, T(1));
     else if (!advance) precondition(n, peak ? peak : second, speed, k);
     else second_moment(n, square, second, peak, speed, T(1) / T(s.copies), k);
@@ -404,12 +478,10 @@ template <class T, class W> struct Orbits {
 
   // Preconditioners of orbits whose number is a multiple of `stride`.
   void take(double* sample, int64_t stride) {
-    const T* from = moment(entry(0).peak ? entry(0).peak : entry(0).second);
-    const int64_t step = s.ids ? 1 : stride;
-    for (int64_t i = s.ids ? start : (start + stride - 1) / stride * stride; i < start + n; i += step) {
-      const int64_t id = s.ids ? s.ids[i] : i;
-      if (id % stride == 0) precondition(1, from + (i - start), speed, k), sample[id / stride] = double(speed[0]);
-    }
+    const T* from = shared(entry(0).peak ? entry(0).peak : entry(0).second);
+    const int64_t id = s.first + start;
+    for (int64_t i = (id + stride - 1) / stride * stride; i < id + n; i += stride)
+      precondition(1, from + (i - id), speed, k), sample[i / stride] = double(speed[0]);
   }
 
   LOOP double paces(int64_t n, const T* speed) {
@@ -440,13 +512,11 @@ template <class T, class W> static const MirrorFunctions* mirror_functions() {
          char* glided, double* sample, int64_t stride) {
         const Law<T> k(law);
         Orbits<T, W> o(m, s, k);
-        const int64_t block = block_of(s);
-        for (int64_t i = begin; i < end; i += block) {
-          o.look_ahead(i + block, end, true);
-          const bool apart = o.survey_block(i, std::min(end - i, block), sums);
+        for (int64_t i = begin; i < end; i++) {
+          const bool apart = o.survey_block(i, sums);
           if (sample) o.take(sample, stride);
-          glided[i / block] = (k.imbalance == 0 || s.copies == 1) && !apart;
-          if (glided[i / block]) o.glide();
+          glided[i] = (k.imbalance == 0 || s.copies == 1) && !apart;
+          if (glided[i]) o.glide();
           else sums.moving++;
         }
         sums.paces *= double(s.copies);
@@ -457,18 +527,13 @@ template <class T, class W> static const MirrorFunctions* mirror_functions() {
         const Law<T> k(law);
         const bool still = s.copies == 1 || m.each, finite = std::isfinite(m.each ? k.inside : T(gate.own * gate.t));
         Orbits<T, W> o(m, s, k);
-        const int64_t block = block_of(s);
-        for (int64_t i = begin; i < end; i += block) {
-          if (still && glided[i / block] && finite) continue;
-          o.look_ahead(i + block, end, false);
-          tally.square += o.step_block(i, std::min(end - i, block), gate, glided[i / block], tally);
-        }
+        for (int64_t i = begin; i < end; i++)
+          if (!(still && glided[i] && finite)) tally.square += o.step_block(i, gate, glided[i], tally);
       },
       [](const Mirror& m, const Segment& s, const Law<double>& law, int64_t begin, int64_t end) {
         const Law<T> k(law);
         Orbits<T, W> o(m, s, k);
-        const int64_t block = block_of(s);
-        for (int64_t i = begin; i < end && s.copies > 1; i += block) o.snap_block(i, std::min(end - i, block));
+        for (int64_t i = begin; i < end && s.copies > 1; i++) o.snap_block(i);
       }};
   return &table;
 }

@@ -7,7 +7,7 @@ constexpr double MARGIN = 2, MEMORY = 0.999, FLOOR = 0.25;  // as in mirror.py
 
 struct Part {
   const Segment* s;
-  int64_t begin, end, glided;  // orbits; and which of the flags below is that of the segment's first block
+  int64_t begin, end, glided;  // blocks; and which of the flags below is that of the segment's first one
 };
 
 // What a kind of plane does in the two sweeps of its step.
@@ -32,18 +32,18 @@ struct MirrorWork final : PlaneWork {
   std::vector<char> glided;  // blocks that the first sweep has moved
 
   explicit MirrorWork(const Mirror* mirror) : PlaneWork(mirror) {
-    int64_t blocks = 0;
+    int64_t flags = 0;
     for (int64_t i = 0; i < m->count; i++) {
       const Segment& s = m->segments[i];
-      const int64_t most = std::max<int64_t>(1, s.orbits / CHUNKS), few = CHUNK / 2 / s.copies, block = block_of(s);
-      const int64_t part = (std::max(most, few) + block - 1) / block * block;
-      for (int64_t at = 0; at < s.orbits; at += part)
-        parts.push_back({&s, at, std::min(s.orbits, at + part), blocks});
-      blocks += (s.orbits + block - 1) / block;
-      orbits += s.orbits, weights += s.orbits * s.copies;
+      const int64_t least = std::max({int64_t(1), s.orbits / CHUNKS, CHUNK / 2 / s.copies}), count = blocks(s);
+      for (int64_t at = 0, end; at < count; at = end) {
+        for (end = at + 1; end < count && begin(s, end) - begin(s, at) < least;) end++;
+        parts.push_back({&s, at, end, flags});
+      }
+      flags += count, orbits += s.orbits, weights += s.orbits * s.copies;
     }
     surveys.resize(parts.size()), tallies.resize(parts.size());
-    glided.resize(static_cast<size_t>(blocks));
+    glided.resize(static_cast<size_t>(flags));
     stride = std::max<int64_t>(1, orbits / SAMPLE);
     sample.resize(static_cast<size_t>((orbits + stride - 1) / stride));
   }

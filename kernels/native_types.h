@@ -68,6 +68,26 @@ inline void narrow(float x, Half& h) {
   h.bits = uint16_t(sign | out);
 }
 
+// 16 bytes of elements of a size, and every second element of two such vectors side by side.
+template <size_t> struct Unsigned;
+template <> struct Unsigned<2> { using type = uint16_t __attribute__((vector_size(16))); };
+template <> struct Unsigned<4> { using type = uint32_t __attribute__((vector_size(16))); };
+template <> struct Unsigned<8> { using type = uint64_t __attribute__((vector_size(16))); };
+template <size_t N> using Lanes = typename Unsigned<N>::type;
+
+#ifdef __clang__
+#define SHUFFLE(...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(...) __builtin_shuffle(a, b, decltype(a){__VA_ARGS__})
+#endif
+inline Lanes<2> low(Lanes<2> a, Lanes<2> b) { return SHUFFLE(0, 8, 1, 9, 2, 10, 3, 11); }
+inline Lanes<2> high(Lanes<2> a, Lanes<2> b) { return SHUFFLE(4, 12, 5, 13, 6, 14, 7, 15); }
+inline Lanes<4> low(Lanes<4> a, Lanes<4> b) { return SHUFFLE(0, 4, 1, 5); }
+inline Lanes<4> high(Lanes<4> a, Lanes<4> b) { return SHUFFLE(2, 6, 3, 7); }
+inline Lanes<8> low(Lanes<8> a, Lanes<8> b) { return SHUFFLE(0, 2); }
+inline Lanes<8> high(Lanes<8> a, Lanes<8> b) { return SHUFFLE(1, 3); }
+#undef SHUFFLE
+
 }  // namespace
 
 // One tensor and its state; native.py mirrors these two structures field by field.
@@ -94,11 +114,19 @@ struct Entry {
   int32_t decoupled;       // strengths bypass Adam's preconditioner, as AdamW's do
 };
 
-// Orbits of equally many weights: copy j of orbit i is weight places[j * orbits + i] of member of[j], and orbit i has the
-// second moment ids[i].  Where all three are null it is weight i of member j, and second moment i.
+// One copy of the orbits of a tile.  With rows: the one in row r and column c is weight at + r * down + c * across.
+struct Tile {
+  int32_t at, down, across, rows;
+};
+
+// Orbits of equally many weights, from second moment `first` on: copy j of orbit i is weight places[j * orbits + i] of
+// member of[j].  Tile t holds the orbits from begins[t] on, and tiles[j * count + t] may say where without `places`.
+// Without any of these, copy j of orbit i is weight i of member j.
 struct Segment {
-  const int32_t *of, *places, *ids;
-  int64_t copies, orbits;
+  const int32_t *of, *places;
+  const int64_t* begins;
+  const Tile* tiles;
+  int64_t copies, orbits, first, count;
 };
 
 // Weights that a plane makes equal, or whose coordinates in a basis, or means over the groups of the one entry, shall vanish.
@@ -179,10 +207,9 @@ struct Gate {
   double t, square, own;
 };
 
-// Orbits of a block: as many as there is room for in the cache.
-inline int64_t block_of(const Segment& s) {
-  return s.places ? std::clamp<int64_t>(16 * BLOCK / s.copies / 16 * 16, 16, BLOCK) : BLOCK;
-}
+// Blocks of a segment, and where the i-th begins.
+inline int64_t blocks(const Segment& s) { return s.places ? s.count : (s.orbits + BLOCK - 1) / BLOCK; }
+inline int64_t begin(const Segment& s, int64_t i) { return s.places ? s.begins[i] : std::min(s.orbits, i * BLOCK); }
 
 struct MirrorFunctions {
   void (*survey)(const Mirror&, const Segment&, const Law<double>&, int64_t, int64_t, Survey&, char*, double*, int64_t);

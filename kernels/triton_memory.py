@@ -26,14 +26,14 @@ FIELDS = (
     *("weight", "master", "first", "second", "peak", "factor_0", "factor_1", "imbalance", "metric_scale", "step"),
     *("trim", "seen", "numel", "rows", "groups", "run", "keep", "aligned", "begin", "count"),
     *("stride", "samples", "units", "parts", "lines", "lag", "room", "marks", "critical", "spread"),
-    *("weights", "main", "of", "places", "ids"),
+    *("weights", "main", "of", "places", "skip"),
 )
 """Columns of the table of tensors, all int64: addresses, the shape of its groups as ``native.layout`` has it, and how
 programs share the work: ``count`` of them from ``begin`` on; groups in ``units`` tiles of ``lines`` blocks, each cut
 into ``parts``; ``room`` and ``marks`` are where their partial sums and counters lie.  The imbalance's law looks at
 ``samples`` units, ``stride`` apart.  A tie of ``weights`` in all has a row for each of its tensors; ``spread`` is an
 fp32 number by its bits.  Where its orbits are gathered, each segment, ``numel`` orbits of ``rows`` copies, has a row,
-too: the first tensor's is ``main``, and the addresses are those of a ``groups.Segment``."""
+too: the first tensor's is ``main``, and the addresses are those of a ``segments.Segment`` whose first is ``skip``."""
 
 WEIGHT = tl.constexpr(FIELDS.index("weight"))
 MASTER_ = tl.constexpr(FIELDS.index("master"))
@@ -69,7 +69,7 @@ WEIGHTS = tl.constexpr(FIELDS.index("weights"))
 MAIN = tl.constexpr(FIELDS.index("main"))
 OF = tl.constexpr(FIELDS.index("of"))
 PLACES = tl.constexpr(FIELDS.index("places"))
-IDS = tl.constexpr(FIELDS.index("ids"))
+SKIP = tl.constexpr(FIELDS.index("skip"))
 WIDTH = tl.constexpr(len(FIELDS))
 # Constants stand on the right of a product: before Triton 3.9 its interpreter has none of a constexpr and a tensor.
 SNAP = tl.constexpr(1e-6)

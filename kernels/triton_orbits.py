@@ -1,6 +1,6 @@
 """Orbits of weights that a plane makes equal: where they lie, what they differ by, their sums.
 
-Orbits that are not simply the weights at one place of several tensors come in segments (``groups.Segment``):
+Orbits that are not simply the weights at one place of several tensors come in segments (``segments.Segment``):
 ``segment`` is the row of the table that says where their copies lie, ``entry`` that of the first tensor.
 Copies are compared with the first of them, so that what equal ones differ by is exactly zero.
 """
@@ -14,13 +14,13 @@ import triton.language as tl
 
 from symopt_kernels.triton_memory import (
     BEGIN,
-    IDS,
     MAIN,
     NUMEL,
     OF,
     PEAK_,
     PLACES,
     SECOND,
+    SKIP,
     address,
     field,
     get,
@@ -126,7 +126,7 @@ def gather(
             address(table, entry, PEAK_, tl.float32, ALIGNED),
         )
         if GATHERED:
-            at = tl.load(address(table, segment, IDS, tl.int32, False) + at, mask=mask, other=0)
+            at += field(table, segment, SKIP)
         v = get(peak if PEAK and not ADVANCE else second, at, mask)
         if ADVANCE:
             v = numbers[4] * v + numbers[5] * (share * gg)

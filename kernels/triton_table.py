@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symopt_kernels.groups import Groups, Segment
+from symopt_kernels.groups import Groups
 from symopt_kernels.native import layout
+from symopt_kernels.segments import Segment
 
 __all__ = [
     *("DTYPES", "INTERPRETED", "PATTERNS", "UNAVAILABLE", "Entry", "Mirror", "Plan"),
@@ -130,7 +131,7 @@ def fill(
     f = entry.fields = {**places, "seen": 0 if entry.seen is None else entry.seen.data_ptr(), "numel": weight.numel()}
     f |= {"rows": rows, "groups": count, "run": run, "keep": pattern[0] if pattern else 0}
     f |= dict.fromkeys(("begin", "units", "parts", "lines", "lag", "room", "marks", "critical", "spread"), 0)
-    f |= dict.fromkeys(("weights", "main", "of", "places", "ids"), 0)
+    f |= dict.fromkeys(("weights", "main", "of", "places", "skip"), 0)
     wide = 16 // weight.element_size()
     streams = [f[name] for name in ("weight", "master", "first", "factor_0", "factor_1")]
     streams += [f["second"], f["peak"]] if groups is None else []
@@ -200,16 +201,16 @@ def _tie(mirror: Mirror, segments: Sequence[Segment]) -> None:
     f = first.fields
     f |= {"rows": len(mirror.entries), "count": -(-f["numel"] // half)}
     for s in segments:
-        found = tuple(x.to(first.device) for x in (s.of, s.places, s.ids))
+        found = tuple(x.to(first.device) for x in (s.of, s.places))
         copies, orbits = s.places.shape
-        addresses = dict(zip(("of", "places", "ids"), (x.data_ptr() for x in found), strict=True))
+        where = dict(zip(("of", "places"), (x.data_ptr() for x in found), strict=True)) | {"skip": s.first}
         part = Entry()
-        part.fields = dict.fromkeys(f, 0) | addresses | {"rows": copies, "numel": orbits, "count": -(-orbits // half)}
+        part.fields = dict.fromkeys(f, 0) | where | {"rows": copies, "numel": orbits, "count": -(-orbits // half)}
         mirror.parts.append(part)
         mirror.kept.append(found)
     if segments:
         mirror.working = mirror.parts
-        orbits = sum(len(s.ids) for s in segments)
+        orbits = sum(s.places.shape[1] for s in segments)
         f |= {"count": sum(part.fields["count"] for part in mirror.parts), "aligned": 0}
         f["stride"] = max(1, orbits // SAMPLE)
         f["samples"] = -(-orbits // f["stride"])

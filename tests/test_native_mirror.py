@@ -14,7 +14,6 @@ from torch import Tensor
 
 import symopt
 from symopt_kernels import native
-from symopt_kernels.groups import segments
 from table import OPTIMIZERS, PLANES, OptimizerRow, PlaneRow, ids, plane_module
 from test_backends import HALF, Run, close, equal, gradient, step_alike, take, tensors
 
@@ -218,20 +217,61 @@ def test_parts_of_parameters_of_several_shapes(opt_row: OptimizerRow, dtype: tor
         assert not torch.equal(together(runs[0]), start)
 
 
-def test_segments_hold_every_weight_once() -> None:
-    shapes = ((33, 40), (40, 33), (2, 35, 40))
-    bound = _parts(None).bind_all(("a", "b", "c"), tuple(torch.empty(shape) for shape in shapes))
-    flat = torch.empty(sum(math.prod(shape) for shape in shapes))
-    groups = bound.partition(flat)
-    label = groups.expand(torch.arange(groups.count))
-    starts = torch.tensor([0, 33 * 40, 2 * 33 * 40])
-    seen = torch.zeros(len(flat), dtype=torch.long)
-    for part in segments(groups, shapes):
+_ORBITS: dict[str, tuple[symopt.Constraint, tuple[tuple[int, ...], ...], list[int]]] = {
+    "parts": (_parts(None), ((33, 40), (40, 33), (2, 35, 40)), [1, 1, 1, 3]),
+    "transposed": (symopt.Tied(views=[None, "T"]), ((70, 150), (150, 70)), [2]),
+    "sliced": (symopt.Tied(views=[slice(30), slice(30, 60)]), ((64, 90),), [1, 2]),
+    "vectors": (symopt.Tied(views=[slice(5, 705), slice(705, 1405)]), ((1500,),), [1, 2]),
+    "symmetric": (symopt.Symmetric(), ((150, 150),), [1, 2]),
+    "circulant": (symopt.Circulant(), ((30, 30),), [30]),
+    "turned": (symopt.Equivariant([(None, torch.rot90(torch.arange(64).reshape(8, 8)).flatten())]), ((9, 64),), [4]),
+    "random": (
+        symopt.Equivariant([(None, torch.randperm(70, generator=torch.Generator().manual_seed(0)))]),
+        ((40, 70),),
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize(("constraint", "shapes", "copies"), _ORBITS.values(), ids=list(_ORBITS))
+def test_segments_hold_every_weight_once_and_tiles_say_where(
+    constraint: Any, shapes: tuple[tuple[int, ...], ...], copies: list[int]
+) -> None:
+    held = tuple(torch.empty(shape) for shape in shapes)
+    bound = constraint.bind_all("abc"[: len(held)], held) if constraint.joint else constraint.bind("a", held[0])
+    w = torch.cat([x.flatten() for x in held]) if len(held) > 1 else held[0]
+    groups, parts = bound.partition(w), bound.segments(w)
+    label = groups.expand(torch.arange(groups.count)).flatten()
+    numels = torch.tensor([x.numel() for x in held])
+    starts = numels.cumsum(0) - numels
+    seen, first = torch.zeros(w.numel(), dtype=torch.long), 0
+    for part in parts:
+        count, orbits = part.places.shape
         places = part.places + starts[part.of.long()][:, None]
-        assert torch.equal(label[places], part.ids.expand(places.shape).long())
-        seen += torch.bincount(places.flatten(), minlength=len(flat))
-    assert bool((seen == 1).all())
-    assert sorted(len(part.of) for part in segments(groups, shapes)) == [1, 1, 1, 3]
+        assert part.first == first
+        assert torch.equal(label[places], torch.arange(first, first + orbits).expand(places.shape))
+        seen, first = seen + torch.bincount(places.flatten(), minlength=len(seen)), first + orbits
+        sizes = part.begins.diff()
+        assert part.begins[0] == 0 and part.begins[-1] == orbits and int(sizes.min()) > 0 and int(sizes.max()) <= 512
+        for j in range(count):
+            for t, (at, down, across, rows) in enumerate(part.tiles[j].tolist()):
+                r = torch.arange(rows)[:, None]
+                c = torch.arange(int(sizes[t]) // rows if rows else 0)
+                if rows:
+                    lies = (at + r * down + c * across).flatten()
+                    assert torch.equal(lies.int(), part.places[j, part.begins[t] : part.begins[t + 1]])
+    assert first == groups.count and bool((seen == 1).all())
+    assert sorted(len(part.of) for part in parts) == copies or not copies
+
+
+def test_what_is_a_piece_of_a_matrix_is_not_looked_up() -> None:
+    for name, least in {"transposed": 1.0, "sliced": 1.0, "vectors": 1.0, "symmetric": 0.8}.items():
+        constraint, shapes, _ = _ORBITS[name]
+        held = tuple(torch.empty(shape) for shape in shapes)
+        bound = constraint.bind_all("abc"[: len(held)], held) if constraint.joint else constraint.bind("a", held[0])
+        part = bound.segments(torch.cat([x.flatten() for x in held]) if len(held) > 1 else held[0])[-1]
+        known = (part.tiles[..., 3] > 0) * part.begins.diff()
+        assert int(known.sum()) >= least * part.places.numel(), name
 
 
 # How groups may lie in memory: rows, columns, both sides of them, runs, and those that are cut into parts.

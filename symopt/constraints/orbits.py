@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from symopt.constraints.plane import Plane
-from symopt_kernels.groups import Groups, Segment, segments
+from symopt_kernels.groups import Groups
+from symopt_kernels.segments import Segment, ordered
 
 __all__ = ["OrbitPlane", "labelled"]
 
@@ -27,11 +28,22 @@ class OrbitPlane(Plane):
     def orbits(self, shape: tuple[int, ...]) -> Groups:
         """The partition of a weight of this shape into orbits, on the CPU if it has an index."""
 
+    def members(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the parameters that are seen as one weight of this shape."""
+        return (shape,)
+
+    def _ordered(self, shape: tuple[int, ...]) -> tuple[Groups, list[Segment] | None]:
+        cache: dict[Any, Any] = vars(self)["_cache"]
+        if shape not in cache:
+            groups = self.orbits(shape)
+            cache[shape] = (groups, None) if groups.index is None else ordered(groups, self.members(shape))
+        return cache[shape]  # type: ignore[no-any-return]
+
     def _known(self, w: Tensor) -> tuple[Groups, Tensor]:
         key = (tuple(w.shape), w.device, w.dtype)
         found = vars(self)["_cache"].get(key)
         if found is None:
-            groups = self.orbits(tuple(w.shape))
+            groups = self._ordered(tuple(w.shape))[0]
             if groups.index is not None:
                 groups = Groups(groups.count, groups.view, groups.dims, groups.index.to(w.device))
             found = vars(self)["_cache"][key] = groups, groups.size(w)
@@ -40,14 +52,8 @@ class OrbitPlane(Plane):
     def partition(self, w: Tensor, index: Tensor | None = None) -> Groups:
         return self._known(w)[0]
 
-    def segments(self, groups: Groups, shapes: tuple[tuple[int, ...], ...]) -> list[Segment] | None:
-        """The orbits of weights of these shapes, ``groups`` of their flat vector; None if those are their indices."""
-        if groups.index is None:
-            return None
-        cache: dict[Any, Any] = vars(self)["_cache"]
-        if shapes not in cache:
-            cache[shapes] = segments(groups, shapes)
-        return cache[shapes]  # type: ignore[no-any-return]
+    def segments(self, w: Tensor) -> list[Segment] | None:
+        return self._ordered(tuple(w.shape))[1]
 
     def no_kernel(self, backend: str) -> str | None:
         return None

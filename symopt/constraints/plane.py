@@ -12,7 +12,8 @@ from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors, Outs, heavy_factor
 from symopt_kernels import mirror as kernel
-from symopt_kernels.groups import Groups, Segment
+from symopt_kernels.groups import Groups
+from symopt_kernels.segments import Segment
 
 __all__ = ["Plane", "flat", "parts", "whole"]
 
@@ -95,8 +96,8 @@ class Plane(Constraint):
         """Whether every orbit has a gate of its own, and not the plane one."""
         return False
 
-    def segments(self, groups: Groups, shapes: tuple[tuple[int, ...], ...]) -> list[Segment] | None:
-        """What is gathered for a fused kernel, or None."""
+    def segments(self, w: Tensor) -> list[Segment] | None:
+        """Groups of ``w`` that a fused kernel gathers; None if they are its members' weights at one place."""
         return None
 
     def rows(self, like: Tensor) -> Tensor | None:

@@ -121,6 +121,9 @@ class Tied(OrbitPlane):
         """Whether the tied parameters are the same in shape and order, so that one can serve as all."""
         return len(self.shapes) > 1 and (self.views is None or all(view is None for view in self.views))
 
+    def members(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        return self.shapes or (shape,)
+
     def orbits(self, shape: tuple[int, ...]) -> Groups:
         if not self.shapes:
             return replace(self, shapes=(shape,)).orbits(shape)

@@ -76,7 +76,7 @@ class JointSlot:
         spread = constraint.spread(template)
         spread = float(spread.max()) if isinstance(spread, Tensor) else spread
         options: dict[str, Any] = {"each": constraint.each, "fresh": bool(self._fresh)}
-        options |= {"segments": constraint.segments(groups, shapes), "basis": constraint.rows(template)}
+        options |= {"segments": constraint.segments(template), "basis": constraint.rows(template)}
         options["centred"] = groups if constraint.centred else None
         kernel.fill_mirror(self.entry, members, used, spread=spread, **options)
 
