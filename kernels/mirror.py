@@ -78,19 +78,20 @@ def mirror(
         # The gate sees the gradient through its own preconditioner; else the threshold would not be that of the norm.
         own = gates.expand(gate_decay).reshape(w.shape) / decay  # type: ignore[arg-type]
         gradient = torch.where(own.isfinite(), own, 1.0) * delta_off
-        # A weight that has no gradient has a decay without bounds; its factor must not overshoot zero.
-        fits = 1 / gates.scale(t, decay).clamp(min=1)  # type: ignore[arg-type]
-        delta_off, decay = fits * gates.scale(t, delta_off), fits * gates.scale(t, decay)  # type: ignore[arg-type]
-        rho: Tensor = 1 - decay
     else:
         attracted = pull < decay
-        delta_off, rho = gates.scale(t, delta_off), gates.expand(1 - t * decay).reshape(w.shape)
     gate_sq = (imbalance + metric) / 2
     tiny = torch.finfo(w.dtype).tiny
     shared = 1 - t * gate_decay - t * gates.sum(gradient * off) / gate_sq.clamp(min=tiny)
     # As a change of w, which is then exactly zero where the step is.
-    lost = gates.scale(shared, rho) - 1
-    new = w - delta_on + lost * off - gates.scale(shared * gate_sq, delta_off)
-    rest = (1 + lost) * off - gates.scale(shared * gate_sq, delta_off)
+    if varies:
+        # A weight that has no gradient has a decay without bounds; its factor must not overshoot zero.
+        fits = 1 / gates.scale(t, decay).clamp(min=1)  # type: ignore[arg-type]
+        lost = gates.scale(shared, 1 - fits * gates.scale(t, decay)) - 1  # type: ignore[arg-type]
+        shift = gates.scale(shared * gate_sq * t, fits)
+    else:
+        lost, shift = (gates.expand(x).reshape(w.shape) for x in (shared * (1 - t * decay) - 1, shared * gate_sq * t))
+    change = lost * off - shift * delta_off
+    rest = off + change
     snapped = (gates.sum(rest * rest).sqrt() <= SNAP * metric_scale) & attracted & snaps
-    return torch.where(gates.expand(snapped).reshape(w.shape), on - delta_on, new)
+    return torch.where(gates.expand(snapped).reshape(w.shape), on - delta_on, w - delta_on + change)

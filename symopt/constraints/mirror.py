@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors, Outs, heavy_factor, light_factor
-from symopt.constraints.plane import Plane
+from symopt.constraints.plane import Plane, flat
 from symopt_kernels import reference
 from symopt_kernels.groups import Groups
 
@@ -147,15 +147,15 @@ class Mirror(Plane):
     def _called(self, owner: str, x: Tensor) -> Tensor:
         assert self.project is not None
         shapes = self.shapes or (tuple(x.shape),)
-        parts = x.flatten().split([math.prod(shape) for shape in shapes])
-        out = self.project(*(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
+        pieces = x.flatten().split([math.prod(shape) for shape in shapes])
+        out = self.project(*(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)))
         images = (out,) if isinstance(out, Tensor) else out
         if not isinstance(images, (tuple, list)) or not all(isinstance(image, Tensor) for image in images):
             raise TypeError(f"{owner}: project must return a tensor or a tuple of them, got {type(out).__name__}")
         if [tuple(image.shape) for image in images] != list(shapes):
             got = ", ".join(str(tuple(image.shape)) for image in images)
             raise ValueError(f"{owner}: project must return tensors of the weights' shapes {shapes}, got {got}")
-        return torch.cat([image.to(x.dtype).flatten() for image in images])
+        return flat([image.to(x.dtype) for image in images]).flatten()
 
     def _trace(self, owner: str, n: int, like: dict[str, Any]) -> float:
         """Codimension of the plane, trace(I - P); estimated for large ones, where it only sets AdamW's unit."""

@@ -39,15 +39,16 @@ class OrbitPlane(Plane):
             cache[shape] = (groups, None) if groups.index is None else ordered(groups, self.members(shape))
         return cache[shape]  # type: ignore[no-any-return]
 
-    def _known(self, w: Tensor) -> tuple[Groups, Tensor]:
-        key = (tuple(w.shape), w.device, w.dtype)
-        found = vars(self)["_cache"].get(key)
-        if found is None:
-            groups = self._ordered(tuple(w.shape))[0]
+    def _known(self, w: Tensor, *, named: bool = False) -> tuple[Groups, Tensor]:
+        """Orbits in the order of the segments, that of the optimizer's state, or ``named`` as :meth:`orbits` does."""
+        cache, key = vars(self)["_cache"], (tuple(w.shape), w.device, w.dtype, named)
+        if key not in cache:
+            shape = tuple(w.shape)
+            groups = self.orbits(shape) if named else self._ordered(shape)[0]
             if groups.index is not None:
                 groups = Groups(groups.count, groups.view, groups.dims, groups.index.to(w.device))
-            found = vars(self)["_cache"][key] = groups, groups.size(w)
-        return found  # type: ignore[no-any-return]
+            cache[key] = groups, groups.size(w)
+        return cache[key]  # type: ignore[no-any-return]
 
     def partition(self, w: Tensor, index: Tensor | None = None) -> Groups:
         return self._known(w)[0]

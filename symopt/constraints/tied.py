@@ -140,7 +140,8 @@ class Tied(OrbitPlane):
         return self.mode == "elementwise"
 
     def gates(self, w: Tensor) -> Groups:
-        return self.partition(w) if self.each else super().gates(w)
+        """As orbits are named: explicit mode keeps gates in checkpoints, which no tuning of kernels may reorder."""
+        return self._known(w, named=True)[0] if self.each else super().gates(w)
 
     def spread(self, w: Tensor) -> Tensor | float:
         return (self._known(w)[1] - 1).clamp(min=1).sqrt() if self.each else super().spread(w)
@@ -154,11 +155,13 @@ class Tied(OrbitPlane):
         return self._several(inner, x) if self.each else inner
 
     def per_unit(self, rate: Tensor, w: Tensor) -> Tensor:
-        return self._several(rate, w) if self.each and rate.numel() > 1 else super().per_unit(rate, w)
+        if not self.each or rate.numel() == 1:
+            return super().per_unit(rate, w)
+        return self._several(self.gates(w).first(self.partition(w).expand(rate).reshape(w.shape)), w)
 
     def _several(self, values: Tensor, w: Tensor) -> Tensor:
-        """Those of one value per orbit that belong to orbits of two or more weights."""
+        """Those of one value per gate that belong to orbits of two or more weights."""
         cache, key = vars(self)["_cache"], ("several", tuple(w.shape), w.device)
         if key not in cache:  # asked for once, as the answer has to come from the device
-            cache[key] = (self._known(w)[1] > 1).nonzero().flatten()
+            cache[key] = (self._known(w, named=True)[1] > 1).nonzero().flatten()
         return values[cache[key]]
