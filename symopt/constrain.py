@@ -14,7 +14,7 @@ from symopt import annotation
 from symopt.annotation import ATTRIBUTE, Annotation, Bond, Guard
 from symopt.binding import Bound, Patterns, Rows, checked, match
 from symopt.constraints import Composed, Constraint
-from symopt.explicit import attach, check_init, detach, explicit
+from symopt.explicit import Explicit, attach, check_init, detach, explicit
 
 __all__ = ["bundles", "constrain", "constraints", "free", "param_groups", "release"]
 
@@ -120,6 +120,12 @@ def release(module: M) -> M:
                     f"release: {found.full[name]} outside of this module shares a constraint with a weight inside; "
                     "release the module that holds both"
                 )
+    for name, _, how in _explicit(module):
+        if how.together is not None and not all(id(chain) in inside for chain in how.together.chains):
+            raise ValueError(
+                f"release: {name} shares an explicit constraint with a weight outside of this module; release the "
+                "module that holds both"
+            )
     for sub in module.modules():
         found = sub.__dict__.pop(ATTRIBUTE, None)
         if found is not None:
@@ -145,8 +151,8 @@ def constraints(module: nn.Module) -> dict[str, Constraint]:
         >>> symopt.constraints(symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Sparse(0.1)}))
         {'weight': Sparse(strength=0.1)}
     """
-    rows = [*_annotated(_module("constraints", module)), *_explicit(module)]
-    return {name: constraint for name, _, constraint in rows}
+    rows = {name: constraint for name, _, constraint in _annotated(_module("constraints", module))}
+    return rows | {name: how.constraint for name, _, how in _explicit(module)}
 
 
 def free(module: nn.Module) -> list[str]:
@@ -169,7 +175,15 @@ def bundles(module: nn.Module) -> list[tuple[tuple[str, ...], Constraint]]:
                 "module that holds them all"
             )
         rows[tuple(names.get(id(p), name) for p in held)] = constraint
-    rows |= {(name,): constraint for name, _, constraint in _explicit(module)}
+    explicitly = {id(holder): name for name, holder, _ in _explicit(module)}
+    for name, holder, how in _explicit(module):
+        chains = [holder] if how.together is None else how.together.chains
+        if any(id(chain) not in explicitly for chain in chains):
+            raise ValueError(
+                f"{name} shares an explicit constraint with weights outside of this module; pass the module that holds "
+                "them all"
+            )
+        rows[tuple(explicitly[id(chain)] for chain in chains)] = how.constraint
     return list(rows.items())
 
 
@@ -194,7 +208,9 @@ def param_groups(module: nn.Module) -> list[dict[str, Any]]:
         [(2, 0.3), (1, None)]
     """
     of = {id(param): constraint for _, param, constraint in _annotated(_module("param_groups", module))}
-    factors = {id(p): (c, i) for _, h, c in _explicit(module) for i, p in enumerate(h.parameters(recurse=False))}
+    factors = {
+        id(p): (how.constraint, i) for _, h, how in _explicit(module) for i, p in enumerate(h.parameters(recurse=False))
+    }
     by_constraint: dict[tuple[Constraint | None, bool], list[tuple[str, nn.Parameter]]] = {}
     still: list[tuple[str, nn.Parameter]] = []
     for name, p in module.named_parameters():
@@ -241,11 +257,11 @@ def _bonds(module: nn.Module) -> Iterator[tuple[str, list[tuple[Annotation, str]
             yield f"{prefix}.{name}" if prefix else name, bond.places
 
 
-def _explicit(module: nn.Module) -> Iterator[tuple[str, nn.Module, Constraint]]:
-    """Qualified name, the module that holds the factors, constraint."""
+def _explicit(module: nn.Module) -> Iterator[tuple[str, nn.Module, Explicit]]:
+    """Qualified name, the module that holds the factors, parametrization."""
     for prefix, sub in module.named_modules():
         for name, holder, how in explicit(sub):
-            yield f"{prefix}.{name}" if prefix else name, holder, how.constraint
+            yield f"{prefix}.{name}" if prefix else name, holder, how
 
 
 def _apply(module: nn.Module, rows: Rows, bind: Bind) -> None:
@@ -302,12 +318,7 @@ def _annotate(module: nn.Module, bound: Bound) -> None:
 def _factorise(init: str | float, module: nn.Module, bound: Bound) -> None:
     names: dict[int, str] = {}
     for held, constraint in bound:
-        full, sub, name = held[0]
-        if len(held) > 1:
-            raise ValueError(
-                f"constrain: {constraint} binds {', '.join(place[0] for place in held)} together, and mode='explicit' "
-                "factorises one parameter at a time; use mode='optimizer'"
-            )
+        full = held[0][0]
         if constraint.fixed and isinstance(init, str) and init not in ("imbalanced", "balanced"):
             raise ValueError(
                 f"constrain: init={init!r} is no gauge of {constraint}; use 'imbalanced', 'balanced' or a number"
@@ -317,12 +328,13 @@ def _factorise(init: str | float, module: nn.Module, bound: Bound) -> None:
                 f"constrain: {full}: an automatic strength is symopt's optimizers' own; give {constraint} a strength, "
                 "or use mode='optimizer'"
             )
-        other = names.setdefault(id(sub._parameters[name]), full)
-        if other != full:
-            raise ValueError(
-                f"constrain: {other} and {full} are one tensor under several names, which mode='explicit' cannot keep; "
-                "use mode='optimizer'"
-            )
+        for own, sub, name in held:
+            other = names.setdefault(id(sub._parameters[name]), own)
+            if other != own:
+                raise ValueError(
+                    f"constrain: {other} and {own} are one tensor under several names, which mode='explicit' cannot "
+                    "keep; use mode='optimizer'"
+                )
         if constraint.budget is not None:
             raise ValueError(
                 f"constrain: {full} has a budget, which only symopt's optimizers impose; use mode='optimizer'"
@@ -332,8 +344,8 @@ def _factorise(init: str | float, module: nn.Module, bound: Bound) -> None:
                 f"constrain: {full} has a list of constraints, whose strength differs from weight to weight, so weight "
                 "decay on factors cannot impose it; use mode='optimizer'"
             )
-    for ((_, sub, name), *_), constraint in bound:
-        attach(sub, name, constraint, init)
+    for held, constraint in bound:
+        attach([(sub, name) for _, sub, name in held], constraint, init)
 
 
 def _watch(module: nn.Module) -> None:

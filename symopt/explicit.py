@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from symopt.annotation import Factored
 from symopt.backends import fused_product
 from symopt.constraints import Constraint
 from symopt.constraints.base import check_number
+from symopt.constraints.plane import flat
 
 __all__ = ["INITS", "Explicit", "attach", "check_init", "detach", "explicit", "plain_state_dict"]
 
@@ -92,30 +94,91 @@ def _counts_references(x: Tensor) -> bool:
     return plain and hasattr(torch._C, "_storage_Use_Count")
 
 
+class Together:
+    """What a constraint over several parameters shares in explicit mode.
+
+    Each parameter holds its part of every factor of their flat vector that has an entry per weight; other factors are
+    the first one's.  Every weight needs the factors of all, so each knows where the others' are.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.weights: tuple[Tensor, ...] | None = tuple(w.detach() for w in weights)  # until all have factors
+        self.shapes = [w.shape for w in weights]
+        self.cut: list[bool] = []
+        """Which factors are held in parts."""
+        self.chains: list[nn.Module] = []
+        """In the constraint's order, what holds each one's factors."""
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """Those of the flat vector of all weights."""
+        own: list[Any] = [iter(chain._parameters.values()) for chain in self.chains]
+        return tuple(flat([next(factors) for factors in own]) if cut else next(own[0]) for cut in self.cut)
+
+    def part(self, whole: Tensor, place: int) -> Tensor:
+        """What belongs to one member."""
+        part: Tensor = whole.split([shape.numel() for shape in self.shapes])[place]
+        return part.reshape(self.shapes[place])
+
+    def split(self, place: int, weight: Tensor, constraint: Constraint, init: str | float) -> tuple[Tensor, ...]:
+        """Factors of one member that takes this weight, while the others stay; all are written."""
+        held = [*(self.weights if self.weights is not None else (chain() for chain in self.chains))]
+        held[place] = weight
+        whole = flat(held)
+        factors = factors_of(constraint, whole, init)
+        self.cut = [factor.shape == whole.shape for factor in factors]
+        pieces = [
+            tuple(self.part(f, i) if cut else f for f, cut in zip(factors, self.cut, strict=True) if cut or i == 0)
+            for i in range(len(held))
+        ]
+        for chain, values in zip(self.chains, pieces, strict=True) if self.weights is None else ():
+            for factor, value in zip(chain._parameters.values(), values, strict=True):
+                assert factor is not None
+                factor.copy_(value)
+        return pieces[place]
+
+
 class Explicit(nn.Module):
     """The parametrization that :func:`symopt.constrain` registers with ``mode="explicit"``.
 
     Args:
         constraint: gives ``compose``, ``split`` and ``pullback``.
         init: how a weight becomes factors, see :func:`symopt.constrain`.
+        together: what is constrained along with this weight, in whose order it has a ``place``.
     """
 
-    def __init__(self, constraint: Constraint, init: str | float = "imbalanced") -> None:
+    def __init__(
+        self,
+        constraint: Constraint,
+        init: str | float = "imbalanced",
+        together: Together | None = None,
+        place: int = 0,
+    ) -> None:
         super().__init__()
-        self.constraint, self.init = constraint, init
+        self.constraint, self.init, self.together, self.place = constraint, init, together, place
         self._pool = _Pool(constraint.depth + 1)
 
     def forward(self, *factors: Tensor) -> Tensor:
         """Factors -> effective weight."""
-        if torch.compiler.is_compiling():
-            return self.constraint.compose(factors)  # the compiler fuses it, and breaks the graph at a Function
-        weight: Tensor = _Compose.apply(self.constraint, self._pool, *factors)  # type: ignore[no-untyped-call]
+        if self.together is not None:
+            factors = self.together.factors()
+        weight: Tensor
+        if torch.compiler.is_compiling():  # the compiler fuses it, and breaks the graph at a Function
+            weight = self.constraint.compose(factors)
+        else:
+            weight = _Compose.apply(self.constraint, self._pool, *factors)  # type: ignore[no-untyped-call]
+        if self.together is not None:
+            weight = self.together.part(weight, self.place)
         return weight
 
+    @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Effective weight -> factors; for inits that keep the weight, ``forward`` of the result is ``weight``."""
         weight = weight.detach()
-        return tuple(f.clone() for f in factors_of(self.constraint, weight, self.init))
+        if self.together is None:
+            found = factors_of(self.constraint, weight, self.init)
+        else:
+            found = self.together.split(self.place, weight, self.constraint, self.init)
+        return tuple(f.clone() for f in found)
 
     def extra_repr(self) -> str:
         """The constraint and its init."""
@@ -180,12 +243,20 @@ _TRUNCATED_STD = math.sqrt(_second_moment(0.1, 2.0))
 # ------------------------------------------------------------------------------------- attaching to a module, and back
 
 
-def attach(module: nn.Module, name: str, constraint: Constraint, init: str | float) -> None:
-    """Register the parametrization on ``module.<name>``; a plain ``state_dict`` can still be loaded."""
-    parametrize.register_parametrization(module, name, Explicit(constraint, init))
-    factors = module.parametrizations[name]  # type: ignore[index]
-    vars(factors)["_symopt_factored"] = Factored(factors)
-    module.register_load_state_dict_pre_hook(_Splitter(name))
+def attach(places: Sequence[tuple[nn.Module, str]], constraint: Constraint, init: str | float) -> None:
+    """Register parametrizations on each ``module.<name>``; a plain ``state_dict`` can still be loaded."""
+    weights = [module._parameters[name] for module, name in places]
+    together = Together(weights) if len(places) > 1 else None  # type: ignore[arg-type]
+    for place, (module, name) in enumerate(places):
+        how = Explicit(constraint, init, together, place)
+        parametrize.register_parametrization(module, name, how, unsafe=together is not None)  # it needs the others
+        factors: Any = module.parametrizations[name]  # type: ignore[index]
+        vars(factors)["_symopt_factored"] = Factored(factors)
+        module.register_load_state_dict_pre_hook(_Splitter(name))
+        if together is not None:
+            together.chains.append(factors)
+    if together is not None:
+        together.weights = None
 
 
 def detach(module: nn.Module) -> None:
@@ -231,8 +302,15 @@ class _Splitter:
             return
         ((holder, how),) = [(chain, p) for name, chain, p in explicit(module) if name == self.name]
         plain = plain.to(next(holder.parameters()).dtype)  # split in the precision the factors have
-        init = "imbalanced" if how.init in ("independent", "matched") else how.init  # those would change the weight
-        for i, factor in enumerate(factors_of(how.constraint, plain, init)):
+        if how.together is not None and plain.shape == how.together.shapes[how.place]:
+            how.right_inverse(plain)
+            found = tuple(p.detach() for p in holder.parameters())  # which the other members' hooks still write to
+        elif how.together is not None:
+            found = (plain,)  # torch says what does not fit
+        else:  # inits that draw factors would change the weight
+            drawn = how.init in ("independent", "matched")
+            found = factors_of(how.constraint, plain, "imbalanced" if drawn else how.init)
+        for i, factor in enumerate(found):
             state_dict[f"{prefix}parametrizations.{self.name}.original{i}"] = factor
 
 
