@@ -138,16 +138,19 @@ template <class T, class W> struct Orbits {
     return {n, tile.rows ? n / tile.rows : 0, tile, s.places + j * s.orbits + start};
   }
 
+  // Fetches the block from an orbit on.  Of what is gathered nothing: what pieces of many rows cost is as many cache lines
+  // as can be under way, not waiting for them.
+  void look_ahead(int64_t begin, int64_t end, bool all) const {
+    if (s.places) return;
+    for (int64_t j = 0; j < s.copies; j++) expect<T, W>(entry(j), begin, end, all);
+    fetch(entry(0).second, begin, end, sizeof(T));
+  }
+
   // Turns to a block; `all` says that the gradients are needed.
   void turn(int64_t to, bool all) {
-    block = to, start = begin(s, to), n = begin(s, to + 1) - start, at = s.places ? 0 : start;
-    fetch(entry(0).second, s.first + start + n, s.first + s.orbits, sizeof(T));
+    block = to, start = begin_of(s, to), n = begin_of(s, to + 1) - start, at = s.places ? 0 : start;
+    if (!s.places) return;
     for (int64_t j = 0; j < s.copies; j++) {
-      if (!s.places) {
-        expect<T, W>(entry(j), start + n, s.orbits, all);
-        continue;
-      }
-      // Nothing ahead: what pieces of many rows cost is as many lines as can be under way, not waiting for them.
       const Entry& e = *m.members[s.of[j]];
       const Where w = where(j);
       Gathered<T, W>& g = gathered[j];
@@ -513,6 +516,7 @@ template <class T, class W> static const MirrorFunctions* mirror_functions() {
         const Law<T> k(law);
         Orbits<T, W> o(m, s, k);
         for (int64_t i = begin; i < end; i++) {
+          o.look_ahead(begin_of(s, i + 1), s.orbits, true);
           const bool apart = o.survey_block(i, sums);
           if (sample) o.take(sample, stride);
           glided[i] = (k.imbalance == 0 || s.copies == 1) && !apart;
@@ -528,7 +532,10 @@ template <class T, class W> static const MirrorFunctions* mirror_functions() {
         const bool still = s.copies == 1 || m.each, finite = std::isfinite(m.each ? k.inside : T(gate.own * gate.t));
         Orbits<T, W> o(m, s, k);
         for (int64_t i = begin; i < end; i++)
-          if (!(still && glided[i] && finite)) tally.square += o.step_block(i, gate, glided[i], tally);
+          if (!(still && glided[i] && finite)) {
+            o.look_ahead(begin_of(s, i + 1), s.orbits, false);
+            tally.square += o.step_block(i, gate, glided[i], tally);
+          }
       },
       [](const Mirror& m, const Segment& s, const Law<double>& law, int64_t begin, int64_t end) {
         const Law<T> k(law);

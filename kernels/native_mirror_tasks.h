@@ -35,9 +35,9 @@ struct MirrorWork final : PlaneWork {
     int64_t flags = 0;
     for (int64_t i = 0; i < m->count; i++) {
       const Segment& s = m->segments[i];
-      const int64_t least = std::max({int64_t(1), s.orbits / CHUNKS, CHUNK / 2 / s.copies}), count = blocks(s);
+      const int64_t least = std::max({int64_t(1), s.orbits / CHUNKS, CHUNK / 2 / s.copies}), count = blocks_of(s);
       for (int64_t at = 0, end; at < count; at = end) {
-        for (end = at + 1; end < count && begin(s, end) - begin(s, at) < least;) end++;
+        for (end = at + 1; end < count && begin_of(s, end) - begin_of(s, at) < least;) end++;
         parts.push_back({&s, at, end, flags});
       }
       flags += count, orbits += s.orbits, weights += s.orbits * s.copies;

@@ -208,8 +208,8 @@ struct Gate {
 };
 
 // Blocks of a segment, and where the i-th begins.
-inline int64_t blocks(const Segment& s) { return s.places ? s.count : (s.orbits + BLOCK - 1) / BLOCK; }
-inline int64_t begin(const Segment& s, int64_t i) { return s.places ? s.begins[i] : std::min(s.orbits, i * BLOCK); }
+inline int64_t blocks_of(const Segment& s) { return s.places ? s.count : (s.orbits + BLOCK - 1) / BLOCK; }
+inline int64_t begin_of(const Segment& s, int64_t i) { return s.places ? s.begins[i] : std::min(s.orbits, i * BLOCK); }
 
 struct MirrorFunctions {
   void (*survey)(const Mirror&, const Segment&, const Law<double>&, int64_t, int64_t, Survey&, char*, double*, int64_t);
