@@ -11,7 +11,7 @@ from torch import Tensor
 
 from symopt_kernels.groups import Groups
 
-__all__ = ["Segment", "ordered"]
+__all__ = ["Segment", "ordered", "ranked"]
 
 _TILE = (8, 512)
 """Rows and orbits of a tile at most.  ns per weight and step of a transposed tie on the plane, AdamW, 1024 x 1024 and
@@ -51,7 +51,7 @@ def ordered(groups: Groups, shapes: Sequence[tuple[int, ...]]) -> tuple[Groups, 
     kind = torch.zeros(groups.count, dtype=torch.int64)
     for t in range(len(shapes)):  # which groups have as many elements as each other of every tensor
         own = torch.bincount(label[tensor == t], minlength=groups.count)
-        kind = torch.unique(kind * (int(own.max()) + 1) + own, return_inverse=True)[1]
+        kind = ranked(kind * (int(own.max()) + 1) + own)
     counts = torch.bincount(label, minlength=groups.count)
     begin = counts.cumsum(0) - counts
     renamed, found, first = torch.empty(groups.count, dtype=torch.int64), list[Segment](), 0
@@ -70,20 +70,25 @@ def ordered(groups: Groups, shapes: Sequence[tuple[int, ...]]) -> tuple[Groups, 
 
 def _tiled(places: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """An order of orbits of these ``places``, ``(copies, orbits)``; where tiles begin in it, and what they are."""
-    row = torch.unique(places[0] // columns, return_inverse=True)[1]
-    column = places[0] % columns - int((places[0] % columns).min())
+    row, column = ranked(places[0] // columns), places[0] % columns
+    column = column - column.min()
     height, width = (int(x.max()) + 1 for x in (row, column))
     across = min(width, _TILE[1] // min(height, _TILE[0]))
     down = min(height, _TILE[1] // across)
-    square, tile = _number(row, column, max(_SQUARE, down), max(_SQUARE, across)), _number(row, column, down, across)
+    side = [n * max(1, _SQUARE // n) for n in (down, across)]
+    square = row // side[0] * (width // side[1] + 1) + column // side[1]
+    tile = (square * (side[0] // down) + row % side[0] // down) * (side[1] // across) + column % side[1] // across
     room = [(end - x // n * n).clamp(max=n) for x, n, end in ((row, down, height), (column, across, width))]
     gaps = torch.bincount(tile)[tile] < room[0] * room[1]  # as on a diagonal: most of its squares have none
-    part = torch.where(gaps, column % across // down, 0)
-    order = torch.arange(len(row))
-    for key in (column, row, part, tile, square):
-        order = order[key[order].sort(stable=True).indices]
-    name = (square * (int(tile.max()) + 1) + tile) * across + part
-    return order, *_cut(places[:, order], row[order], torch.unique_consecutive(name[order], return_inverse=True)[1])
+    name = tile * (across // down + 1) + torch.where(gaps, column % across // down, 0)
+    order = ((name * down + row % down) * across + column % across).argsort()
+    tile = torch.unique_consecutive(name[order], return_inverse=True)[1]
+    return order, *_cut(places[:, order], row[order], tile)
+
+
+def ranked(x: Tensor) -> Tensor:
+    """Of each number, how many smaller ones occur."""
+    return (torch.bincount(x) > 0).cumsum(0)[x] - 1
 
 
 def _cut(places: Tensor, row: Tensor, tile: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,8 +111,3 @@ def _cut(places: Tensor, row: Tensor, tile: Tensor) -> tuple[Tensor, Tensor]:
     cut = torch.where(odd[tile], (orbits - since) % _TILE[1] == 0, inside == 0).nonzero().flatten()
     tiles = torch.where(odd, 0, torch.stack([at, *step, rows]))[..., tile[cut]]
     return torch.cat([cut, cut.new_tensor([len(tile)])]), tiles.permute(1, 2, 0).int().contiguous()
-
-
-def _number(row: Tensor, column: Tensor, down: int, across: int) -> Tensor:
-    """Of the tile of ``down`` times ``across`` in which an element lies."""
-    return row // down * (int(column.max()) // across + 1) + column // across

@@ -653,6 +653,8 @@ def test_what_cannot_be_tied_says_so():
             "must return a view",
             lambda: bind(both, "0.weight", symopt.Tied(views=[lambda w: 2 * w + 40, None])),
         ),
+        (TypeError, "must return a view", lambda: bind(both, "0.weight", symopt.Tied(views=[lambda w: w / 2, None]))),
+        (ValueError, "empty", lambda: bind(both, "0.weight", symopt.Tied(views=[slice(0), slice(0)]))),
         (TypeError, "a view must be", lambda: symopt.Tied(views=["t", None])),
         (TypeError, "must be a list", lambda: symopt.Tied(views="T")),
         (ValueError, "'joint' or 'elementwise'", lambda: symopt.Tied(mode="pairs")),

@@ -5,19 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from symopt.constraints.plane import Plane
 from symopt_kernels.groups import Groups
-from symopt_kernels.segments import Segment, ordered
+from symopt_kernels.segments import Segment, ordered, ranked
 
 __all__ = ["OrbitPlane", "labelled"]
 
 
 def labelled(labels: Tensor) -> Groups:
-    """Orbits from any labels, of the shape of the weight."""
-    index = torch.unique(labels, return_inverse=True)[1]
+    """Orbits from labels, integers from 0 on that are about as many as weights, of the shape of the weight."""
+    index = ranked(labels.flatten()).reshape(labels.shape)
     return Groups(int(index.max()) + 1, tuple(labels.shape), (), index)
 
 

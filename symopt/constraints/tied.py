@@ -103,7 +103,7 @@ class Tied(OrbitPlane):
                 if callable(view)
                 else (template[view])
             )
-            if not isinstance(place, Tensor) or not bool(torch.isin(place, template).all()):
+            if not isinstance(place, Tensor) or not _within(place, template):
                 raise TypeError(f"{owner}: the view {view!r} must return a view of the tensor it is given")
             places.append(place)
             start += math.prod(shape) if len(self.shapes) > 1 else 0
@@ -112,7 +112,9 @@ class Tied(OrbitPlane):
             swapped = len(places) == 2 and places[0].shape == places[1].T.shape
             fix = "give views=[None, 'T']" if swapped else "give views of equal shapes"
             raise ValueError(f"{owner}: what is tied must have one shape, got {got}; {fix}")
-        if torch.cat([place.flatten() for place in places]).unique().numel() < len(places) * places[0].numel():
+        if places[0].numel() == 0:
+            raise ValueError(f"{owner}: the views are empty, so there is nothing to tie")
+        if int(torch.bincount(torch.cat([place.flatten() for place in places])).max()) > 1:
             raise ValueError(f"{owner}: a weight is tied to more than one place; views must not overlap")
         return places
 
@@ -165,3 +167,10 @@ class Tied(OrbitPlane):
         if key not in cache:  # asked for once, as the answer has to come from the device
             cache[key] = (self._known(w, named=True)[1] > 1).nonzero().flatten()
         return values[cache[key]]
+
+
+def _within(place: Tensor, template: Tensor) -> bool:
+    """Whether a view of ``template``, whose elements count up, has elements of it alone."""
+    if place.dtype != template.dtype or place.numel() == 0:
+        return place.dtype == template.dtype
+    return bool(place.min() >= template.min() and place.max() <= template.max())
