@@ -86,8 +86,9 @@ def mirror(
     # As a change of w, which is then exactly zero where the step is.
     if varies:
         # A weight that has no gradient has a decay without bounds; its factor must not overshoot zero.
-        fits = 1 / gates.scale(t, decay).clamp(min=1)  # type: ignore[arg-type]
-        lost = gates.scale(shared, 1 - fits * gates.scale(t, decay)) - 1  # type: ignore[arg-type]
+        rate = gates.scale(t, decay)  # type: ignore[arg-type]
+        fits = 1 / rate.clamp(min=1)
+        lost = gates.scale(shared, 1 - fits * rate) - 1
         shift = gates.scale(shared * gate_sq * t, fits)
     else:
         lost, shift = (gates.expand(x).reshape(w.shape) for x in (shared * (1 - t * decay) - 1, shared * gate_sq * t))

@@ -15,8 +15,8 @@ struct Where {
   const int32_t* places;
 };
 
-// Rows of `from`, `apart` of them, become columns of `to`.  Cache lines of the rows that lie far apart are finished one
-// after the other, because a few kilobytes apart they would push each other out: WRITE says that these are those of `to`.
+// `columns` rows of `from` become the columns of `to`.  Cache lines of the matrix are finished one after the other, because
+// those of rows a few kilobytes apart would push each other out: WRITE says that it is `to`.
 template <bool WRITE, class X>
 static void turn_over(int64_t rows, int64_t columns, const X* from, int64_t from_apart, X* to, int64_t to_apart) {
   using V = Lanes<sizeof(X)>;

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import symopt
+from symopt.constraints.plane import flat
 from symopt_kernels import native
 from table import OPTIMIZERS, PLANES, OptimizerRow, PlaneRow, ids, plane_module
 from test_backends import HALF, Run, close, equal, gradient, step_alike, take, tensors
@@ -233,16 +234,21 @@ _ORBITS: dict[str, tuple[symopt.Constraint, tuple[tuple[int, ...], ...], list[in
 }
 
 
+def _bound(constraint: Any, shapes: tuple[tuple[int, ...], ...]) -> tuple[Any, Tensor]:
+    """The constraint of weights of these shapes, and a weight as it sees them."""
+    held = tuple(torch.empty(shape) for shape in shapes)
+    bound = constraint.bind_all("abc"[: len(held)], held) if constraint.joint else constraint.bind("a", held[0])
+    return bound, flat(held)
+
+
 @pytest.mark.parametrize(("constraint", "shapes", "copies"), _ORBITS.values(), ids=list(_ORBITS))
 def test_segments_hold_every_weight_once_and_tiles_say_where(
     constraint: Any, shapes: tuple[tuple[int, ...], ...], copies: list[int]
 ) -> None:
-    held = tuple(torch.empty(shape) for shape in shapes)
-    bound = constraint.bind_all("abc"[: len(held)], held) if constraint.joint else constraint.bind("a", held[0])
-    w = torch.cat([x.flatten() for x in held]) if len(held) > 1 else held[0]
+    bound, w = _bound(constraint, shapes)
     groups, parts = bound.partition(w), bound.segments(w)
     label = groups.expand(torch.arange(groups.count)).flatten()
-    numels = torch.tensor([x.numel() for x in held])
+    numels = torch.tensor([math.prod(shape) for shape in shapes])
     starts = numels.cumsum(0) - numels
     seen, first = torch.zeros(w.numel(), dtype=torch.long), 0
     for part in parts:
@@ -267,9 +273,8 @@ def test_segments_hold_every_weight_once_and_tiles_say_where(
 def test_what_is_a_piece_of_a_matrix_is_not_looked_up() -> None:
     for name, least in {"transposed": 1.0, "sliced": 1.0, "vectors": 1.0, "symmetric": 0.8}.items():
         constraint, shapes, _ = _ORBITS[name]
-        held = tuple(torch.empty(shape) for shape in shapes)
-        bound = constraint.bind_all("abc"[: len(held)], held) if constraint.joint else constraint.bind("a", held[0])
-        part = bound.segments(torch.cat([x.flatten() for x in held]) if len(held) > 1 else held[0])[-1]
+        bound, w = _bound(constraint, shapes)
+        part = bound.segments(w)[-1]
         known = (part.tiles[..., 3] > 0) * part.begins.diff()
         assert int(known.sum()) >= least * part.places.numel(), name
 

@@ -171,6 +171,6 @@ class Tied(OrbitPlane):
 
 def _within(place: Tensor, template: Tensor) -> bool:
     """Whether a view of ``template``, whose elements count up, has elements of it alone."""
-    if place.dtype != template.dtype or place.numel() == 0:
-        return place.dtype == template.dtype
-    return bool(place.min() >= template.min() and place.max() <= template.max())
+    if place.dtype != template.dtype:
+        return False
+    return place.numel() == 0 or bool(place.min() >= template.min() and place.max() <= template.max())
