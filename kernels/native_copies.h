@@ -1,5 +1,6 @@
 // native_mirror.h for the usual two to four copies, each sweep in one loop without arrays in between: a dozen streams
-// that start at the same place of their pages leave a cache of eight ways no room for them.
+// that start at the same place of their pages leave a cache of eight ways no room for them.  Roots and divisions are what
+// these loops wait for where memory is fast, so one of each serves as much as it can.
 
 #define LOOP [[gnu::noinline]] static  // as in native_step.h
 #define EACH_COPY _Pragma("GCC unroll 4") for (int j = 0; j < N; j++)
@@ -40,40 +41,57 @@ template <class T, int N> inline T length(const T (&off)[N]) {
   return N == 2 ? T(1.4142135623730951) * size(off[1]) : root(dot(off, off));
 }
 
+// Numbers of the moments, by value: loops must not fear that what they write changes them.
+template <class T, int N> struct Rates {
+  T fresh1, beta2, fresh2, unbias2, eps, momentum, undamped;
+  explicit Rates(const Law<T>& k)
+      : fresh1(k.fresh1), beta2(k.beta2), fresh2(k.fresh2 / N), unbias2(k.unbias2), eps(k.eps), momentum(k.momentum),
+        undamped(k.undamped) {}
+};
+
+// The copies of an orbit and their updates, once the moments are advanced; returns what Adam divides by, else 1.
+template <class T, int N, Lead LEAD>
+inline T advance(int64_t i, const Copies<T, N>& c, T* second, T* peak, const Rates<T, N>& r, T (&w)[N], T (&x)[N]) {
+  EACH_COPY w[j] = c.w[j][i], x[j] = c.u[j][i];
+  if (LEAD == MOMENTUM || LEAD == NESTEROV) EACH_COPY {
+      x[j] = r.momentum * x[j] + r.undamped * c.g[j][i];
+      c.u[j][i] = x[j];
+      if (LEAD == NESTEROV) x[j] = c.g[j][i] + r.momentum * x[j];
+    }
+  if (LEAD != MOMENTS && LEAD != AMSGRAD) return 1;
+  T squares = 0;
+  EACH_COPY {
+    T g = c.g[j][i];
+    x[j] = x[j] + r.fresh1 * (g - x[j]);
+    c.u[j][i] = x[j];
+    squares += g * g;
+  }
+  T v = r.beta2 * second[i] + r.fresh2 * squares;
+  second[i] = v;
+  if (LEAD == AMSGRAD) {
+    v = v <= peak[i] ? peak[i] : v;
+    peak[i] = v;
+  }
+  return root(v * r.unbias2) + r.eps;
+}
+
+// The largest of what gates of their own would need, squared; NaN stays.
+template <int N> void keep_most(Survey& s, double most, double witness) {
+  if (s.most == s.most) s.most = witness == witness ? std::max(s.most, WHOLE<N> * most) : witness;
+}
+
 // The first sweep of one block; `on` takes what the weights become if they are equal.  Returns how many are not.
 template <class T, int N, Lead LEAD>
 LOOP int32_t survey_copies(int64_t n, const Copies<T, N> c, T* second, T* peak, T* on, const Law<T>& k, Survey& s) {
-  const T fresh1 = k.fresh1, beta2 = k.beta2, fresh2 = k.fresh2 / N, unbias2 = k.unbias2, eps = k.eps;
-  const T momentum = k.momentum, undamped = k.undamped;
+  constexpr bool adaptive = LEAD == MOMENTS || LEAD == AMSGRAD;
+  const Rates<T, N> rates(k);
   const T reach = k.lr * k.unbias1, decoupled = k.direction == ADAMW ? T(1) : T(0);
   T ww = 0, uu = 0, uw = 0, dd = 0, dw = 0, all = 0, paces = 0, most = 0;
   int32_t apart = 0;
 #pragma omp simd reduction(+ : ww, uu, uw, dd, dw, all, paces, apart) reduction(max : most)
   for (int64_t i = 0; i < n; i++) {
-    T w[N], x[N], p = 1, squares = 0;
-    EACH_COPY w[j] = c.w[j][i], x[j] = c.u[j][i];
-    if (LEAD == MOMENTUM || LEAD == NESTEROV) EACH_COPY {
-        x[j] = momentum * x[j] + undamped * c.g[j][i];
-        c.u[j][i] = x[j];
-        if (LEAD == NESTEROV) x[j] = c.g[j][i] + momentum * x[j];
-      }
-    if (LEAD == MOMENTS || LEAD == AMSGRAD) {
-      EACH_COPY {
-        T g = c.g[j][i];
-        x[j] = x[j] + fresh1 * (g - x[j]);
-        c.u[j][i] = x[j];
-        squares += g * g;
-      }
-      T v = beta2 * second[i] + fresh2 * squares;
-      second[i] = v;
-      if (LEAD == AMSGRAD) {
-        v = v <= peak[i] ? peak[i] : v;
-        peak[i] = v;
-      }
-      T inverse = root(v * unbias2) + eps;
-      paces += inverse;
-      p = 1 / inverse;
-    }
+    T w[N], x[N], inverse = advance<T, N, LEAD>(i, c, second, peak, rates, w, x), p = adaptive ? 1 / inverse : T(1);
+    paces += inverse;
     T a[N], b[N], d[N], w_mean = center(w, a), u_mean = center(x, b), pull = dot(b, b);
     EACH_COPY d[j] = p * b[j];  // not p squared, which leaves the numbers of fp32 earlier
     const T drive = dot(d, d);
@@ -85,7 +103,7 @@ LOOP int32_t survey_copies(int64_t n, const Copies<T, N> c, T* second, T* peak, 
   constexpr int whole = WHOLE<N>;
   s.ww += whole * ww, s.uu += whole * uu, s.uw += whole * uw, s.dd += whole * dd, s.dw += whole * dw;
   s.all += all, s.paces += paces;
-  if (s.most == s.most) s.most = dd == dd ? std::max(s.most, whole * double(most)) : double(dd);  // NaN stays
+  keep_most<N>(s, most, dd);
   return apart;
 }
 
@@ -116,22 +134,28 @@ LOOP double move_copies(int64_t n, const Copies<T, N> c, const T* second, const 
   return WHOLE<N> * double(square);
 }
 
-// The second sweep with a gate for every orbit.  BALANCED: the imbalance is 0, and the metric 2 |w|.
-template <class T, int N, bool ADAPTIVE, bool BALANCED>
-LOOP void move_copies_each(int64_t n, const Copies<T, N> c, const T* second, const Law<T>& k, Tally& tally) {
-  const T unbias2 = k.unbias2, eps = k.eps, imbalance = k.imbalance, scale = k.metric_scale;
+// The only sweep with a gate for every orbit.  BALANCED: the imbalance is 0, and the metric 2 |w|.
+template <class T, int N, Lead LEAD, bool BALANCED>
+LOOP void step_copies_each(int64_t n, const Copies<T, N> c, T* second, T* peak, const Law<T>& k, Survey& s,
+                           Tally& tally) {
+  constexpr bool adaptive = LEAD == MOMENTS || LEAD == AMSGRAD;
+  const Rates<T, N> rates(k);
+  const T imbalance = k.imbalance, scale = k.metric_scale;
   const T inside = k.inside, reach = k.lr * k.unbias1, snap = T(SNAP) * scale;
-  const bool coupled = ADAPTIVE && k.direction == ADAM;
+  const bool coupled = adaptive && k.direction == ADAM;
+  const T decoupled = k.direction == ADAMW ? T(1) : T(0);
   // Without the time scale the largest of decay and 1, in the same words: a branch here costs GCC the vectors.
   const T scaled = k.saturated ? 1 : 0, twice = 2 * scaled, least = k.saturated ? scale : T(1);
-  T sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum, squares)
+  T sum = 0, squares = 0, all = 0, most = 0, drives = 0;
+#pragma omp simd reduction(+ : sum, squares, all, drives) reduction(max : most)
   for (int64_t i = 0; i < n; i++) {
-    T p = ADAPTIVE ? 1 / (root(second[i] * unbias2) + eps) : T(1), forth = reach * p;
-    T w[N], x[N], a[N], b[N];
-    EACH_COPY w[j] = c.w[j][i], x[j] = c.u[j][i];
-    T w_mean = center(w, a), u_mean = center(x, b), norm = length(a);
-    T decay = coupled ? inside * p : inside, pull = forth * length(b);
+    T w[N], x[N], inverse = advance<T, N, LEAD>(i, c, second, peak, rates, w, x), p = adaptive ? 1 / inverse : T(1);
+    T a[N], b[N], d[N], w_mean = center(w, a), u_mean = center(x, b), norm = length(a), forth = reach * p;
+    EACH_COPY d[j] = p * b[j], all += x[j] * x[j];
+    const T drive = dot(d, d);
+    drives += drive;
+    most = larger(decoupled * drive + (1 - decoupled) * dot(b, b), most);
+    T decay = coupled ? inside * p : inside, pull = reach * length(d);
     T metric = BALANCED ? 2 * norm : root(imbalance * imbalance + 4 * WHOLE<N> * dot(a, a));
     T square = BALANCED ? norm : (imbalance + metric) / 2;
     T t = 1 / larger(scaled * metric, larger(least, decay + twice * pull));
@@ -151,6 +175,8 @@ LOOP void move_copies_each(int64_t n, const Copies<T, N> c, const T* second, con
     sum += far, squares += far * far;
   }
   tally.add(sum, squares, 0);
+  s.all += all;
+  keep_most<N>(s, most, drives);
 }
 
 #undef EACH_COPY

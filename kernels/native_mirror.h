@@ -4,7 +4,7 @@
 // do not lie side by side, blocks of them are gathered, and what was written is scattered.  A joint gate needs its sums
 // before any weight can move, so there are two sweeps: `survey` advances the moments and sums, `step` moves.  A block
 // whose copies are equal already takes, without imbalance, the plain step whatever the gate: the first sweep then moves
-// it at once, and on the plane no second one is needed.
+// it at once, and on the plane no second one is needed.  Nor is one for gates of their own, which need no sums.
 
 #define LOOP [[gnu::noinline]] static  // as in native_step.h
 
@@ -191,36 +191,52 @@ template <class T, class W> struct Orbits {
     return c;
   }
 
-  template <int N> bool advance_few(Survey& sums) {
-    for (int64_t j = 0; j < N; j++) copies[j].open(entry(j), k, at, n);
+  // f(lead, streams) with where the updates of the first sweep come from.
+  template <int N, class F> void leading(const F& f) {
     const Entry& e = entry(0);
-    T *second = shared(e.second), *peak = shared(e.peak), *on = rest;
     if (k.direction == SGD && (!e.first || e.fresh)) {
       for (int64_t j = 0; j < N; j++) copies[j].direct(entry(j), k);
-      return survey_copies<T, N, GIVEN>(n, streams<N>(), second, peak, on, k, sums);
+      return f(std::integral_constant<Lead, GIVEN>(), streams<N>());
     }
     Copies<T, N> c = streams<N>();
     for (int64_t j = 0; j < N; j++) c.u[j] = moment(entry(j).first);
-    auto survey = k.direction == SGD ? (k.nesterov ? survey_copies<T, N, NESTEROV> : survey_copies<T, N, MOMENTUM>)
-                                     : (peak ? survey_copies<T, N, AMSGRAD> : survey_copies<T, N, MOMENTS>);
-    return survey(n, c, second, peak, on, k, sums);
+    if (k.direction == SGD)
+      return k.nesterov ? f(std::integral_constant<Lead, NESTEROV>(), c) : f(std::integral_constant<Lead, MOMENTUM>(), c);
+    return e.peak ? f(std::integral_constant<Lead, AMSGRAD>(), c) : f(std::integral_constant<Lead, MOMENTS>(), c);
   }
 
-  template <int N> double step_few(const Gate& gate, bool glided, Tally& tally) {
+  template <int N> void open_few() {
+    for (int64_t j = 0; j < N; j++) copies[j].open(entry(j), k, at, n);
+  }
+
+  template <int N> bool survey_few(Survey& sums) {
+    int32_t apart = 0;
+    open_few<N>();
+    leading<N>([&](auto lead, const Copies<T, N>& c) {
+      T *second = this->shared(this->entry(0).second), *peak = this->shared(this->entry(0).peak);
+      apart = survey_copies<T, N, decltype(lead)::value>(n, c, second, peak, rest, k, sums);
+    });
+    return apart;
+  }
+
+  template <int N> void step_few_each(Survey& sums, Tally& tally) {
+    open_few<N>();
+    leading<N>([&](auto lead, const Copies<T, N>& c) {
+      T *second = this->shared(this->entry(0).second), *peak = this->shared(this->entry(0).peak);
+      auto step = k.imbalance == 0 ? step_copies_each<T, N, decltype(lead)::value, true>
+                                   : step_copies_each<T, N, decltype(lead)::value, false>;
+      step(n, c, second, peak, k, sums, tally);
+    });
+    close();
+  }
+
+  // What Adam's preconditioner is made from, once the moments are advanced.
+  const T* second_or_peak() const { return shared(entry(0).peak ? entry(0).peak : entry(0).second); }
+
+  template <int N> double step_few(const Gate& gate, bool glided) {
     for (int64_t j = 0; j < N; j++) copies[j].recall(entry(j), k, at, n);
-    const Entry& e = entry(0);
-    const T* second = shared(e.peak ? e.peak : e.second);
-    const Copies<T, N> c = streams<N>();
-    double square = 0;
-    if (!m.each) {
-      auto move = k.direction == SGD ? move_copies<T, N, false> : move_copies<T, N, true>;
-      square = move(n, c, second, gate, glided, k);
-    } else {
-      auto move = k.direction == SGD
-                      ? (k.imbalance == 0 ? move_copies_each<T, N, false, true> : move_copies_each<T, N, false, false>)
-                      : (k.imbalance == 0 ? move_copies_each<T, N, true, true> : move_copies_each<T, N, true, false>);
-      move(n, c, second, k, tally);
-    }
+    auto move = k.direction == SGD ? move_copies<T, N, false> : move_copies<T, N, true>;
+    const double square = move(n, streams<N>(), second_or_peak(), gate, glided, k);
     close();
     return square;
   }
@@ -240,15 +256,26 @@ template <class T, class W> struct Orbits {
   bool survey_block(int64_t block, Survey& sums) {
     turn(block, true);
     bool apart = false;
-    if (!few([&](auto copies) { apart = this->template advance_few<decltype(copies)::value>(sums); }))
+    if (!few([&](auto copies) { apart = this->template survey_few<decltype(copies)::value>(sums); }))
       apart = advance(sums);
     keep_moments();
     return apart;
   }
 
+  // The whole step of a block whose orbits have gates of their own.
+  void step_block_each(int64_t block, Survey& sums, Tally& tally) {
+    turn(block, true);
+    if (!few([&](auto copies) { this->template step_few_each<decltype(copies)::value>(sums, tally); })) {
+      open(true);
+      survey(sums, m.critical != nullptr);
+      move_each(tally);
+    }
+    keep_moments();
+  }
+
   bool advance(Survey& sums) {
     open(true);
-    survey(sums, m.each && m.critical);
+    survey(sums, false);
     for (int64_t i = 0; i < n; i++) rest[i] = w_mean[i] - forth[i] * u_mean[i];
     return !together();
   }
@@ -259,16 +286,14 @@ template <class T, class W> struct Orbits {
     close();
   }
 
-  // The second sweep of a block; returns the squared distance from the plane under one gate.
-  double step_block(int64_t block, const Gate& gate, bool glided, Tally& tally) {
+  // The second sweep of a block; returns the squared distance from the plane.
+  double step_block(int64_t block, const Gate& gate, bool glided) {
     turn(block, false);
     double square = 0;
-    if (few([&](auto copies) { square = this->template step_few<decltype(copies)::value>(gate, glided, tally); }))
+    if (few([&](auto copies) { square = this->template step_few<decltype(copies)::value>(gate, glided); }))
       return square;
     open(false);
-    if (!m.each) return move(gate, glided);
-    move_each(tally);
-    return 0;
+    return move(gate, glided);
   }
 
   // The last step onto the plane: what was on it is the mean of what was written.
@@ -324,7 +349,7 @@ template <class T, class W> struct Orbits {
     return square;
   }
 
-  // A gate for every orbit.
+  // A gate for every orbit, whose means and preconditioner the first sweep has left here.
   void move_each(Tally& tally) {
     sum_orbits();
     gate_each(n, speed, forth, ww, uu, uw, lost, shift, k);
@@ -481,7 +506,7 @@ template <class T, class W> struct Orbits {
 
   // Preconditioners of orbits whose number is a multiple of `stride`.
   void take(double* sample, int64_t stride) {
-    const T* from = shared(entry(0).peak ? entry(0).peak : entry(0).second);
+    const T* from = second_or_peak();
     const int64_t id = s.first + start;
     for (int64_t i = (id + stride - 1) / stride * stride; i < id + n; i += stride)
       precondition(1, from + (i - id), speed, k), sample[i / stride] = double(speed[0]);
@@ -512,16 +537,20 @@ template <class T, class W> struct Orbits {
 template <class T, class W> static const MirrorFunctions* mirror_functions() {
   static const MirrorFunctions table = {
       [](const Mirror& m, const Segment& s, const Law<double>& law, int64_t begin, int64_t end, Survey& sums,
-         char* glided, double* sample, int64_t stride) {
+         char* glided, Tally& tally, double* sample, int64_t stride) {
         const Law<T> k(law);
         Orbits<T, W> o(m, s, k);
         for (int64_t i = begin; i < end; i++) {
           o.look_ahead(begin_of(s, i + 1), s.orbits, true);
-          const bool apart = o.survey_block(i, sums);
+          if (m.each) {
+            o.step_block_each(i, sums, tally);
+          } else {
+            const bool apart = o.survey_block(i, sums);
+            glided[i] = (k.imbalance == 0 || s.copies == 1) && !apart;
+            if (glided[i]) o.glide();
+            else sums.moving++;
+          }
           if (sample) o.take(sample, stride);
-          glided[i] = (k.imbalance == 0 || s.copies == 1) && !apart;
-          if (glided[i]) o.glide();
-          else sums.moving++;
         }
         sums.paces *= double(s.copies);
         if (s.copies == 1) sums.most = 0;  // a free weight has no pull, not even a lost one
@@ -529,12 +558,12 @@ template <class T, class W> static const MirrorFunctions* mirror_functions() {
       [](const Mirror& m, const Segment& s, const Law<double>& law, int64_t begin, int64_t end, const Gate& gate,
          const char* glided, Tally& tally) {
         const Law<T> k(law);
-        const bool still = s.copies == 1 || m.each, finite = std::isfinite(m.each ? k.inside : T(gate.own * gate.t));
+        const bool still = s.copies == 1 && std::isfinite(T(gate.own * gate.t));
         Orbits<T, W> o(m, s, k);
         for (int64_t i = begin; i < end; i++)
-          if (!(still && glided[i] && finite)) {
+          if (!(still && glided[i])) {
             o.look_ahead(begin_of(s, i + 1), s.orbits, false);
-            tally.square += o.step_block(i, gate, glided[i], tally);
+            tally.square += o.step_block(i, gate, glided[i]);
           }
       },
       [](const Mirror& m, const Segment& s, const Law<double>& law, int64_t begin, int64_t end) {

@@ -18,7 +18,7 @@ struct PlaneWork {
 
   explicit PlaneWork(const Mirror* mirror) : m(mirror) {}
   virtual ~PlaneWork() = default;
-  // Advances the moments, sums up what the gate needs and, where asked to, takes the sample.
+  // Advances the moments, sums up what the gate needs and, where asked to, takes the sample; moves what needs no sums.
   virtual Survey survey(const Law<double>& k, const Settings& s, double* sampled) = 0;
   // Moves, and returns what is left off the plane.
   virtual Tally move(const Law<double>& k, const Settings& s, const Survey& all, const Gate& gate, bool attracted) = 0;
@@ -82,7 +82,8 @@ template <class F> void sweep(const MirrorWork& w, const Settings& s, bool backw
 Survey MirrorWork::survey(const Law<double>& k, const Settings& s, double* sampled) {
   const MirrorFunctions& f = *SYMOPT_CHOOSE(mirror_table, s.instructions)[m->members[0]->dtype];
   sweep(*this, s, false, [&](const Part& p, size_t task) {
-    f.survey(*m, *p.s, k, p.begin, p.end, surveys[task], glided.data() + p.glided, sampled, stride);
+    char* flags = glided.data() + p.glided;
+    f.survey(*m, *p.s, k, p.begin, p.end, surveys[task], flags, tallies[task], sampled, stride);
   });
   Survey all;
   for (const Survey& part : surveys) all.add(part);
@@ -92,8 +93,8 @@ Survey MirrorWork::survey(const Law<double>& k, const Settings& s, double* sampl
 // torch.maximum: NaN wins.
 inline double greater(double a, double b) { return a != a || a > b ? a : b; }
 
-// The strength in units of lr, from the running estimate of what is needed.
-double automatic(int64_t weights, const Mirror& m, const Law<double>& k, const Survey& all, double amplify) {
+// The running estimate of the strength that is needed, for the steps to come.
+void remember(int64_t weights, const Mirror& m, const Law<double>& k, const Survey& all, double amplify) {
   const bool decoupled = k.direction == ADAMW;
   const double squares = m.each ? all.most : decoupled ? all.dd : all.uu;
   double critical = k.unbias1 * std::sqrt(squares) / amplify, typical = 1;
@@ -101,7 +102,6 @@ double automatic(int64_t weights, const Mirror& m, const Law<double>& k, const S
   else typical = k.unbias1 * std::sqrt(all.all / double(weights)) / amplify * m.spread;
   const Entry& e = *m.members[0];
   write(e, m.critical, greater(MEMORY * read(e, m.critical), greater(critical, FLOOR * typical)));
-  return MARGIN * read(e, m.critical);
 }
 
 // mirror.py for one gate.  Returns whether it attracts what is off the plane.
@@ -122,13 +122,14 @@ bool decide(double weights, const Law<double>& k, const Survey& all, Gate& gate)
 Tally MirrorWork::move(const Law<double>& k, const Settings& s, const Survey& all, const Gate& gate, bool attracted) {
   const MirrorFunctions& f = *SYMOPT_CHOOSE(mirror_table, s.instructions)[m->members[0]->dtype];
   Tally left;
-  // On the plane only a gate that is no number moves anything.
-  if (!all.moving && std::isfinite(m->each ? k.inside : gate.own * gate.t)) return left;
-  sweep(*this, s, true, [&](const Part& p, size_t task) {
-    f.step(*m, *p.s, k, p.begin, p.end, gate, glided.data() + p.glided, tallies[task]);
-  });
+  // On the plane only a gate that is no number moves anything, and gates of their own have moved everything already.
+  const bool still = m->each || (!all.moving && std::isfinite(gate.own * gate.t));
+  if (!still)
+    sweep(*this, s, true, [&](const Part& p, size_t task) {
+      f.step(*m, *p.s, k, p.begin, p.end, gate, glided.data() + p.glided, tallies[task]);
+    });
   for (const Tally& part : tallies) left.add(part.sum, part.square, 0);
-  if (m->each) return left;
+  if (still) return left;
   left.sum = std::sqrt(left.square);
   if (left.sum <= SNAP * k.metric_scale && attracted) {
     left = Tally();
@@ -145,9 +146,10 @@ void step_mirror(PlaneWork& w, const Settings& s) {
   const double amplify = s.direction == SGD && e.first ? (1 - s.dampening) / (1 - s.momentum) : 1;
   const bool counts = k.imbalance != 0 && s.imbalance_decay < 0;  // sizes and decays, for the law of the imbalance
   double* sample = counts && k.direction == ADAM ? w.sample.data() : nullptr;
-  const Survey all = w.survey(k, s, sample);
-  if (m.critical) k.inside = s.lr * automatic(w.weights, m, k, all, amplify) * amplify;
+  if (m.critical) k.inside = s.lr * MARGIN * read(e, m.critical) * amplify;
   if (k.direction == ADAMW) k.inside *= m.spread;
+  const Survey all = w.survey(k, s, sample);
+  if (m.critical) remember(w.weights, m, k, all, amplify);
   Gate gate{1, 0, 0};
   const bool attracted = !m.each && decide(double(w.weights), k, all, gate);
   Tally left = w.move(k, s, all, gate, attracted);

@@ -212,7 +212,8 @@ inline int64_t blocks_of(const Segment& s) { return s.places ? s.count : (s.orbi
 inline int64_t begin_of(const Segment& s, int64_t i) { return s.places ? s.begins[i] : std::min(s.orbits, i * BLOCK); }
 
 struct MirrorFunctions {
-  void (*survey)(const Mirror&, const Segment&, const Law<double>&, int64_t, int64_t, Survey&, char*, double*, int64_t);
+  void (*survey)(const Mirror&, const Segment&, const Law<double>&, int64_t, int64_t, Survey&, char*, Tally&, double*,
+                 int64_t);
   void (*step)(const Mirror&, const Segment&, const Law<double>&, int64_t, int64_t, const Gate&, const char*, Tally&);
   void (*snap)(const Mirror&, const Segment&, const Law<double>&, int64_t, int64_t);
 };

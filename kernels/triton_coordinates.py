@@ -35,7 +35,7 @@ from symopt_kernels.triton_memory import (
     narrow,
     store_weight,
 )
-from symopt_kernels.triton_mirror import ATTRACTS, in_force, one_gate, weigh
+from symopt_kernels.triton_mirror import ATTRACTS, decided, one_gate, weigh
 from symopt_kernels.triton_orbits import block, owner
 from symopt_kernels.triton_table import GATE as _GATE
 from symopt_kernels.triton_tiles import per_column, per_group, place, recall
@@ -246,10 +246,10 @@ def settle(
         tl.store(kept + 2 * number + j, p, mask=mask)
     weigh(
         table, entry, gate, numbers, law, amplify, everything, ww, uu, uw, dd, dw, paces,
-        False, AUTOMATIC, DECOUPLED, COUPLED, SATURATED,
+        AUTOMATIC, DECOUPLED, COUPLED, SATURATED,
     )  # fmt: skip
     tl.debug_barrier()  # what other threads of this program have written
-    law = in_force(table, entry, gate, law, DECOUPLED, True)
+    law = decided(gate, law)
     square = 0.0
     for base in range(0, number, LANES):
         z, d, p, turn = turned(kept, gate, base + lane, number, COUPLED)

@@ -101,8 +101,8 @@ def launches(
         options["num_warps"] = max(1, triton_table.BLOCK // 512)
         shared |= {"LEAD": lead, "DECOUPLED": direction == "adamw", "PAIR": pair, "EACH": each, "AUTOMATIC": automatic}
         shared |= {"GATHERED": gathered, "BLOCK": triton_table.BLOCK // 2, "ALIGNED": aligned}
-        kernels = [triton_mirror.surveys] if automatic or not each else []
-        kernels += [triton_mirror.moves] if each else [triton_mirror.moves, triton_mirror.snaps]
+        several = [triton_mirror.surveys, triton_mirror.moves, triton_mirror.snaps]
+        kernels = [triton_mirror.moves] if each else several
         return [fit(kernel, options) for kernel in kernels]
     if retraction in ("centred", "basis"):
         *form, together, automatic, aligned = form

@@ -3,7 +3,7 @@
 Copy j of orbit i is weight i of member j, or gathered; the members are rows of the table that follow one another.  One
 gate needs its sums before any weight can move: ``surveys`` advances the moments and sums, whichever of its programs is
 last decides, ``moves`` moves, and ``snaps`` returns at once unless that was the step onto the plane.  A gate for every
-orbit needs no sums, unless its strength is automatic, so there ``moves`` advances the moments itself.
+orbit needs no sums, so there ``moves`` advances the moments itself and is all there is.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call, attr-defined"
@@ -58,8 +58,14 @@ def total(partial, begin, count, MOST: tl.constexpr = False):
 
 
 @triton.jit
-def automatic(table, entry, numbers, amplify, squares, everything, DECOUPLED: tl.constexpr):
-    """``mirror.needed`` of the updates, times its margin."""
+def automatic(table, entry):
+    """The strength in force: a margin above what earlier steps have needed."""
+    return tl.load(address(table, entry, CRITICAL, tl.float32, False)) * MARGIN
+
+
+@triton.jit
+def remember(table, entry, numbers, amplify, squares, everything, DECOUPLED: tl.constexpr):
+    """``mirror.needed`` of the updates, for the steps to come."""
     spread = number(table, entry, SPREAD)
     weights = field(table, entry, WEIGHTS).to(tl.float32)
     critical, typical = numbers[7] * tl.sqrt(squares) / amplify, 1.0
@@ -69,67 +75,72 @@ def automatic(table, entry, numbers, amplify, squares, everything, DECOUPLED: tl
         typical = numbers[7] * tl.sqrt(everything / weights) / amplify * spread
     at = address(table, entry, CRITICAL, tl.float32, False)
     needed = tl.maximum(critical, typical * FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    needed = tl.maximum(tl.load(at) * MEMORY, needed, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(at, needed)
-    return needed * MARGIN
+    tl.store(at, tl.maximum(tl.load(at) * MEMORY, needed, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def in_force(table, entry, law, amplify, AUTOMATIC: tl.constexpr, DECOUPLED: tl.constexpr):
+    """``law`` with lr * strength as it counts for a gate."""
+    inside = law[1]
+    if AUTOMATIC:
+        inside = law[0] * automatic(table, entry) * amplify
+    if DECOUPLED:
+        inside *= number(table, entry, SPREAD)
+    return law[0], inside, law[2], law[3], law[4], law[5], law[6], law[7]
+
+
+@triton.jit
+def decided(gate, law):
+    """The same as :func:`weigh` has found it."""
+    return law[0], tl.load(gate + INSIDE), law[2], law[3], law[4], law[5], law[6], law[7]
 
 
 @triton.jit
 def weigh(
     table, entry, gate, numbers, law, amplify, everything, ww, uu, uw, dd, dw, paces,
-    EACH: tl.constexpr, AUTOMATIC: tl.constexpr, DECOUPLED: tl.constexpr, COUPLED: tl.constexpr,
-    SATURATED: tl.constexpr,
+    AUTOMATIC: tl.constexpr, DECOUPLED: tl.constexpr, COUPLED: tl.constexpr, SATURATED: tl.constexpr,
 ):  # fmt: skip
-    """From the sums of a plane its strength, and what ``mirror.mirror`` says of its one gate."""
-    inside = law[1]
+    """From the sums of a plane what ``mirror.mirror`` says of its one gate, and the strength it will need."""
+    law = in_force(table, entry, law, amplify, AUTOMATIC, DECOUPLED)
     if AUTOMATIC:
-        squares = dd if DECOUPLED else uu
-        inside = law[0] * automatic(table, entry, numbers, amplify, squares, everything, DECOUPLED) * amplify
-    if DECOUPLED:
-        inside *= number(table, entry, SPREAD)
+        remember(table, entry, numbers, amplify, dd if DECOUPLED else uu, everything, DECOUPLED)
+    inside = law[1]
+    pace = field(table, entry, WEIGHTS).to(tl.float32) / paces if COUPLED else 1.0
+    lr, c = law[0] * numbers[7], law[4]
+    decay, metric, pull = inside * pace, tl.sqrt(c * c + 4 * ww), lr * tl.sqrt(dd)
+    t = time_scale(metric, pull, decay, law[5], SATURATED)
+    square = (c + metric) / 2
+    # The gate sees the gradient through its own preconditioner; else the threshold would not be that of the norm.
+    gradient = tl.where(inside != 0, pace * uw, dw) if COUPLED else dw
+    own = t * decay + t * lr * gradient / tl.maximum(square, TINY)
+    # Copies that are equal already need no snapping.
+    attracts = ((lr * tl.sqrt(uu) if COUPLED else pull) < inside) & ((ww > 0) | (c != 0))
     tl.store(gate + INSIDE, inside)
-    if not EACH:
-        pace = field(table, entry, WEIGHTS).to(tl.float32) / paces if COUPLED else 1.0
-        lr, c = law[0] * numbers[7], law[4]
-        decay, metric, pull = inside * pace, tl.sqrt(c * c + 4 * ww), lr * tl.sqrt(dd)
-        t = time_scale(metric, pull, decay, law[5], SATURATED)
-        square = (c + metric) / 2
-        # The gate sees the gradient through its own preconditioner; else the threshold would not be that of the norm.
-        gradient = tl.where(inside != 0, pace * uw, dw) if COUPLED else dw
-        own = t * decay + t * lr * gradient / tl.maximum(square, TINY)
-        # Copies that are equal already need no snapping.
-        attracts = ((lr * tl.sqrt(uu) if COUPLED else pull) < inside) & ((ww > 0) | (c != 0))
-        tl.store(gate + OWN, own)
-        tl.store(gate + RATE, t * inside)
-        tl.store(gate + BACK, (1 - own) * square * t * lr)
-        tl.store(gate + ATTRACTS, attracts.to(tl.float32))
+    tl.store(gate + OWN, own)
+    tl.store(gate + RATE, t * inside)
+    tl.store(gate + BACK, (1 - own) * square * t * lr)
+    tl.store(gate + ATTRACTS, attracts.to(tl.float32))
 
 
 @triton.jit
 def decide(
     table, entry, gate, numbers, law, amplify, partial, programs,
-    EACH: tl.constexpr, AUTOMATIC: tl.constexpr, ADAPTIVE: tl.constexpr, DECOUPLED: tl.constexpr,
-    COUPLED: tl.constexpr, SATURATED: tl.constexpr,
+    AUTOMATIC: tl.constexpr, ADAPTIVE: tl.constexpr, DECOUPLED: tl.constexpr, COUPLED: tl.constexpr,
+    SATURATED: tl.constexpr,
 ):  # fmt: skip
     """:func:`weigh` of the sums of a tie."""
     begin, count = narrow(table, entry, BEGIN), narrow(table, entry, COUNT)
     everything = total(partial, begin, count)
-    ww, uw, dw, paces = 0.0, 0.0, 0.0, 1.0
-    if EACH:
-        most = total(partial + programs, begin, count, True)
-        uu = tl.where(everything < float("inf"), most, everything - everything)  # a maximum loses NaN
-        dd = uu
-    else:
-        ww = total(partial + programs, begin, count)
-        uu, uw = total(partial + 2 * programs, begin, count), total(partial + 3 * programs, begin, count)
-        dd, dw = uu, uw
-        if ADAPTIVE:
-            dd, dw = total(partial + 4 * programs, begin, count), total(partial + 5 * programs, begin, count)
-        if COUPLED:
-            paces = total(partial + 6 * programs, begin, count)
+    ww = total(partial + programs, begin, count)
+    uu, uw = total(partial + 2 * programs, begin, count), total(partial + 3 * programs, begin, count)
+    dd, dw, paces = uu, uw, 1.0
+    if ADAPTIVE:
+        dd, dw = total(partial + 4 * programs, begin, count), total(partial + 5 * programs, begin, count)
+    if COUPLED:
+        paces = total(partial + 6 * programs, begin, count)
     weigh(
         table, entry, gate, numbers, law, amplify, everything, ww, uu, uw, dd, dw, paces,
-        EACH, AUTOMATIC, DECOUPLED, COUPLED, SATURATED,
+        AUTOMATIC, DECOUPLED, COUPLED, SATURATED,
     )  # fmt: skip
 
 
@@ -139,7 +150,7 @@ def surveys(
     lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, imbalance_decay, programs,
     LEAD: tl.constexpr, DTYPE: tl.constexpr, MASTER: tl.constexpr, PEAK: tl.constexpr, ADAPTIVE: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DECOUPLED: tl.constexpr, COUPLED: tl.constexpr,
-    MAXIMIZE: tl.constexpr, SATURATED: tl.constexpr, PAIR: tl.constexpr, EACH: tl.constexpr,
+    MAXIMIZE: tl.constexpr, SATURATED: tl.constexpr, PAIR: tl.constexpr,
     AUTOMATIC: tl.constexpr, GATHERED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The moments, the sums, and what they decide."""
@@ -161,17 +172,14 @@ def surveys(
     )  # fmt: skip
     ww, uu, uw, everything = sums
     tl.store(partial + program, tl.sum(everything, 0))
-    if EACH:
-        tl.store(partial + programs + program, tl.max(p * p * uu if DECOUPLED else uu, 0))
-    else:
-        tl.store(partial + programs + program, tl.sum(ww, 0))
-        tl.store(partial + 2 * programs + program, tl.sum(uu, 0))
-        tl.store(partial + 3 * programs + program, tl.sum(uw, 0))
-        if ADAPTIVE:
-            tl.store(partial + 4 * programs + program, tl.sum(p * p * uu, 0))
-            tl.store(partial + 5 * programs + program, tl.sum(p * uw, 0))
-        if COUPLED:
-            tl.store(partial + 6 * programs + program, copies * tl.sum(tl.where(mask, 1 / p, 0.0), 0))
+    tl.store(partial + programs + program, tl.sum(ww, 0))
+    tl.store(partial + 2 * programs + program, tl.sum(uu, 0))
+    tl.store(partial + 3 * programs + program, tl.sum(uw, 0))
+    if ADAPTIVE:
+        tl.store(partial + 4 * programs + program, tl.sum(p * p * uu, 0))
+        tl.store(partial + 5 * programs + program, tl.sum(p * uw, 0))
+    if COUPLED:
+        tl.store(partial + 6 * programs + program, copies * tl.sum(tl.where(mask, 1 / p, 0.0), 0))
     tl.debug_barrier()
     before = tl.atomic_add(arrived + entry, 1, sem="acq_rel")
     if before == narrow(table, entry, COUNT) - 1:
@@ -183,7 +191,7 @@ def surveys(
         )  # fmt: skip
         decide(
             table, entry, gates + entry * GATE, numbers, law, amplify, partial, programs,
-            EACH, AUTOMATIC, ADAPTIVE, DECOUPLED, COUPLED, SATURATED,
+            AUTOMATIC, ADAPTIVE, DECOUPLED, COUPLED, SATURATED,
         )  # fmt: skip
         tl.store(arrived + entry, 0)
 
@@ -226,17 +234,6 @@ def one_gate(gate, p, COUPLED: tl.constexpr):
     return own * shrink - own - shrink, tl.load(gate + BACK) * fits * p
 
 
-@triton.jit
-def in_force(table, entry, gate, law, DECOUPLED: tl.constexpr, DECIDED: tl.constexpr):
-    """``law`` with lr * strength as it counts for a gate."""
-    inside = law[1]
-    if DECIDED:
-        inside = tl.load(gate + INSIDE)
-    elif DECOUPLED:
-        inside *= number(table, entry, SPREAD)
-    return law[0], inside, law[2], law[3], law[4], law[5], law[6], law[7]
-
-
 @triton.jit(do_not_specialize=["programs"])
 def moves(
     table, live, owners, arrived, partial, gates, lr_at, found_inf, grad_scale,
@@ -250,7 +247,6 @@ def moves(
     if found_inf is not None:  # noqa: SIM102 (Triton must not look at None)
         if tl.load(found_inf) != 0:
             return
-    DECIDED: tl.constexpr = AUTOMATIC or not EACH
     program = tl.program_id(0)
     segment, entry = owner(table, owners, program, GATHERED)
     gate = gates + entry * GATE
@@ -259,12 +255,13 @@ def moves(
         lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, 0.0, imbalance_decay,
         ADAPTIVE, MOMENTUM, True, DECOUPLED, MAXIMIZE, False,
     )  # fmt: skip
-    law = in_force(table, entry, gate, law, DECOUPLED, DECIDED)
+    if EACH:
+        law = in_force(table, entry, law, amplify, AUTOMATIC, DECOUPLED)
     at, mask = place(table, segment, program, DTYPE, BLOCK, ALIGNED)
     copies = 2 if PAIR else narrow(table, segment, ROWS)
     first, last, sums, p = gather(
         table, live, segment, entry, copies, at, mask, numbers, factor,
-        LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, PEAK, not DECIDED, GATHERED, ALIGNED,
+        LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, PEAK, EACH, GATHERED, ALIGNED,
     )  # fmt: skip
     if not PAIR:
         tl.debug_barrier()  # moments written by other threads of this program
@@ -291,6 +288,9 @@ def moves(
         far = tl.where((far <= LARGEST) & (snapped == 0) & mask, far, 0.0)
         tl.store(partial + program, tl.sum(far, 0))
         tl.store(partial + programs + program, tl.sum(far * far, 0))
+        if AUTOMATIC:
+            tl.store(partial + 2 * programs + program, tl.sum(sums[3], 0))
+            tl.store(partial + 3 * programs + program, tl.max(p * p * sums[1] if DECOUPLED else sums[1], 0))
     else:
         snapped = mask == 0
         lost, shift = one_gate(gate, p, COUPLED)
@@ -322,11 +322,17 @@ def moves(
             lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, 0.0, imbalance_decay,
             ADAPTIVE, MOMENTUM, True, DECOUPLED, MAXIMIZE, False,
         )  # fmt: skip
-        law = in_force(table, entry, gate, law, DECOUPLED, DECIDED)
         begin, count = narrow(table, entry, BEGIN), narrow(table, entry, COUNT)
         if EACH:
+            law = in_force(table, entry, law, amplify, AUTOMATIC, DECOUPLED)
             size, square = total(partial, begin, count), total(partial + programs, begin, count)
+            if AUTOMATIC:
+                everything = total(partial + 2 * programs, begin, count)
+                most = total(partial + 3 * programs, begin, count, True)
+                most = tl.where(everything < float("inf"), most, everything - everything)  # a maximum loses NaN
+                remember(table, entry, numbers, amplify, most, everything, DECOUPLED)
         else:
+            law = decided(gate, law)
             square = total(partial, begin, count)
             size = tl.sqrt(square)
             gone = (size <= law[5] * SNAP) & (tl.load(gate + ATTRACTS) != 0)

@@ -85,10 +85,10 @@ def _ties() -> Iterator[Variant]:
     for kernel in ("surveys", "moves"):
         yield Variant("adamw", "mirror", peak=True, form=_TIE, kernel=kernel)
         yield Variant("adamw", "mirror", form=_MANY, kernel=kernel)
-        yield Variant("adam", "mirror", form=_EACH_AUTOMATIC, kernel=kernel)
-        for form in (_GATHERED, _GATHERED_EACH):
-            yield Variant("adam", "mirror", form=form, kernel=kernel)
+        yield Variant("adam", "mirror", form=_GATHERED, kernel=kernel)
         yield Variant("adam", "mirror", "bfloat16", master=True, form=_TIE, kernel=kernel)
+    for form in (_EACH_AUTOMATIC, _GATHERED_EACH):
+        yield Variant("adam", "mirror", form=form, kernel="moves")
     for form in (_EACH, (False, *_EACH[1:])):
         yield Variant("adam", "mirror", "bfloat16", master=True, form=form, kernel="moves")
 
@@ -161,9 +161,9 @@ def traffic(v: Variant) -> tuple[int, int]:
         moments = state + second * (1 + v.peak)
         if v.kernel == "snaps":
             return weight, weight
-        if v.kernel == "surveys":  # the critical strength of gates of their own does not depend on the weights
-            return (0 if v.form[1] else weight) + size + moments, moments
-        if v.form[1] and not v.form[2]:
+        if v.kernel == "surveys":
+            return weight + size + moments, moments
+        if v.form[1]:
             return weight + size + moments, weight + moments
         return weight + (state or size) + second, weight
     if v.retraction in ("centred", "basis"):  # one second moment for many; of the basis one direction

@@ -349,17 +349,17 @@ class ConstrainedOptimizer(ConstrainedState):
         update, gain = self._direction(rule, state, w, -grad if group["maximize"] else grad, groups)
         charge = constraint.charge(w, decoupled=self.decoupled(group))
         # A tensor lr or strength is often fp32, and two 0-dim tensors would multiply in its precision.
-        if self.automatic(group, constraint):
+        lr, strength = (
+            x.to(w.dtype) if isinstance(x, Tensor) else x
+            for x in (group["lr"], self.strength(group, constraint, state))
+        )
+        if self.automatic(group, constraint):  # for the steps to come
             decoupled = self.decoupled(group)
             smooth = update
             if not decoupled:
                 smooth = update / gain if isinstance(gain, float) else groups.scale(1 / gain, update)  # type: ignore[union-attr]
             needed = constraint.needed(smooth, state["critical"], per_coordinate=decoupled)
             self._update(group, state, "critical", needed)
-        lr, strength = (
-            x.to(w.dtype) if isinstance(x, Tensor) else x
-            for x in (group["lr"], self.strength(group, constraint, state))
-        )
         keep: float | Tensor | None = group["imbalance_decay"]
         snaps: Tensor | bool = True
         if budget is not None:

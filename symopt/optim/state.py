@@ -92,7 +92,7 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
         """The strength in force: the group's, else the constraint's own, else its default for this optimizer.
 
         That of a fixed structure is automatic: ``MARGIN`` times the running estimate in the parameter's ``state`` of
-        what it needs, NaN before the first step.
+        what it needs, which a step updates for the next; NaN before the first step.
         """
         if group["committed"] and not constraint.fixed:
             return 0.0
