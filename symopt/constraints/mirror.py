@@ -42,7 +42,7 @@ class Mirror(Plane):
             many of the same shapes (one tensor for one).  It must be linear, symmetric and idempotent, which is checked
             on random vectors when it is bound.
         strength: kappa, in the loss's units with SGD and Adam, per coordinate and dimensionless with AdamW.  None:
-            automatic, twice a running estimate of what is needed, so that nothing needs tuning.
+            automatic, twice a running estimate of what the steps before needed, so that nothing needs tuning.
         basis: instead of ``project``, an orthonormal basis of what shall vanish: ``(weights, k)``, the weights of all
             tensors flattened one after the other.
         form: ``"gate"`` or ``"coordinates"`` (needs ``basis``).
