@@ -134,10 +134,10 @@ LOOP double move_copies(int64_t n, const Copies<T, N> c, const T* second, const 
   return WHOLE<N> * double(square);
 }
 
-// The only sweep with a gate for every orbit.  BALANCED: the imbalance is 0, and the metric 2 |w|.
+// The only sweep with a gate for every orbit; returns how many are apart.  BALANCED: the imbalance is 0, the metric 2 |w|.
 template <class T, int N, Lead LEAD, bool BALANCED>
-LOOP void step_copies_each(int64_t n, const Copies<T, N> c, T* second, T* peak, const Law<T>& k, Survey& s,
-                           Tally& tally) {
+LOOP int32_t step_copies_each(int64_t n, const Copies<T, N> c, T* second, T* peak, const Law<T>& k, Survey& s,
+                              Tally& tally) {
   constexpr bool adaptive = LEAD == MOMENTS || LEAD == AMSGRAD;
   const Rates<T, N> rates(k);
   const T imbalance = k.imbalance, scale = k.metric_scale;
@@ -147,11 +147,12 @@ LOOP void step_copies_each(int64_t n, const Copies<T, N> c, T* second, T* peak, 
   // Without the time scale the largest of decay and 1, in the same words: a branch here costs GCC the vectors.
   const T scaled = k.saturated ? 1 : 0, twice = 2 * scaled, least = k.saturated ? scale : T(1);
   T sum = 0, squares = 0, all = 0, most = 0, drives = 0;
-#pragma omp simd reduction(+ : sum, squares, all, drives) reduction(max : most)
+  int32_t apart = 0;
+#pragma omp simd reduction(+ : sum, squares, all, drives, apart) reduction(max : most)
   for (int64_t i = 0; i < n; i++) {
     T w[N], x[N], inverse = advance<T, N, LEAD>(i, c, second, peak, rates, w, x), p = adaptive ? 1 / inverse : T(1);
     T a[N], b[N], d[N], w_mean = center(w, a), u_mean = center(x, b), norm = length(a), forth = reach * p;
-    EACH_COPY d[j] = p * b[j], all += x[j] * x[j];
+    EACH_COPY apart += j > 0 && w[j] != w[0], d[j] = p * b[j], all += x[j] * x[j];
     const T drive = dot(d, d);
     drives += drive;
     most = larger(decoupled * drive + (1 - decoupled) * dot(b, b), most);
@@ -177,6 +178,7 @@ LOOP void step_copies_each(int64_t n, const Copies<T, N> c, T* second, T* peak, 
   tally.add(sum, squares, 0);
   s.all += all;
   keep_most<N>(s, most, drives);
+  return apart;
 }
 
 #undef EACH_COPY

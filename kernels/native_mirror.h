@@ -219,15 +219,17 @@ template <class T, class W> struct Orbits {
     return apart;
   }
 
-  template <int N> void step_few_each(Survey& sums, Tally& tally) {
+  template <int N> bool step_few_each(Survey& sums, Tally& tally) {
+    int32_t apart = 0;
     open_few<N>();
     leading<N>([&](auto lead, const Copies<T, N>& c) {
       T *second = this->shared(this->entry(0).second), *peak = this->shared(this->entry(0).peak);
       auto step = k.imbalance == 0 ? step_copies_each<T, N, decltype(lead)::value, true>
                                    : step_copies_each<T, N, decltype(lead)::value, false>;
-      step(n, c, second, peak, k, sums, tally);
+      apart = step(n, c, second, peak, k, sums, tally);
     });
     close();
+    return apart;
   }
 
   // What Adam's preconditioner is made from, once the moments are advanced.
@@ -262,20 +264,28 @@ template <class T, class W> struct Orbits {
     return apart;
   }
 
-  // The whole step of a block whose orbits have gates of their own.
-  void step_block_each(int64_t block, Survey& sums, Tally& tally) {
+  // The whole step of a block whose orbits have gates of their own; returns whether copies differ.  `level` expects that
+  // none do, and then the first sweep is all there is; to look beforehand would cost what it saves.
+  bool step_block_each(int64_t block, bool level, Survey& sums, Tally& tally) {
     turn(block, true);
-    if (!few([&](auto copies) { this->template step_few_each<decltype(copies)::value>(sums, tally); })) {
-      open(true);
-      survey(sums, m.critical != nullptr);
-      move_each(tally);
+    bool apart = false;
+    if (!few([&](auto copies) {
+          constexpr int N = decltype(copies)::value;
+          if (!level) apart = this->template step_few_each<N>(sums, tally);
+          else if ((apart = this->template survey_few<N>(sums))) this->open(false), this->move_each(tally);
+          else this->glide();
+        })) {
+      apart = advance(sums);
+      if (level && !apart) glide();
+      else move_each(tally);
     }
     keep_moments();
+    return apart;
   }
 
   bool advance(Survey& sums) {
     open(true);
-    survey(sums, false);
+    survey(sums, m.each && m.critical);
     for (int64_t i = 0; i < n; i++) rest[i] = w_mean[i] - forth[i] * u_mean[i];
     return !together();
   }
@@ -349,7 +359,7 @@ template <class T, class W> struct Orbits {
     return square;
   }
 
-  // A gate for every orbit, whose means and preconditioner the first sweep has left here.
+  // A gate for every orbit.
   void move_each(Tally& tally) {
     sum_orbits();
     gate_each(n, speed, forth, ww, uu, uw, lost, shift, k);
@@ -539,14 +549,16 @@ template <class T, class W> static const MirrorFunctions* mirror_functions() {
       [](const Mirror& m, const Segment& s, const Law<double>& law, int64_t begin, int64_t end, Survey& sums,
          char* glided, Tally& tally, double* sample, int64_t stride) {
         const Law<T> k(law);
+        // Even on the plane a strength that is no number moves what it gates.
+        const bool calm = (k.imbalance == 0 || s.copies == 1) && (!m.each || std::isfinite(k.inside));
+        bool apart = false;  // a block is mostly like the one before
         Orbits<T, W> o(m, s, k);
         for (int64_t i = begin; i < end; i++) {
           o.look_ahead(begin_of(s, i + 1), s.orbits, true);
           if (m.each) {
-            o.step_block_each(i, sums, tally);
+            apart = o.step_block_each(i, calm && !apart, sums, tally);
           } else {
-            const bool apart = o.survey_block(i, sums);
-            glided[i] = (k.imbalance == 0 || s.copies == 1) && !apart;
+            glided[i] = !o.survey_block(i, sums) && calm;
             if (glided[i]) o.glide();
             else sums.moving++;
           }
