@@ -191,42 +191,34 @@ template <class T, class W> struct Orbits {
     return c;
   }
 
-  // f(lead, streams) with where the updates of the first sweep come from.
-  template <int N, class F> void leading(const F& f) {
+  // Opens the block and calls f(lead, streams, second moment, peak) with where the updates of the first sweep come from.
+  template <int N, class F> int32_t leading(const F& f) {
+    for (int64_t j = 0; j < N; j++) copies[j].open(entry(j), k, at, n);
     const Entry& e = entry(0);
+    T *second = shared(e.second), *peak = shared(e.peak);
     if (k.direction == SGD && (!e.first || e.fresh)) {
       for (int64_t j = 0; j < N; j++) copies[j].direct(entry(j), k);
-      return f(std::integral_constant<Lead, GIVEN>(), streams<N>());
+      return f(std::integral_constant<Lead, GIVEN>(), streams<N>(), second, peak);
     }
     Copies<T, N> c = streams<N>();
     for (int64_t j = 0; j < N; j++) c.u[j] = moment(entry(j).first);
-    if (k.direction == SGD)
-      return k.nesterov ? f(std::integral_constant<Lead, NESTEROV>(), c) : f(std::integral_constant<Lead, MOMENTUM>(), c);
-    return e.peak ? f(std::integral_constant<Lead, AMSGRAD>(), c) : f(std::integral_constant<Lead, MOMENTS>(), c);
-  }
-
-  template <int N> void open_few() {
-    for (int64_t j = 0; j < N; j++) copies[j].open(entry(j), k, at, n);
+    if (k.direction == SGD && k.nesterov) return f(std::integral_constant<Lead, NESTEROV>(), c, second, peak);
+    if (k.direction == SGD) return f(std::integral_constant<Lead, MOMENTUM>(), c, second, peak);
+    if (peak) return f(std::integral_constant<Lead, AMSGRAD>(), c, second, peak);
+    return f(std::integral_constant<Lead, MOMENTS>(), c, second, peak);
   }
 
   template <int N> bool survey_few(Survey& sums) {
-    int32_t apart = 0;
-    open_few<N>();
-    leading<N>([&](auto lead, const Copies<T, N>& c) {
-      T *second = this->shared(this->entry(0).second), *peak = this->shared(this->entry(0).peak);
-      apart = survey_copies<T, N, decltype(lead)::value>(n, c, second, peak, rest, k, sums);
+    return leading<N>([&](auto lead, const Copies<T, N>& c, T* second, T* peak) {
+      return survey_copies<T, N, decltype(lead)::value>(n, c, second, peak, rest, k, sums);
     });
-    return apart;
   }
 
   template <int N> bool step_few_each(Survey& sums, Tally& tally) {
-    int32_t apart = 0;
-    open_few<N>();
-    leading<N>([&](auto lead, const Copies<T, N>& c) {
-      T *second = this->shared(this->entry(0).second), *peak = this->shared(this->entry(0).peak);
+    const int32_t apart = leading<N>([&](auto lead, const Copies<T, N>& c, T* second, T* peak) {
       auto step = k.imbalance == 0 ? step_copies_each<T, N, decltype(lead)::value, true>
                                    : step_copies_each<T, N, decltype(lead)::value, false>;
-      apart = step(n, c, second, peak, k, sums, tally);
+      return step(n, c, second, peak, k, sums, tally);
     });
     close();
     return apart;
