@@ -77,7 +77,7 @@ sanitize: $(VENV)/test.stamp  ## run the kernel's tests under AddressSanitizer a
 	@mkdir -p build/sanitize
 	g++ -std=c++17 -O1 -g -shared -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast \
 	    -fvisibility=hidden -w -fsanitize=address,undefined -fno-sanitize-recover=all \
-	    kernels/native.cpp -o build/sanitize/_native.abi3.so
+	    kernels/native/native.cpp -o build/sanitize/_native.abi3.so
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    SYMOPT_NATIVE=$(CURDIR)/build/sanitize $(BIN)/pytest -n 2 tests/test_native.py tests/test_native_mirror.py $(ARGS)
 

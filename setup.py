@@ -7,9 +7,9 @@ from glob import glob
 from setuptools import Extension, find_packages, setup
 
 native = Extension(
-    "symopt_kernels._native",
-    ["kernels/native.cpp"],
-    depends=sorted(glob("kernels/*.h")),
+    "symopt_kernels.native._native",
+    ["kernels/native/native.cpp"],
+    depends=sorted(glob("kernels/native/*.h")),
     # -fopenmp-simd only lets the loops be vectorized; no OpenMP runtime is linked, for torch has brought one.
     extra_compile_args=[
         *("-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
@@ -21,8 +21,10 @@ native = Extension(
     py_limited_api=True,
 )
 
+KERNELS = ["symopt_kernels", *(f"symopt_kernels.{name}" for name in find_packages("kernels"))]
+
 setup(
-    packages=[*find_packages(include=["symopt", "symopt.*"]), "symopt_kernels"],
+    packages=[*find_packages(include=["symopt", "symopt.*"]), *KERNELS],
     # Top-level `kernels` is another distribution's import name, hence folder and package differ.
     package_dir={"symopt_kernels": "kernels"},
     include_package_data=False,

@@ -26,7 +26,7 @@ from benchmarks.checks import check_native
 from benchmarks.kernels import KernelResult, run_case
 from benchmarks.peers import PEERS
 from benchmarks.training import FLAGS, NETS, run_training
-from symopt_kernels import native
+from symopt_kernels.native import binding as native
 
 __all__ = ["main"]
 

@@ -17,7 +17,7 @@ from typing import Any
 import symopt
 from benchmarks import timing
 from benchmarks.training import NETS, Trainer
-from symopt.constraints.budget import Plan
+from symopt.constraints.budget import BudgetPlan
 
 BUDGETS: dict[str, dict[str, Any]] = {
     "density 5 %, per tensor": {"density": 0.05},
@@ -60,7 +60,7 @@ def main() -> None:
         for name, options in BUDGETS.items():
             training(net, options)  # to warm up
             runs = [training(net, options) for _ in range(args.trainings)]
-            cut = int(Plan().commit * BLOCKS)
+            cut = int(BudgetPlan().commit * BLOCKS)
             blocks = [x / y for a, b in runs for x, y in zip(a[1:cut], b[1:cut], strict=True)]
             early, whole = timing.summarize(blocks), timing.summarize([sum(a) / sum(b) for a, b in runs])
             each = statistics.median(time / STEPS for _, b in runs for time in b)

@@ -26,9 +26,9 @@ from sklearn.linear_model import Lasso
 from torch import Tensor, nn
 
 import symopt
-from symopt_kernels import reference
+from symopt_kernels.reference import gauge
 
-AUTOMATIC = reference.imbalance_law
+AUTOMATIC = gauge.imbalance_law
 
 
 def law(kind: str):
@@ -41,7 +41,7 @@ def law(kind: str):
             "mass": torch.maximum(scale, 2 * size.square().sum() / size.sum().clamp(min=1e-30)),
         }[kind]
         new = c * (1 - decay / now).clamp(min=0) ** 2
-        return torch.where(new <= reference.SNAP * scale, 0.0, new)
+        return torch.where(new <= gauge.SNAP * scale, 0.0, new)
 
     return AUTOMATIC if kind in ("mass4", "anneal") else step
 
@@ -65,7 +65,7 @@ def gap(kind: str, spread: float, seed: int, steps: int, kappa: float, make) -> 
     torch.manual_seed(seed)
     net = symopt.constrain(nn.Linear(p, 1, bias=False).double(), {"weight": symopt.Sparse(kappa)})
     opt = make(net)
-    reference.imbalance_law = law(kind)
+    gauge.imbalance_law = law(kind)
     anneal = symopt.Anneal(opt, steps) if kind == "anneal" else None
     for _ in range(steps):
         opt.zero_grad()

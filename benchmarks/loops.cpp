@@ -30,7 +30,7 @@ int main() {
   Tally tally;
   Law<double> k{};
   k.lr = 1e-9, k.inside = k.outside = 1e-12, k.threshold = -1, k.metric_scale = .04, k.fresh1 = .1, k.beta2 = 1;
-  k.fresh2 = 0, k.unbias1 = k.unbias2 = 1, k.eps = 1e-8, k.saturated = 1, k.direction = SGD, k.imbalance_decay = -1;
+  k.fresh2 = 0, k.unbias1 = k.unbias2 = 1, k.eps = 1e-8, k.saturated = 1, k.direction = SGD, k.imbalance_factor = -1;
   const Law<float> balanced(k);
   k.imbalance = .02;
   const Law<float> plastic(k);

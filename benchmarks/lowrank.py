@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import symopt
 from benchmarks import timing
 from benchmarks.peers import load_pat
-from symopt.optim.lowrank import period
+from symopt.optim.lowrank.step import period
 
 __all__ = ["main"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import symopt
-from symopt_kernels import native
+from symopt_kernels.native import binding as native
 
 __all__ = ["describe", "in_cache", "line"]
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import symopt.selection
+import symopt.budgets.selection
 from benchmarks.methods import Budget, run
 from benchmarks.runs import cell
 from benchmarks.tasks import TASKS
-from symopt.constraints.budget import Plan
+from symopt.constraints.budget import BudgetPlan
 
 CASES = (
     *(("lenet-300-100", budget) for budget in ("5%", "0.5%", "neurons 25%")),
@@ -35,10 +35,10 @@ FIRST_SEED = 205
 PRUNING = ((3e-3, 0.1, 0.6), (6e-3, 0.1, 0.6))
 CHANGES: tuple[dict[str, Any], ...] = (
     {},
-    {"outside": 10.0, "plasticity": 2.0},
-    {"outside": 10.0},
+    {"strength_pruned": 10.0, "plasticity": 2.0},
+    {"strength_pruned": 10.0},
     *({"plasticity": x} for x in (2.0, 8.0)),
-    *({"inside": x} for x in (0.0, 0.03, 0.04)),
+    *({"strength_kept": x} for x in (0.0, 0.03, 0.04)),
     *({"inside at least": x} for x in (0.06, 0.09)),
     *({"ramp": ramp, "commit": commit} for ramp, commit in ((0.3, 0.45), (0.6, 0.8))),
     *({"lr": x} for x in (7e-3, 1.4e-2)),
@@ -49,7 +49,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
 
 
 def _by_size(counts: list[Tensor], keep: int) -> Tensor:
-    """Instead of the layer-adaptive score of ``symopt.selection``; everywhere at least one lives."""
+    """Instead of the layer-adaptive score of ``symopt.budgets.selection``; everywhere at least one lives."""
     table = torch.stack(counts)
     above = table.sum(0).flip(0).cumsum(0).flip(0)
     lowest = int((above >= keep).nonzero().max())
@@ -68,11 +68,11 @@ def _score(job: tuple[str, str, dict[str, Any], str, int]) -> float:
     if "plan" in setting:
         plan = dict(setting["plan"])
         if plan.pop("between tensors", None) == "by size":
-            symopt.selection._shares = _by_size
+            symopt.budgets.selection._shares = _by_size
         if (least := plan.pop("inside at least", None)) is not None:  # as a strength, for large budgets
-            plan["inside"] = max(Plan.inside, least / math.log(1 / Budget(budget).share))
+            plan["strength_kept"] = max(BudgetPlan.strength_kept, least / math.log(1 / Budget(budget).share))
         others = {key: plan.pop(key) for key in ("time_scale", "imbalance") if key in plan}
-        setting = {**setting, "plan": Plan(**plan), **others}
+        setting = {**setting, "plan": BudgetPlan(**plan), **others}
     found = run(method, TASKS[task], seed, Budget(budget), **setting)
     return float(found["validation"] + 2 * found["test"]) / 3  # 500 and 1 000 images
 

@@ -18,7 +18,9 @@ from benchmarks.cases import CONSTRAINTS, DTYPES, OPTIMIZERS, Case, Size
 from benchmarks.checks import check
 from benchmarks.peers import Explicit, Pat
 from benchmarks.training import FLAGS, NETS
-from symopt_kernels import native, reference
+from symopt_kernels.native import binding as native
+from symopt_kernels.reference import directions, elementwise, gauge
+from symopt_kernels.reference import group as group_kernel
 
 SMALL = ["--sizes", "2x1k", "--repeats", "2", "--seconds", "0", "--parts", "kernels"]
 PEERS = ["--peers", "torch-fused", "explicit"]
@@ -64,7 +66,8 @@ def test_a_wrong_step_prints_nothing_but_the_error(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(reference, function, bent(getattr(reference, function), 1 + 1e-4))
+    module = next(m for m in (directions, elementwise, gauge, group_kernel) if function in m.__all__)
+    monkeypatch.setattr(module, function, bent(getattr(module, function), 1 + 1e-4))
     written = tmp_path / "bench.json"
     files = ["--json", str(written), "--plot", str(tmp_path / "bench.png"), "--markdown", str(tmp_path / "bench.md")]
     readme = report.README.read_text(encoding="utf-8")
@@ -85,7 +88,7 @@ def test_a_wrong_step_prints_nothing_but_the_error(
 
 
 def test_only_the_wrong_case_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(reference, "group", bent(reference.group, float("nan")))
+    monkeypatch.setattr(group_kernel, "group", bent(group_kernel.group, float("nan")))
     status, out, err = run(capsys, "--constraints", "sparse", "group-out", "--optimizers", "sgd", *PEERS)
     assert status == 1 and len(err.splitlines()) == 1 and "case sgd group-out" in err
     assert "sgd sparse 2x1k" in out and "group-out" not in out
@@ -94,7 +97,7 @@ def test_only_the_wrong_case_is_missing(monkeypatch: pytest.MonkeyPatch, capsys:
 def test_memory_and_training_have_the_same_gate(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(reference, "sparse", bent(reference.sparse, 1.01))
+    monkeypatch.setattr(elementwise, "sparse", bent(elementwise.sparse, 1.01))
     parts = ["--parts", "memory", "training"]
     status, out, err = captured(capsys, "--quick", *parts, "--sizes", "1x1k", "--constraints", "sparse")
     assert (status, out) == (1, "")

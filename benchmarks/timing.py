@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symopt_kernels import native
+from symopt_kernels.native import binding as native
 
 __all__ = ["LEAST", "Summary", "bandwidth", "instructions", "interleave", "summarize", "threads"]
 

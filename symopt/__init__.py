@@ -24,9 +24,9 @@ The Lasso, to its optimum::
 Source: L. Ziyin, *Symmetry Induces Structure and Constraint of Learning*, ICML 2024, arXiv 2309.16932.
 """
 
+from symopt.anneal import Anneal
 from symopt.backends import explain
 from symopt.certify import certify, critical_strength
-from symopt.constrain import constrain, constraints, param_groups, release
 from symopt.constraints import (
     Circulant,
     Constraint,
@@ -39,11 +39,11 @@ from symopt.constraints import (
     Tied,
     ZeroMean,
 )
-from symopt.explicit import plain_state_dict
-from symopt.fold import fold, resize
+from symopt.folding.fold import fold, resize
+from symopt.module.constrain import constrain, constraints, param_groups, release
+from symopt.module.explicit import plain_state_dict
 from symopt.optim import SGD, Adam, AdamW
 from symopt.report import report
-from symopt.schedule import Anneal
 
 __version__ = "0.1.0"
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from symopt.constraints import Constraint
-from symopt.constraints.orbits import OrbitPlane
-from symopt_kernels import native, triton_launch
+from symopt.constraints.planes.orbits import OrbitPlane
 from symopt_kernels.groups import Groups
+from symopt_kernels.native import binding as native
+from symopt_kernels.triton import launch as triton_launch
 
 __all__ = ["BACKENDS", "FUSED", "check_backend", "choose", "explain", "fused_product", "why_not"]
 
@@ -59,13 +60,13 @@ def why_not(
         return "differentiable=True needs a step that autograd can follow"
     if constraint is not None and (reason := constraint.no_kernel(backend)):
         return reason
-    if constraint is not None and constraint.fixed and not p.is_contiguous():
+    if constraint is not None and constraint.is_plane and not p.is_contiguous():
         return f"strides {p.stride()} of shape {tuple(p.shape)} are not those of a contiguous tensor"
     if (pattern := constraint and constraint.budget and constraint.budget.pattern) and p.stride(1) != 1:
         return f"the {pattern[0]}:{pattern[1]} neighbours do not lie side by side (channels_last would place them so)"
     if pattern and backend == "triton" and pattern[1] not in triton_launch.PATTERNS:
         return f"it knows N:M with M in {triton_launch.PATTERNS}, not {pattern[0]}:{pattern[1]}"
-    gathered = isinstance(constraint, OrbitPlane) and not constraint.shared
+    gathered = isinstance(constraint, OrbitPlane) and not constraint.parameters_identical
     if gathered and p.numel() >= 2**31:
         return f"its index of equal weights ends at 2**31, the tensor has {p.numel()}"
     if gathered and backend == "triton" and groups is not None and p.numel() > LARGEST_ORBIT * groups.count:

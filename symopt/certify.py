@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from symopt import annotation
-from symopt.constrain import bundles
+from symopt.anneal import collapse_steps
 from symopt.constraints import Constraint
-from symopt.constraints.plane import flat, parts
+from symopt.constraints.planes.plane import flat, parts
+from symopt.module import annotation
+from symopt.module.constrain import bundles
 from symopt.optim import ConstrainedOptimizer
-from symopt.schedule import collapse_steps
 
 __all__ = ["Certificate", "Certificates", "certify", "critical_strength"]
 
@@ -116,7 +116,7 @@ def certify(model: nn.Module, opt: ConstrainedOptimizer, closure: Closure, sampl
         if any(id(p) not in owners for p in params):
             raise ValueError(f"certify: {', '.join(names)} is in no group of opt; pass the optimizer that trains it")
     here = _gradients("certify", closure, held, samples)
-    away = any(float(c.violation(flat(params).detach())) > 0 for _, params, c in held if c.fixed)
+    away = any(float(c.violation(flat(params).detach())) > 0 for _, params, c in held if c.is_plane)
     there = here
     if away:
         with _folded(held):
@@ -156,7 +156,7 @@ def critical_strength(model: nn.Module, closure: Closure, samples: int = 1, step
         >>> round(found["weight"], 4)
         1.4142
     """
-    held = [row for row in _held("critical_strength", model) if row[2].fixed]
+    held = [row for row in _held("critical_strength", model) if row[2].is_plane]
     if not held:
         raise ValueError("critical_strength: the model has no fixed plane; Sparse and GroupSparse choose their own")
     others = [p for p in model.parameters() if p.requires_grad]
@@ -237,7 +237,7 @@ def _folded(held: Held, others: list[nn.Parameter] | None = None) -> Iterator[No
     try:
         with torch.no_grad():
             for _, members, constraint in held:
-                if constraint.fixed:
+                if constraint.is_plane:
                     _write(members, constraint.fold(flat(members)))
         yield
     finally:
@@ -277,7 +277,7 @@ def _jackknife(constraint: Constraint, grads: list[Tensor], sizes: Tensor | None
 
     def critical(total: Tensor, n: int) -> float:
         norms = constraint.inner(total / n, total / n).clamp(min=0).sqrt()
-        norms = norms if sizes is None or constraint.fixed else norms[sizes == 0]
+        norms = norms if sizes is None or constraint.is_plane else norms[sizes == 0]
         return float(norms.max()) if norms.numel() else 0.0
 
     n, total = len(grads), torch.stack(grads).sum(0)
@@ -308,10 +308,10 @@ def _row(
     critical, error = _jackknife(constraint, there, sizes)
     interval = None if len(there) == 1 else (max(0.0, critical - 1.96 * error), critical + 1.96 * error)
     residual, strength = float(constraint.violation(w)), float(opt.strength(group, constraint, state))
-    on = residual <= constraint.rounding(w) and (constraint.fixed or bool((sizes == 0).any()))
+    on = residual <= constraint.rounding(w) and (constraint.is_plane or bool((sizes == 0).any()))
     most = critical if interval is None else interval[1]
     steps = collapse_steps(opt, group, p, constraint)
-    if on and constraint.fixed:
+    if on and constraint.is_plane:
         steps = 0.0
     elif steps is not None:
         steps = steps * strength / (strength - critical) if strength > critical else math.inf
@@ -338,7 +338,9 @@ def _row(
         interval=interval,
         strength=strength,
         # What is on the plane up to rounding has no direction off it.
-        kkt=_kkt(constraint, w, torch.stack(here).mean(0), sizes * 0 if on and constraint.fixed else sizes, strength),
+        kkt=_kkt(
+            constraint, w, torch.stack(here).mean(0), sizes * 0 if on and constraint.is_plane else sizes, strength
+        ),
         balance=None if scale is None else float(state["imbalance"] / scale),
         steps=steps,
     )
@@ -351,7 +353,7 @@ def _seen(opt: ConstrainedOptimizer, group: dict[str, Any], p: Tensor, constrain
         return grad
     groups = opt.groups(p, constraint)
     unit = 1.0 if groups is None else groups.size(grad).sqrt()
-    scaled = gain / (unit * torch.as_tensor(constraint.charge(grad, decoupled=True)))
+    scaled = gain / (unit * torch.as_tensor(constraint.strength_multiplier(grad, decoupled=True)))
     return grad * scaled if groups is None else groups.scale(scaled.expand(groups.count), grad)
 
 
@@ -359,5 +361,5 @@ def _kkt(constraint: Constraint, w: Tensor, grad: Tensor, sizes: Tensor, strengt
     slope, along = constraint.inner(grad, grad).clamp(min=0), constraint.inner(grad, w)
     live = (slope + 2 * strength * along / sizes.clamp(min=torch.finfo(w.dtype).tiny) + strength**2).clamp(min=0).sqrt()
     rest = torch.where(sizes > 0, live, (slope.sqrt() - strength).clamp(min=0))
-    tangent = constraint.fold(grad) if constraint.fixed else torch.zeros_like(grad)
+    tangent = constraint.fold(grad) if constraint.is_plane else torch.zeros_like(grad)
     return float((rest.square().sum() + tangent.square().sum()).sqrt())

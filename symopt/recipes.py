@@ -14,9 +14,9 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from symopt.binding import Patterns
-from symopt.constrain import constrain, param_groups
 from symopt.constraints import Constraint, GroupSparse, Sparse
+from symopt.module.constrain import constrain, param_groups
+from symopt.module.patterns import Patterns
 
 
 def _constant(progress: float) -> float:

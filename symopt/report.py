@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from symopt import annotation
-from symopt.constrain import bundles, constraints, free
+from symopt.anneal import collapse_steps
 from symopt.constraints import Constraint
-from symopt.constraints.plane import flat
-from symopt.explicit import plain_state_dict
-from symopt.fold import fold
+from symopt.constraints.planes.plane import flat
+from symopt.folding.fold import fold
+from symopt.module import annotation
+from symopt.module.constrain import bundles, constraints, free
+from symopt.module.explicit import plain_state_dict
 from symopt.optim import ConstrainedOptimizer
 from symopt.optim.options import is_cut
-from symopt.schedule import collapse_steps
 
 __all__ = ["Report", "Row", "report"]
 
@@ -210,8 +210,8 @@ def _row(
         steps = collapse_steps(optimizer, group, p, constraint)
         state = optimizer.state.get(p, {})
         imbalance = float(state["imbalance"]) if "imbalance" in state else None
-        if "trim" in state:  # a budget: the strength of what is inside, and no collapse to wait for
-            strength, steps = float(state["trim"][0]), None
+        if "budget" in state:  # a budget: the strength of what is inside, and no collapse to wait for
+            strength, steps = float(state["budget"][0]), None
             committed = is_cut(state)
     size = constraint.size(w)
     return Row(

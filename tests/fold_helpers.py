@@ -11,7 +11,7 @@ import random
 import torch
 from torch import nn
 
-from symopt.fold import fold
+from symopt.folding.fold import fold
 
 torch.set_num_threads(1)
 _seeded = torch.Generator().manual_seed(0)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from symopt_kernels import triton_launch
+from symopt_kernels.triton import launch as triton_launch
 
 __all__ = ["TARGETS", "VARIANTS", "Code", "Variant", "build", "traffic"]
 

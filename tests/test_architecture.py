@@ -28,11 +28,11 @@ PACKAGES = (symopt, symopt_kernels)
 LAYERS = (
     "symopt_kernels",
     "symopt.constraints",
-    "symopt.annotation symopt.backends symopt.selection symopt.budgets",
+    "symopt.module.annotation symopt.backends symopt.budgets.selection symopt.budgets",
     "symopt.optim",
-    "symopt.schedule",
-    "symopt.explicit",
-    "symopt.binding symopt.constrain",
+    "symopt.anneal",
+    "symopt.module.explicit",
+    "symopt.module.patterns symopt.constrain",
     "symopt.recipes",
     "symopt.folding symopt.fold",
     "symopt.report symopt.certify",
@@ -97,7 +97,7 @@ def layer(name: str) -> int:
 
 def test_all_sources_are_seen() -> None:
     assert {"symopt", "symopt.optim.base", "symopt.constraints.sparse", "symopt_kernels.reference"} <= SOURCES.keys()
-    assert "symopt.annotation" in ours("symopt.optim.base") and "symopt.optim.base" in ours("symopt.optim.adam")
+    assert "symopt.module.annotation" in ours("symopt.optim.base") and "symopt.optim.base" in ours("symopt.optim.adam")
 
 
 @modules

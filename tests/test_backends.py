@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import symopt
-from symopt_kernels import native
+from symopt_kernels.native import binding as native
 from table import (
     CONSTRAINTS,
     CPU_BACKENDS,
@@ -170,7 +170,7 @@ def test_a_schedule_of_the_imbalance(row: ConstraintRow, opt_row: OptimizerRow) 
     ours, theirs = both(row, opt_row, strength=20.0 * opt_row.lr)
     for t in range(STEPS):
         for run in (ours, theirs):
-            run[1].param_groups[0] |= {"imbalance_decay": 0.3 if t < 15 else 0.0, "committed": t >= 15}
+            run[1].param_groups[0] |= {"imbalance_factor": 0.3 if t < 15 else 0.0, "committed": t >= 15}
             step(run, t)
         close(ours, theirs, kind_of(row))
     if row.id != "sparse-free":

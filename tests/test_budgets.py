@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import symopt
-from symopt import schedule, selection
-from symopt.budgets import Member, Pool, pools
-from symopt_kernels import native, reference
+from symopt import anneal as schedule
+from symopt.budgets import selection
+from symopt.budgets.pools import Member, Pool, pools
+from symopt_kernels.native import binding as native
+from symopt_kernels.reference import elementwise
 from table import tolerance
 
 torch.set_num_threads(1)  # two threads in each of two workers wait for each other at every small operation
@@ -262,7 +264,7 @@ def test_a_pool_selects_exactly_and_by_size(dtype: torch.dtype, distinct: int) -
     for density in (0.001, 0.05, 0.5, 0.999, 1.0):
         w = (torch.randint(0, distinct, (41, 30), generator=generator).to(dtype) - distinct // 2) / distinct
         (pool,) = pools([member(w, symopt.Sparse(density=density))])
-        (outside,) = pool.outside()
+        (outside,) = pool.pruned()
         inside = ~outside
         assert int(inside.sum()) == pool.count == max(1, round(density * w.numel()))
         if outside.any():
@@ -281,7 +283,7 @@ def test_weights_of_several_tensors_compete_by_their_layer_adaptive_scores(densi
     torch.manual_seed(0)
     ws = [torch.randn(50, 40), torch.randn(90, 40) ** 3, torch.rand(40, 40) * 1e-6, torch.randn(3, 2) * 1e9]
     (pool,) = pools([member(w, constraint, str(i)) for i, w in enumerate(ws)])
-    inside = [~outside for outside in pool.outside()]
+    inside = [~outside for outside in pool.pruned()]
     assert sum(int(i.sum()) for i in inside) == pool.count == round(density * sum(w.numel() for w in ws))
     assert all(i.any() for i in inside)
     scores = [layer_adaptive(w) for w in ws]
@@ -300,21 +302,21 @@ def test_the_scale_of_a_tensor_does_not_matter_in_a_global_budget() -> None:
     (two,) = pools(
         [member(w * s, constraint, str(i)) for i, (w, s) in enumerate(zip(ws, (2.0**9, 2.0**-30), strict=True))]
     )
-    assert all(torch.equal(a, b) for a, b in zip(one.outside(), two.outside(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one.pruned(), two.pruned(), strict=True))
 
 
 @pytest.mark.parametrize("w", [torch.ones(40), torch.zeros(40), torch.full((40,), math.inf)], ids=["ones", "0", "inf"])
 def test_no_tensor_of_a_global_budget_dies(w: Tensor) -> None:
     constraint = symopt.Sparse(density=0.1, scope="global")
     (pool,) = pools([member(w, constraint, "same"), member(torch.randn(100), constraint, "other")])
-    inside = [int((~outside).sum()) for outside in pool.outside()]
+    inside = [int((~outside).sum()) for outside in pool.pruned()]
     assert sum(inside) == 14 and min(inside) >= 1
 
 
 def test_a_global_budget_of_one_unit_each_is_the_smallest() -> None:
     ws = [torch.randn(n, 100) for n in (90, 3, 3, 3)]
     (pool,) = pools([member(w, symopt.Sparse(density=4 / 9900, scope="global"), str(i)) for i, w in enumerate(ws)])
-    assert [int((~o).sum()) for o in pool.outside()] == [1, 1, 1, 1]
+    assert [int((~o).sum()) for o in pool.pruned()] == [1, 1, 1, 1]
     for constraint, unit in (
         (symopt.Sparse(density=3 / 9900, scope="global"), "4"),
         (symopt.GroupSparse("out", keep=3, scope="global"), "4"),
@@ -333,7 +335,7 @@ def test_groups_of_several_tensors_compete_by_their_scores_per_cost(scope: str) 
         symopt.GroupSparse("out", keep=0.5, scope=scope, positions=n if scope == "flops" else None) for n in places
     ]
     (pool,) = pools([member(w, c, str(i)) for i, (w, c) in enumerate(zip(ws, constraints, strict=True))])
-    inside = [~o for o in pool.outside()]
+    inside = [~o for o in pool.pruned()]
     cost = [w[0].numel() * n if scope == "flops" else 1 for w, n in zip(ws, places, strict=True)]
     spent = sum(int(i.sum()) * c for i, c in zip(inside, cost, strict=True))
     total = sum(len(w) * c for w, c in zip(ws, cost, strict=True))
@@ -429,7 +431,7 @@ def test_equal_global_constraints_share_and_others_do_not() -> None:
 
 def test_losers_are_all_but_the_largest_of_every_run() -> None:
     w = torch.tensor([[1.0, -3.0, 2.0, 0.5, 0.0, 0.0, 0.0, 0.0], [5.0, 5.0, 5.0, 5.0, -1.0, 2.0, -3.0, 4.0]])
-    lost = reference.losers(w, 2, 4)
+    lost = elementwise.nm_pruned_mask(w, 2, 4)
     assert lost.int().tolist() == [[1, 0, 0, 1, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1, 0, 0]]
 
 
@@ -519,7 +521,7 @@ def test_report_follows_a_budget() -> None:
     net, opt, anneal, x, y = budgeted("density", "adamw", 40)
     train(net, opt, anneal, x, y, 21)
     row = symopt.report(net, opt).rows[0]
-    assert not row.committed and row.strength == float(opt.state[net[0].weight]["trim"][0]) > 0
+    assert not row.committed and row.strength == float(opt.state[net[0].weight]["budget"][0]) > 0
     assert row.collapse_steps is None
     train(net, opt, anneal, x, y, 40, 21)
     assert symopt.report(net, opt).rows[0].committed
@@ -585,15 +587,15 @@ def test_the_native_pattern_is_the_references(
     w[:, ::3] = 0.04  # ties
     w, g = w.to(dtype), g.to(dtype)
     state = {"imbalance": torch.tensor(0.02, dtype=dtype), "metric_scale": torch.tensor(0.1, dtype=dtype)}
-    state["trim"] = torch.tensor([0.01, 5.0, math.inf, 1.0], dtype=torch.float64)
-    lost = reference.losers(w, keep, of)
+    state["budget"] = torch.tensor([0.01, 5.0, math.inf, 1.0], dtype=torch.float64)
+    lost = elementwise.nm_pruned_mask(w, keep, of)
     decay = 0.01 * (0.01 + 4.99 * lost.double())
     c, scale = (state[key].double() for key in ("imbalance", "metric_scale"))
     flags: Any = {"saturated": saturated, "snaps": lost}
-    want = reference.sparse(w.double(), 0.01 * g.double(), decay, c, scale, **flags)
+    want = elementwise.sparse(w.double(), 0.01 * g.double(), decay, c, scale, **flags)
     entry = native.Entry()
     native.fill(entry, w, state, "sparse")
-    entry.grad, entry.keep, entry.of = g.data_ptr(), keep, of
+    entry.grad, entry.pattern_n, entry.pattern_m = g.data_ptr(), keep, of
     native.step([entry], "sgd", lr=0.01, saturated=saturated, instructions=instructions)
     close = torch.finfo(dtype).eps * tolerance("native weight, fp64")
     torch.testing.assert_close(w.double(), want, rtol=close, atol=close * float(want.abs().max()))

@@ -13,7 +13,7 @@ from skglm import GroupLasso
 from sklearn.linear_model import Lasso
 
 import symopt
-from symopt_kernels import reference
+from symopt_kernels.reference import gauge
 from table import tolerance
 
 torch.set_num_threads(1)
@@ -280,7 +280,7 @@ def test_collapse_takes_the_steps_the_formula_says(size, name, held, time_scale,
     steps = need / (lr * strength * gain) / (1 - ratio)
     assert bool((radius > scale / 2).any()) and bool((radius < scale / 2).any())
     torch.testing.assert_close(born_dead, steps, rtol=tolerance("law"), atol=1.0)  # a step is a whole one
-    tol = reference.SNAP * scale
+    tol = gauge.SNAP * scale
     half = scale / 2
     by_hand = (radius / tol).log() / 2
     if time_scale == "saturated":

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import symopt
-from symopt.fold import fold, resize
+from symopt.folding.fold import fold, resize
 from symopt.report import report
 from table import OPTIMIZERS, OptimizerRow, ids
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import symopt
 from fold_helpers import IMAGE, LINE, LINES, SMOOTH, chain, expected_units, folded, kill, outputs, random_chain, widths
-from symopt.fold import fold, resize
+from symopt.folding.fold import fold, resize
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from torch import nn
 
 import symopt
 from fold_helpers import IMAGE, LINE, LINES, chain, folded, kill, outputs, widths
-from symopt.fold import fold
 from symopt.folding import rules
+from symopt.folding.fold import fold
 
 # -- what is read from forward ---------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import symopt
-from symopt.optim import lowrank as stepper
-from symopt_kernels import lowrank as kernel
+from symopt.optim.lowrank import step as stepper
+from symopt_kernels.reference import lowrank as kernel
 from table import MATRICES, OPTIMIZERS, constrained_parameter, ids, tolerance
 from test_steps import gradients, optimizer
 

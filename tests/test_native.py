@@ -20,15 +20,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import symopt
-from symopt_kernels import native, reference
 from symopt_kernels.groups import Groups
+from symopt_kernels.native import binding as native
+from symopt_kernels.reference import directions, elementwise, gauge
+from symopt_kernels.reference import group as group_kernel
 from table import tolerance
 
 torch.set_num_threads(1)
 
 LR, STRENGTH, OUTSIDE, THRESHOLD = 0.01, 0.3, 1.5, 0.046875
 SCALE = 0.1  # metric_scale
-SNAP = reference.SNAP
+SNAP = gauge.SNAP
 STEP = 3.0
 
 DIRECTIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -117,7 +119,7 @@ class Case:
     saturated: bool = True
     trimmed: bool = False
     imbalance: float = 0.02
-    imbalance_decay: float | None = None
+    imbalance_factor: float | None = None
     maximize: bool = False
     grad_scale: float | None = None
     weight_decay: float = 0.0
@@ -232,7 +234,7 @@ def make(case: Case) -> Problem:
     state = {key: value.to(accurate) for key, value in state.items()}
     stale = rand() < 0.03  # somebody changed the weight since
     if case.retraction == "sparse_free":
-        if case.imbalance_decay is not None:  # whose square is the product of the squares
+        if case.imbalance_factor is not None:  # whose square is the product of the squares
             w = torch.where(w.abs() < underflow(accurate), 0.0, w)
         # Every weight has its own imbalance, of either sign.
         heavy, light = symopt.Sparse().split(w.to(accurate), state["imbalance"] * 2 * rand().to(accurate))
@@ -280,8 +282,8 @@ def run(case: Case, problem: Problem, **changes: Any) -> native.Entry:
         entry, problem.w, problem.state, case.retraction, problem.groups, fresh=bool(case.option("fresh"))
     )  # fmt: skip
     entry.grad = problem.g.data_ptr()
-    entry.inside = changes.pop("strength", STRENGTH)
-    entry.outside = OUTSIDE if case.trimmed else entry.inside
+    entry.strength_kept = changes.pop("strength", STRENGTH)
+    entry.strength_pruned = OUTSIDE if case.trimmed else entry.strength_kept
     entry.threshold = THRESHOLD if case.trimmed else -1.0
     native.step([entry], case.kind, **{**arguments(case), **changes})
     return entry
@@ -300,7 +302,7 @@ def arguments(case: Case) -> dict[str, Any]:
         "weight_decay": case.weight_decay,
         "maximize": case.maximize,
         "saturated": case.saturated,
-        "imbalance_decay": case.imbalance_decay,
+        "imbalance_factor": case.imbalance_factor,
         "grad_scale": scale,
         "instructions": case.instructions,
     }
@@ -357,7 +359,7 @@ def expect(case: Case, problem: Problem) -> dict[str, Expected]:
 
     if case.retraction == "plain":
         decay = case.lr * weight_decay if case.kind == "adamw" else 0.0
-        new = reference.plain(w, case.lr * up, decay)
+        new = elementwise.plain(w, case.lr * up, decay)
         out |= _weights(case, (new,), w.abs() + case.lr * terms)
         return out
 
@@ -374,14 +376,14 @@ def expect(case: Case, problem: Problem) -> dict[str, Expected]:
     else:
         assert groups is not None
         metric, pull = (c * c + 4 * groups.sum(w * w)).sqrt(), groups.sum(delta * delta).sqrt()
-    t = reference.time_scale(metric, pull, decay, scale if case.saturated else None)
+    t = gauge.time_scale(metric, pull, decay, scale if case.saturated else None)
     metric, terms = metric + underflow(math_of(case.format)), (case.lr * terms).clamp(min=least)
     if case.retraction == "sparse":
-        news = snapped(lambda: reference.sparse(w, delta, decay, c, scale, **flags))
+        news = snapped(lambda: elementwise.sparse(w, delta, decay, c, scale, **flags))
         rho, far = 1 + t * decay, t * terms
         out |= _weights(case, news, (rho * rho + far * far) * w.abs() + rho * far * metric)
     else:
-        news = snapped(lambda: reference.group(w, delta, decay, c, scale, groups, **flags))
+        news = snapped(lambda: group_kernel.group(w, delta, decay, c, scale, groups, **flags))
         gate_sq, rho = (c + metric) / 2, 1 + t * decay
         far = groups.scale(t, terms)
         radial = groups.sum(far * w.abs()) / gate_sq.clamp(min=torch.finfo(torch.float64).tiny)
@@ -393,16 +395,16 @@ def expect(case: Case, problem: Problem) -> dict[str, Expected]:
         doubtful = groups.sum(news[-1] ** 2) <= noise * groups.sum(new_terms**2)
         news = (*news[:-1], torch.where(groups.expand(doubtful).reshape(w.shape), news[-1], news[0]))
         out |= _weights(case, news, new_terms)
-    if case.imbalance_decay is None:
+    if case.imbalance_factor is None:
         size = news[0].abs().flatten() if groups is None else groups.sum(news[0] * news[0]).sqrt()
         if isinstance(decay, Tensor) and case.order is not None and decay.shape == case.shape:
             decay = decay.permute(case.order)  # the kernel samples it as it lies in memory
         sizes = [size]
         if groups is None:  # the kernel takes a weight that snaps for as large as it was before
             sizes.append(news[-1].abs().flatten())
-        laws = [reference.imbalance_law(c, decay, scale, x, saturated=case.saturated) for x in sizes]
+        laws = [gauge.imbalance_law(c, decay, scale, x, saturated=case.saturated) for x in sizes]
     else:
-        laws = [torch.where(c * case.imbalance_decay <= SNAP * scale, 0.0, c * case.imbalance_decay)]
+        laws = [torch.where(c * case.imbalance_factor <= SNAP * scale, 0.0, c * case.imbalance_factor)]
     out["imbalance"] = Expected(tuple(laws), laws[0])
     return out
 
@@ -421,7 +423,7 @@ def _direct(
         momentum, dampening = case.option("momentum"), case.option("dampening")
         nesterov, fresh = bool(case.option("nesterov")), bool(case.option("fresh"))
         buffer = None if fresh else old.get("momentum_buffer")
-        up, gain, new = reference.sgd(g, buffer, momentum=momentum, dampening=dampening, nesterov=nesterov)
+        up, gain, new = directions.sgd(g, buffer, momentum=momentum, dampening=dampening, nesterov=nesterov)
         terms = g_terms
         if new is not None:
             if buffer is not None:
@@ -429,7 +431,7 @@ def _direct(
             out["momentum_buffer"] = Expected((new,), terms)
             terms = g_terms + momentum * terms if nesterov else terms
         return up, terms, gain
-    direction = reference.adam if case.kind == "adam" else reference.adamw
+    direction = directions.adam if case.kind == "adam" else directions.adamw
     moments = (old["exp_avg"], old["exp_avg_sq"], old.get("max_exp_avg_sq"))
     beta1, beta2 = BETA1, BETA2
     options: dict[str, Any] = {"step": STEP + 1, "beta1": beta1, "beta2": beta2, "eps": EPS, "groups": groups}
@@ -472,17 +474,17 @@ def _free(
     fresh = symopt.Sparse().split(w, old["imbalance"])
     factors = tuple(torch.where(stale, new, old[f"factor_{i}"]) for i, new in enumerate(fresh))
     stored = factors
-    if case.imbalance_decay is not None:
-        factors = rebalanced(*factors, case.imbalance_decay)
+    if case.imbalance_factor is not None:
+        factors = rebalanced(*factors, case.imbalance_factor)
     a, b = factors
     scale = old["metric_scale"]
     steps = snapped(
         lambda: torch.stack(
-            [x for part in reference.sparse_free(factors, delta, decay, scale, **flags) for x in
+            [x for part in elementwise.sparse_free(factors, delta, decay, scale, **flags) for x in
              (part if isinstance(part, tuple) else (part,))]
         )
     )  # fmt: skip
-    t = reference.time_scale(a * a + b * b, delta, decay, scale if case.saturated else None)
+    t = gauge.time_scale(a * a + b * b, delta, decay, scale if case.saturated else None)
     rho, far = 1 + t * decay, t * far
     terms = [rho * a.abs() + far * b.abs(), rho * b.abs() + far * a.abs()]
     u, v = steps[2][1:]
@@ -515,7 +517,8 @@ def snapped(step: Any) -> tuple[Tensor, ...]:
     results = []
     for factor in (1 - 1e-4, 1 + 1e-4, -1.0):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reference, "SNAP", SNAP * factor)
+            for module in (elementwise, group_kernel):
+                patch.setattr(module, "SNAP", SNAP * factor)
             results.append(step())
     return tuple(results)
 
@@ -552,7 +555,7 @@ def distances(case: Case, problem: Problem, expected: dict[str, Expected]) -> di
 
 def allowed(case: Case, key: str) -> float:
     kind = "native weight" if key in ("w", "master", "factor_0", "factor_1") else "native state"
-    if kind == "native weight" and case.retraction == "sparse_free" and case.imbalance_decay is not None:
+    if kind == "native weight" and case.retraction == "sparse_free" and case.imbalance_factor is not None:
         kind = "native rebalanced"
     return tolerance(f"{kind}, fp64" if case.format == "fp64" and kind != "native rebalanced" else kind)
 
@@ -666,7 +669,7 @@ def meets(case: Case) -> set[str]:
     names = {name for name, where in found.items() if bool(where.any())}
     if "imbalance" in problem.start and case.retraction != "sparse_free" and case.imbalance:
         kept = float(expect(case, problem)["imbalance"].values[0]) / float(problem.start["imbalance"])
-        if reference.FASTEST * (1 + 1e-6) < kept < 1 - 1e-6:
+        if gauge.MIN_IMBALANCE_FACTOR * (1 + 1e-6) < kept < 1 - 1e-6:
             names.add("the imbalance's own law")
     return names
 
@@ -710,17 +713,17 @@ def test_a_group_whose_terms_nearly_cancel_is_not_taken_for_zero(instructions: s
     groups = symopt.GroupSparse("out").partition(w)
     state = {"imbalance": torch.tensor(1.0), "metric_scale": torch.tensor(0.01)}
     c, scale = (state[key].double() for key in ("imbalance", "metric_scale"))
-    want = reference.group(w.double(), lr * g.double(), decay, c, scale, groups)
+    want = group_kernel.group(w.double(), lr * g.double(), decay, c, scale, groups)
     assert bool((want.abs() < 1e-4 * w).all()) and bool((want != 0).all())
     entry = native.Entry()
     native.fill(entry, w, state, "group", groups)
-    entry.grad, entry.inside, entry.outside = g.data_ptr(), decay, decay
+    entry.grad, entry.strength_kept, entry.strength_pruned = g.data_ptr(), decay, decay
     native.step([entry], "sgd", lr=lr, instructions=instructions)
     assert entry.zeros == int((w == 0).sum()) == 0
 
 
 MEANT = {"lr": Case().lr, "strength": STRENGTH, "beta1": BETA1, "beta2": BETA2, "momentum": 0.8, "dampening": 0.3}
-MEANT |= {"imbalance_decay": 0.9, "weight_decay": 0.1, "grad_scale": 3.0}
+MEANT |= {"imbalance_factor": 0.9, "weight_decay": 0.1, "grad_scale": 3.0}
 
 
 @pytest.mark.parametrize("format", ["fp32", "fp64", "bf16+master"])
@@ -729,7 +732,7 @@ def test_the_comparison_notices_a_relative_error_of_1e_5(name: str, format: str)
     """In any one number handed to the kernel."""
     direction = "dampening" if name in ("momentum", "dampening", "grad_scale") else "adam"
     case = Case(direction, "plain" if name == "weight_decay" else "sparse", (2000,), format=format)
-    if name in ("imbalance_decay", "weight_decay", "grad_scale"):
+    if name in ("imbalance_factor", "weight_decay", "grad_scale"):
         case = replace(case, **{name: MEANT[name]})
     wrong = MEANT[name] * (1 + 1e-5)
     check(case)
@@ -781,7 +784,7 @@ def any_case(draw: Any) -> Case:
         saturated=draw(st.booleans()),
         trimmed=draw(st.booleans()),
         imbalance=draw(st.sampled_from([0.0, 1e-6, 0.02, 3.0])),
-        imbalance_decay=draw(st.sampled_from([None, None, 0.0, 0.9, 1.0])),
+        imbalance_factor=draw(st.sampled_from([None, None, 0.0, 0.9, 1.0])),
         maximize=draw(st.booleans()),
         grad_scale=draw(st.sampled_from([None, 1024.0, 3.0])),
         weight_decay=draw(st.sampled_from([0.0, 0.1])),
@@ -882,7 +885,7 @@ def run_all(pairs: list[tuple[Case, Problem]]) -> list[Tensor]:
         fresh = bool(case.option("fresh"))
         native.fill(entry, problem.w, problem.state, case.retraction, problem.groups, fresh=fresh)
         entry.grad = problem.g.data_ptr()
-        entry.inside = entry.outside = STRENGTH
+        entry.strength_kept = entry.strength_pruned = STRENGTH
         entries.append(entry)
     native.step(entries, pairs[0][0].kind, **arguments(pairs[0][0]))
     zeros = torch.tensor([entry.zeros for entry in entries])
@@ -957,7 +960,7 @@ def test_a_step_of_length_zero_changes_no_bit_of_a_weight(direction: str, retrac
             valid = (
                 retraction == "sparse_free" and (problem.start["factor_0"] * problem.start["factor_1"]).to(dtype) == w
             )
-            run(case, problem, lr=0.0, imbalance_decay=decay)
+            run(case, problem, lr=0.0, imbalance_factor=decay)
             assert same(problem.w, w), case
             if has_master:
                 assert same(problem.state["master"], used), case
@@ -1054,7 +1057,7 @@ def test_a_given_decay_of_the_imbalance(retraction: str, keep: float) -> None:
     for i, (direction, instructions) in enumerate(itertools.product(DIRECTIONS, native.INSTRUCTIONS)):
         format = list(FORMATS)[i % len(FORMATS)]
         shape, groups = GROUPS["in-rows-33"] if retraction == "group" else ((700,), None)
-        case = Case(direction, retraction, shape, groups, format, instructions, imbalance_decay=keep, seed=1)
+        case = Case(direction, retraction, shape, groups, format, instructions, imbalance_factor=keep, seed=1)
         if not applies(case):
             continue
         errors = check(case)
@@ -1065,8 +1068,9 @@ def test_a_given_decay_of_the_imbalance(retraction: str, keep: float) -> None:
 def test_an_imbalance_at_its_end_becomes_zero(keep: float | None) -> None:
     for retraction, (shape, groups) in {"sparse": ((50,), None), "group": GROUPS["out"]}.items():
         for factor in (1 - 1e-3, 1 + 1e-3):
-            decay = reference.FASTEST if keep is None else keep
-            case = Case("sgd", retraction, shape, groups, imbalance=factor * SNAP * SCALE / decay, imbalance_decay=keep)
+            decay = gauge.MIN_IMBALANCE_FACTOR if keep is None else keep
+            start = factor * SNAP * SCALE / decay
+            case = Case("sgd", retraction, shape, groups, imbalance=start, imbalance_factor=keep)
             problem = make(case)
             run(case, problem, strength=1e3)  # so strong that the automatic law takes its fastest step
             assert bool(problem.state["imbalance"] == 0) == (factor < 1), case
@@ -1079,7 +1083,7 @@ def test_the_reference_rebalances_to_the_same_weight(dtype: torch.dtype) -> None
         a = torch.tensor([0.14, -0.14], dtype=dtype)
         b = ratio * a.flip(0)
         for keep in (0.99, 0.5, 0.0):
-            one, two = reference.rebalance((a, b), keep), rebalanced(a.double(), b.double(), keep)
+            one, two = elementwise.rebalance((a, b), keep), rebalanced(a.double(), b.double(), keep)
             tol = 100 * torch.finfo(dtype).eps
             torch.testing.assert_close(one[0] * one[1], a * b, rtol=tol, atol=0)
             for have, want in zip(one, two, strict=True):

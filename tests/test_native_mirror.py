@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import symopt
-from symopt.constraints.plane import flat
-from symopt_kernels import native
+from symopt.constraints.planes.plane import flat
+from symopt_kernels.native import binding as native
 from table import OPTIMIZERS, PLANES, OptimizerRow, PlaneRow, ids, plane_module
 from test_backends import HALF, Run, close, equal, gradient, step_alike, take, tensors
 
@@ -32,7 +32,7 @@ def constraint_of(module: torch.nn.Module) -> symopt.Constraint:
 
 TIES = planes("native")
 OTHERS = [row for row in PLANES if row not in TIES]
-SIMPLE = [row for row in TIES if constraint_of(plane_module(row)).shared]
+SIMPLE = [row for row in TIES if constraint_of(plane_module(row)).parameters_identical]
 """Ties of weights at one place of several tensors; of others the orbits are gathered."""
 FEW = [row for row in OPTIMIZERS if row.id in ("sgd", "sgd-nesterov", "adam-amsgrad", "adamw")]
 
@@ -237,7 +237,7 @@ _ORBITS: dict[str, tuple[symopt.Constraint, tuple[tuple[int, ...], ...], list[in
 def _bound(constraint: Any, shapes: tuple[tuple[int, ...], ...]) -> tuple[Any, Tensor]:
     """The constraint of weights of these shapes, and a weight as it sees them."""
     held = tuple(torch.empty(shape) for shape in shapes)
-    bound = constraint.bind_all("abc"[: len(held)], held) if constraint.joint else constraint.bind("a", held[0])
+    bound = constraint.bind_all("abc"[: len(held)], held) if constraint.binds_many else constraint.bind("a", held[0])
     return bound, flat(held)
 
 
@@ -414,7 +414,7 @@ def test_whatever_happens_between_steps_is_noticed(row: PlaneRow, opt_row: Optim
         run[0].w0.requires_grad_(False)
 
     def anneal(run: Run) -> None:
-        run[1].param_groups[0]["imbalance_decay"] = 0.9
+        run[1].param_groups[0]["imbalance_factor"] = 0.9
 
     def toggle(run: Run) -> None:
         group = run[1].param_groups[0]

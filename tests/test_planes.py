@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import symopt
-from symopt.constraints.plane import flat
-from symopt_kernels import mirror as kernel
+from symopt.constraints.planes.plane import flat
+from symopt_kernels.reference import plane as kernel
 from table import OPTIMIZERS, PLANES, ids, plane_module, tolerance
 
 torch.set_num_threads(1)
@@ -221,8 +221,8 @@ def test_the_suite_notices_a_wrong_retraction(row, monkeypatch):
     opt_row = next(r for r in OPTIMIZERS if r.id == "adam")
     if getattr(row.make(None), "form", "gate") == "coordinates":
         return  # its retraction is that of Sparse, of which test_table.py says the same
-    original = kernel.mirror
-    monkeypatch.setattr(kernel, "mirror", lambda *args, **kwargs: original(*args, **kwargs) * (1 + 1e-9))
+    original = kernel.plane_step
+    monkeypatch.setattr(kernel, "plane_step", lambda *args, **kwargs: original(*args, **kwargs) * (1 + 1e-9))
     with pytest.raises(AssertionError, match="not close"):
         follow(row, opt_row, "saturated", backend="reference")
 

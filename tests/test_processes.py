@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import symopt
-from symopt_kernels import native
+from symopt_kernels.native import binding as native
 from table import CONSTRAINTS, MATRICES, OPTIMIZERS, PLANES, constrained_parameter, plane_module
 
 SOAK = os.environ.get("SYMOPT_SOAK")

@@ -349,7 +349,7 @@ def test_an_imbalance_below_the_threshold_becomes_zero(row, decay):
     for factor in (LOW, HIGH):
         p = (module := constrained_parameter(row)).weight
         opt = symopt.SGD(module, lr=1e-9)
-        opt.param_groups[0]["imbalance_decay"] = decay
+        opt.param_groups[0]["imbalance_factor"] = decay
         p.grad = torch.zeros_like(p)
         opt.step()
         state = opt.state[p]

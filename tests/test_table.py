@@ -9,7 +9,8 @@ import symopt
 from symopt.constraints import CONSTRAINTS as PUBLIC_CONSTRAINTS
 from symopt.optim import OPTIMIZERS as PUBLIC_OPTIMIZERS
 from symopt.optim import ConstrainedOptimizer
-from symopt_kernels import reference
+from symopt_kernels.reference import directions, elementwise
+from symopt_kernels.reference import group as group_kernel
 from table import CONSTRAINTS, MATRICES, OPTIMIZERS, PLANES, tolerance
 from test_steps import follow
 
@@ -34,11 +35,11 @@ def test_every_optimizer_has_a_row():
 def test_rows_have_their_own_names_and_pass_the_strength_on():
     assert max(Counter(row.id for row in [*CONSTRAINTS, *MATRICES, *PLANES, *OPTIMIZERS]).values()) == 1
     for row in PLANES:
-        assert row.make(0.25).strength == 0.25 and row.make(None).strength is None and row.make(None).fixed
+        assert row.make(0.25).strength == 0.25 and row.make(None).strength is None and row.make(None).is_plane
     for row in [*CONSTRAINTS, *MATRICES]:
         assert row.make(0.25).strength == 0.25 and row.make(None).strength is None
         assert row.make(None).bind("w", torch.ones(row.shape)) is not None  # fits its shape
-    assert max(Counter(cls.name for cls in PUBLIC_CONSTRAINTS if not cls.fixed).values()) == 1
+    assert max(Counter(cls.name for cls in PUBLIC_CONSTRAINTS if not cls.is_plane).values()) == 1
 
 
 def test_an_unknown_tolerance_is_refused():
@@ -52,8 +53,9 @@ def test_the_suite_notices_a_wrong_retraction(constraint, monkeypatch):
     opt_row = next(row for row in OPTIMIZERS if row.cls is symopt.AdamW)
     follow(constraint, opt_row, "saturated", 1.0, backend="reference")
     name = constraint.make(None).name
-    original = getattr(reference, name)
-    monkeypatch.setattr(reference, name, lambda *args, **kwargs: original(*args, **kwargs) * (1 + 1e-9))
+    module = group_kernel if name == "group" else elementwise
+    original = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: original(*args, **kwargs) * (1 + 1e-9))
     with pytest.raises(AssertionError, match="not close"):
         follow(constraint, opt_row, "saturated", 1.0, backend="reference")
 
@@ -62,12 +64,12 @@ def test_the_suite_notices_a_wrong_retraction(constraint, monkeypatch):
 def test_the_suite_notices_a_wrong_direction(direction, monkeypatch):
     """The same for a gain that is off by 1e-9: the strength would mean something else."""
     opt_row = next(row for row in OPTIMIZERS if row.cls.__name__.lower() == direction)
-    original = getattr(reference, direction)
+    original = getattr(directions, direction)
 
     def wrong(*args, **kwargs):
         update, gain, *rest = original(*args, **kwargs)
         return (update, gain * (1 + 1e-9), *rest)
 
-    monkeypatch.setattr(reference, direction, wrong)
+    monkeypatch.setattr(directions, direction, wrong)
     with pytest.raises(AssertionError, match="not close"):
         follow(CONSTRAINTS[0], opt_row, "saturated", 1.0, backend="reference")

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from machine_code import TARGETS, VARIANTS, Variant, build, traffic
-from symopt_kernels import triton_launch, triton_table
+from symopt_kernels.triton import launch as triton_launch
+from symopt_kernels.triton import table as triton_table
 
 HERE = Path(__file__).resolve().parent
 MODES = ["interpreted", *(["gpu"] if torch.cuda.is_available() else [])]

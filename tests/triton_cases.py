@@ -21,7 +21,11 @@ from torch import Tensor
 
 import symopt
 import test_native as oracle
-from symopt_kernels import reference, triton_explicit, triton_launch, triton_select, triton_table
+from symopt_kernels.reference import elementwise, gauge
+from symopt_kernels.triton import launch as triton_launch
+from symopt_kernels.triton import product as triton_explicit
+from symopt_kernels.triton import selection as triton_select
+from symopt_kernels.triton import table as triton_table
 from table import CONSTRAINTS, OPTIMIZERS, OptimizerRow, constrained_parameter, ids, tolerance
 from test_native import DIRECTIONS, FORMATS, OUTSIDE, STRENGTH, THRESHOLD, Case, Problem
 
@@ -75,13 +79,13 @@ def run(case: Case, problem: Problem, **changes: Any) -> int:
     there = on_device(problem)
     state = {k: v for k, v in there.items() if k not in ("w", "g")}
     if case.trimmed:
-        trim = [STRENGTH, OUTSIDE, THRESHOLD, case.imbalance_decay]
-        state["trim"] = torch.tensor(trim, dtype=torch.float64, device=DEVICE)
+        trim = [STRENGTH, OUTSIDE, THRESHOLD, case.imbalance_factor]
+        state["budget"] = torch.tensor(trim, dtype=torch.float64, device=DEVICE)
     entry = triton_launch.Entry()
     triton_launch.fill(
         entry, there["w"], state, case.retraction, problem.groups, fresh=bool(case.option("fresh"))
     )  # fmt: skip
-    entry.grad, entry.inside = there["g"].data_ptr(), changes.pop("strength", STRENGTH)
+    entry.grad, entry.strength_kept = there["g"].data_ptr(), changes.pop("strength", STRENGTH)
     options = {k: v for k, v in oracle.arguments(case).items() if k != "instructions"}
     if options["grad_scale"] is not None:
         options["grad_scale"] = options["grad_scale"].to(DEVICE)
@@ -138,7 +142,7 @@ def combined(retraction: str) -> Iterator[Case]:
             case = Case(
                 direction, retraction, shape, groups,
                 format=FORMS[i % len(FORMS)], saturated=i % 4 != 1, trimmed=trimmed, imbalance=(0.02, 0.0)[i % 2],
-                imbalance_decay=0.99 if trimmed or i % 5 == 0 else None, maximize=i % 7 == 3,
+                imbalance_factor=0.99 if trimmed or i % 5 == 0 else None, maximize=i % 7 == 3,
                 grad_scale=(None, 4.0)[i % 6 == 1], poison=i % 8 == 5 and math.prod(shape) > 6, seed=i,
             )  # fmt: skip
             if retraction == "plain":
@@ -175,7 +179,7 @@ def test_any_shape(
     "change", [{"lr": 0.01 * (1 + 1e-4)}, {"strength": STRENGTH * 1.001}, {"beta1": 0.9001}], ids=str
 )
 def test_the_comparison_notices(change: dict[str, float]) -> None:
-    for case in (Case(imbalance_decay=0.99), Case(retraction="group", shape=(5, 7), groups="in", seed=3)):
+    for case in (Case(imbalance_factor=0.99), Case(retraction="group", shape=(5, 7), groups="in", seed=3)):
         with pytest.raises(AssertionError, match="ulp"):
             check(replace(case, shape=case.shape), **change)
 
@@ -199,7 +203,7 @@ def one_step(w: Tensor, g: Tensor, retraction: str, *, lr: Any = 0.01, inside: A
     entry = triton_launch.Entry()
     own = {k: options.pop(k) for k in ("depth", "pattern") if k in options}
     triton_launch.fill(entry, w, state, retraction, None, **own)
-    entry.grad, entry.inside = g.data_ptr(), inside
+    entry.grad, entry.strength_kept = g.data_ptr(), inside
     triton_launch.step([entry], "sgd", lr=lr, **options)
     return w.cpu()
 
@@ -209,7 +213,7 @@ def one_step(w: Tensor, g: Tensor, retraction: str, *, lr: Any = 0.01, inside: A
 def test_deep(depth: int, saturated: bool) -> None:
     w, g = numbers(300)
     args = (w.double(), 0.01 * g.double(), 0.003, torch.tensor(1.5).double(), depth)
-    expected = reference.sparse_deep(*args, saturated=saturated)
+    expected = elementwise.sparse_deep(*args, saturated=saturated)
     found = one_step(w, g, "sparse", depth=depth, saturated=saturated)
     assert torch.equal(found == 0, expected == 0)
     # Powers by log2 and exp2: a few ulp of the weight and of the step's own size.
@@ -221,24 +225,24 @@ def test_patterns(pattern: tuple[int, int]) -> None:
     w, g = numbers(256)
     w[8:12] = 0.5  # of equals the first stay
     keep, of = pattern
-    outer = reference.losers(w.reshape(2, 128), keep, of).flatten()
+    outer = elementwise.nm_pruned_mask(w.reshape(2, 128), keep, of).flatten()
     decay = 0.01 * torch.where(outer, OUTSIDE, STRENGTH).double()
     c, scale = torch.tensor(0.02).double(), torch.tensor(1.5).double()
-    expected = reference.sparse(w.double(), 0.01 * g.double(), decay, c, scale, snaps=outer)
+    expected = elementwise.sparse(w.double(), 0.01 * g.double(), decay, c, scale, snaps=outer)
     trim = torch.tensor([STRENGTH, OUTSIDE, math.inf, 0.99], dtype=torch.float64)
-    found = one_step(w, g, "sparse", pattern=pattern, state={"trim": trim})
+    found = one_step(w, g, "sparse", pattern=pattern, state={"budget": trim})
     assert bool(((found - expected).abs() <= 8 * 2**-23 * (w.abs() + 0.02 * g.abs() + 0.02)).all())
     trim[2] = -1.0  # nothing is outside yet
-    expected = reference.sparse(w.double(), 0.01 * g.double(), 0.01 * STRENGTH, c, scale)
-    found = one_step(w, g, "sparse", pattern=pattern, state={"trim": trim})
+    expected = elementwise.sparse(w.double(), 0.01 * g.double(), 0.01 * STRENGTH, c, scale)
+    found = one_step(w, g, "sparse", pattern=pattern, state={"budget": trim})
     assert bool(((found - expected).abs() <= 8 * 2**-23 * (w.abs() + 0.02 * g.abs() + 0.02)).all())
 
 
 def test_errors_are_at_most_twice_those_of_torch() -> None:
     w, g = numbers(3000)
     c, scale = torch.tensor(0.02), torch.tensor(1.5)
-    exact = reference.sparse(w.double(), 0.01 * g.double(), 0.003, c.double(), scale.double())
-    plain = reference.sparse(w, 0.01 * g, 0.003, c, scale)
+    exact = elementwise.sparse(w.double(), 0.01 * g.double(), 0.003, c.double(), scale.double())
+    plain = elementwise.sparse(w, 0.01 * g, 0.003, c, scale)
     found = one_step(w, g, "sparse")
     for norm in (torch.linalg.vector_norm, lambda x: x.abs().max()):
         assert norm(found - exact) <= tolerance("triton over torch") * norm(plain - exact)
@@ -346,7 +350,7 @@ def test_explicit_mode(depth: int, dtype: torch.dtype) -> None:
     factors = [numbers(300, seed)[1].to(dtype).to(DEVICE) for seed in range(depth)]
     grad = numbers(300)[1].to(dtype).to(DEVICE)
     accurate = [u.double().requires_grad_() for u in factors]
-    w = reference.product(tuple(accurate))
+    w = gauge.product(tuple(accurate))
     near = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4e-7}
     torch.testing.assert_close(triton_explicit.compose(factors).double(), w, **near)
     (w * grad.double()).sum().backward()

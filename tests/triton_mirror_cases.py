@@ -16,7 +16,8 @@ import torch
 import symopt
 import test_backends
 import test_native_mirror
-from symopt_kernels import triton_launch, triton_table
+from symopt_kernels.triton import launch as triton_launch
+from symopt_kernels.triton import table as triton_table
 from table import OPTIMIZERS, OptimizerRow, PlaneRow, ids, plane_module
 from test_backends import HALF, step_alike, take, tensors
 from test_native_mirror import FEW, SIMPLE, along, large, make_equal, nearly, planes, tied, weights
@@ -217,7 +218,7 @@ def test_what_changes_between_steps(row: PlaneRow, opt_row: OptimizerRow) -> Non
     changes: list[dict[str, Any]] = [
         {"lr": torch.tensor(0.004, device=DEVICE)},
         {"strength": torch.tensor(0.3, device=DEVICE)},
-        {"imbalance_decay": 0.9},
+        {"imbalance_factor": 0.9},
         {"strength": None},
     ]
     for t, change in enumerate(changes):

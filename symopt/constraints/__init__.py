@@ -2,14 +2,14 @@
 
 from symopt.constraints.base import Constraint
 from symopt.constraints.composed import Composed
-from symopt.constraints.equivariant import Equivariant
 from symopt.constraints.group import GroupSparse
 from symopt.constraints.lowrank import LowRank
-from symopt.constraints.mirror import Mirror
+from symopt.constraints.planes.equivariant import Equivariant
+from symopt.constraints.planes.mirror import Mirror
+from symopt.constraints.planes.symmetric import Circulant, Symmetric
+from symopt.constraints.planes.tied import Tied
+from symopt.constraints.planes.zero_mean import ZeroMean
 from symopt.constraints.sparse import Sparse
-from symopt.constraints.symmetric import Circulant, Symmetric
-from symopt.constraints.tied import Tied
-from symopt.constraints.zero_mean import ZeroMean
 
 CONSTRAINTS: tuple[type[Constraint], ...] = (
     *(Sparse, GroupSparse, LowRank),

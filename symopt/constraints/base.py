@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from symopt.constraints.budget import Budget, Plan
+from symopt.constraints.budget import Budget, BudgetPlan
 from symopt_kernels.groups import Groups
-from symopt_kernels.reference import SNAP, weight_scale
+from symopt_kernels.reference.gauge import SNAP, weight_scale
 
 __all__ = ["Constraint", "Factors", "Outs", "check_depth", "check_number", "heavy_factor", "light_factor"]
 
@@ -52,19 +52,19 @@ class Constraint(ABC):
     carries_factors: ClassVar[bool] = False
     """Whether the factors themselves are optimizer state (free gauge)."""
 
-    joint: ClassVar[bool] = False
+    binds_many: ClassVar[bool] = False
     """Whether everything one key matches is bound into one: :meth:`bind_all` instead of :meth:`bind`."""
 
-    fixed: ClassVar[bool] = False
+    is_plane: ClassVar[bool] = False
     """Whether the structure is known beforehand, so that any large enough strength will do: None is automatic."""
 
-    shared: bool = False
+    parameters_identical: bool = False
     """Whether the tensors of a joint constraint end up equal, so that one can serve as all."""
 
-    plan: ClassVar[Plan] = Plan()
+    plan: ClassVar[BudgetPlan] = BudgetPlan()
     """How its budget is imposed."""
 
-    product: ClassVar[bool] = False
+    is_matrix: ClassVar[bool] = False
     """Whether a weight is a product of two matrices, which ``thin`` gives, and not of factors of its own shape."""
 
     free_factors: ClassVar[int] = 0
@@ -141,7 +141,7 @@ class Constraint(ABC):
         deep = backend == "triton" and self.name == "sparse"
         return None if self.depth == 2 or deep else f"depth {self.depth} has no fused kernel"
 
-    def charge(self, w: Tensor, *, decoupled: bool) -> Tensor | float:
+    def strength_multiplier(self, w: Tensor, *, decoupled: bool) -> Tensor | float:
         """Relative strength of every unit; not 1 only where several constraints share a weight."""
         return 1.0
 
@@ -169,7 +169,7 @@ class Constraint(ABC):
         """How many units may live, or None where the strength decides."""
         return None
 
-    def outside(self, w: Tensor, threshold: Tensor | float, groups: Groups | None) -> Tensor:
+    def pruned(self, w: Tensor, threshold: Tensor | float, groups: Groups | None) -> Tensor:
         """Which units have no place in the budget: those up to the threshold; one truth value per unit, flat."""
         return self.size(w, groups) <= threshold
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["Budget", "Plan", "check_keep", "check_scope", "check_share", "parse_pattern"]
+__all__ = ["Budget", "BudgetPlan", "check_keep", "check_scope", "check_share", "parse_pattern"]
 
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 _LONGEST = 64  # neighbours that compete in an N:M pattern; kernels compare each with all others
@@ -32,7 +32,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BudgetPlan:
     """How a budget is imposed over training."""
 
     ramp: float = 0.45
@@ -40,9 +40,9 @@ class Plan:
     ``share + (1 - share) (1 - progress / ramp)**3`` (Zhu & Gupta, 2017)."""
     commit: float = 0.6
     """Share of training at which what is outside becomes exactly zero and the support final."""
-    inside: float = 0.02
+    strength_kept: float = 0.02
     """Strength of units inside the budget until the commit: this times ``ln(1 / share)``."""
-    outside: float = 30.0
+    strength_pruned: float = 30.0
     """Strength of units outside."""
     plasticity: float = 4.0
     """The imbalance has decayed by ``exp(-plasticity)`` at the commit, which then ends it."""

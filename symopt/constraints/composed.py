@@ -11,8 +11,8 @@ from torch import Tensor
 from symopt.constraints.base import Constraint, Factors, Outs
 from symopt.constraints.group import GroupSparse
 from symopt.constraints.sparse import Sparse
-from symopt_kernels import reference
 from symopt_kernels.groups import Groups
+from symopt_kernels.reference import elementwise
 
 __all__ = ["Composed"]
 
@@ -62,7 +62,7 @@ class Composed(Constraint):
     def no_kernel(self, backend: str) -> str | None:
         return "a list of constraints has no fused kernel"
 
-    def charge(self, w: Tensor, *, decoupled: bool) -> Tensor:
+    def strength_multiplier(self, w: Tensor, *, decoupled: bool) -> Tensor:
         total = torch.zeros_like(w)
         for part in self.parts:
             own = part.default_strength(decoupled=decoupled) if part.strength is None else part.strength
@@ -99,7 +99,7 @@ class Composed(Constraint):
         saturated: bool = True,
         snaps: Tensor | bool = True,
     ) -> Tensor:
-        return reference.sparse(w, delta, decay, imbalance, metric_scale, saturated=saturated, snaps=snaps)
+        return elementwise.sparse(w, delta, decay, imbalance, metric_scale, saturated=saturated, snaps=snaps)
 
     def penalty(self, w: Tensor) -> Tensor:
         """Sum of the parts' penalties, each times its strength (its coupled default if None)."""

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors, Outs, check_depth, heavy_factor
 from symopt.constraints.budget import Budget, check_keep, check_scope
-from symopt_kernels import reference
 from symopt_kernels.groups import Groups
+from symopt_kernels.reference import gauge
+from symopt_kernels.reference import group as group_kernel
 
 __all__ = ["GroupSparse"]
 
@@ -193,7 +194,7 @@ class GroupSparse(Constraint):
 
     def compose(self, factors: Factors, out: Tensor | None = None) -> Tensor:
         *gates, direction = factors
-        return self.partition(direction).scale(reference.product(tuple(gates)), direction, out)
+        return self.partition(direction).scale(gauge.product(tuple(gates)), direction, out)
 
     def split(self, w: Tensor, imbalance: Tensor | float = 0.0) -> Factors:
         groups = self.partition(w)
@@ -206,8 +207,8 @@ class GroupSparse(Constraint):
         *gates, direction = factors
         groups = self.partition(direction)
         inner = groups.sum(grad * direction)
-        rest = (inner * r for r in reference.partial_products(tuple(gates))) if len(gates) > 1 else (inner,)
-        return (*rest, groups.scale(reference.product(tuple(gates)), grad, out[-1] if out else None))
+        rest = (inner * r for r in gauge.partial_products(tuple(gates))) if len(gates) > 1 else (inner,)
+        return (*rest, groups.scale(gauge.product(tuple(gates)), grad, out[-1] if out else None))
 
     def mirror(self, factors: Factors) -> Factors:
         gate, *others, direction = factors
@@ -228,8 +229,8 @@ class GroupSparse(Constraint):
         groups = groups or self.partition(w)
         flags: Any = {"saturated": saturated, "snaps": snaps}
         if self.depth > 2:
-            return reference.group_deep(w, delta, decay, metric_scale, groups, self.depth, **flags)
-        return reference.group(w, delta, decay, imbalance, metric_scale, groups, **flags)
+            return group_kernel.group_deep(w, delta, decay, metric_scale, groups, self.depth, **flags)
+        return group_kernel.group(w, delta, decay, imbalance, metric_scale, groups, **flags)
 
     def penalty(self, w: Tensor) -> Tensor:
         return self.depth / 2 * (self.size(w) ** (2 / self.depth)).sum()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors, Outs
-from symopt.constraints.budget import Budget, Plan
+from symopt.constraints.budget import Budget, BudgetPlan
 from symopt_kernels.groups import Groups
-from symopt_kernels.lowrank import factorize, singular_values
-from symopt_kernels.reference import math_dtype
+from symopt_kernels.reference.gauge import math_dtype
+from symopt_kernels.reference.lowrank import factorize, singular_values
 
 __all__ = ["LowRank"]
 
@@ -67,9 +67,11 @@ class LowRank(Constraint):
 
     name: ClassVar[str] = "lowrank"
     carries_factors: ClassVar[bool] = True
-    product: ClassVar[bool] = True
+    is_matrix: ClassVar[bool] = True
     # Directions show early, once what is learned stands out of the random start, and want long training at the end.
-    plan: ClassVar[Plan] = Plan(begin=0.1, ramp=0.12, commit=0.14, inside=0.006, outside=6.0, plasticity=2.0)
+    plan: ClassVar[BudgetPlan] = BudgetPlan(
+        begin=0.1, ramp=0.12, commit=0.14, strength_kept=0.006, strength_pruned=6.0, plasticity=2.0
+    )
 
     strength: float | None = None
     rank: int | None = None
@@ -137,7 +139,7 @@ class LowRank(Constraint):
         return (-factors[0], -factors[1])
 
     def retract(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise TypeError(f"{self} steps its factors, which are optimizer state (symopt_kernels.lowrank)")
+        raise TypeError(f"{self} steps its factors, which are optimizer state (symopt_kernels.reference.lowrank)")
 
     def start(self, w: Tensor, relative: float, groups: Groups | None = None) -> tuple[Tensor, Tensor]:
         side = min(w.shape[0], w[0].numel())
@@ -171,7 +173,7 @@ class LowRank(Constraint):
     def default_strength(self, *, decoupled: bool) -> float:
         return 0.1 if decoupled else 1e-4
 
-    def loudness(self, w: Tensor) -> float:
+    def per_coordinate_factor(self, w: Tensor) -> float:
         """``(sqrt(m) + sqrt(n)) / 2``: what makes AdamW's strength count per coordinate.
 
         Every row of what is pulled back has unit variance, so a direction in which all coordinates have the signal r

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors, Outs, check_depth, heavy_factor, light_factor
 from symopt.constraints.budget import Budget, check_scope, check_share, parse_pattern
-from symopt_kernels import reference
 from symopt_kernels.groups import Groups
+from symopt_kernels.reference import elementwise, gauge
 
 __all__ = ["Sparse"]
 
@@ -115,21 +115,21 @@ class Sparse(Constraint):
                 )
         return self
 
-    def outside(self, w: Tensor, threshold: Tensor | float, groups: Groups | None) -> Tensor:
+    def pruned(self, w: Tensor, threshold: Tensor | float, groups: Groups | None) -> Tensor:
         budget = self.budget
         if budget is not None and budget.pattern is not None:
-            return reference.losers(w, *budget.pattern).flatten()
-        return super().outside(w, threshold, groups)
+            return elementwise.nm_pruned_mask(w, *budget.pattern).flatten()
+        return super().pruned(w, threshold, groups)
 
     def compose(self, factors: Factors, out: Tensor | None = None) -> Tensor:
-        return reference.product(factors, out)
+        return gauge.product(factors, out)
 
     def split(self, w: Tensor, imbalance: Tensor | float = 0.0) -> Factors:
         heavy = heavy_factor(w.abs(), imbalance, self.depth)
         return (heavy,) * (self.depth - 1) + (light_factor(w, heavy, self.depth),)
 
     def pullback(self, factors: Factors, grad: Tensor, out: Outs | None = None) -> Factors:
-        rest = reference.partial_products(factors)
+        rest = gauge.partial_products(factors)
         return tuple(torch.mul(grad, r, out=o) for r, o in zip(rest, out or (None,) * self.depth, strict=True))
 
     def mirror(self, factors: Factors) -> Factors:
@@ -139,7 +139,7 @@ class Sparse(Constraint):
         if self.gauge == "fixed":
             return super().start(w, relative, groups)
         c = self.imbalance(w, relative)
-        metric = reference.sum_of_squares(reference.partial_products(self.split(w, c)))
+        metric = gauge.sum_of_squares(gauge.partial_products(self.split(w, c)))
         return c, metric.square().mean().sqrt()
 
     def retract(
@@ -156,13 +156,13 @@ class Sparse(Constraint):
     ) -> Tensor:
         flags: Any = {"saturated": saturated, "snaps": snaps}
         if self.depth > 2:
-            return reference.sparse_deep(w, delta, decay, metric_scale, self.depth, **flags)
-        return reference.sparse(w, delta, decay, imbalance, metric_scale, **flags)
+            return elementwise.sparse_deep(w, delta, decay, metric_scale, self.depth, **flags)
+        return elementwise.sparse(w, delta, decay, imbalance, metric_scale, **flags)
 
     def advance(
         self, factors: Factors, delta: Tensor, decay: Tensor | float, metric_scale: Tensor, *, saturated: bool = True
     ) -> tuple[Tensor, Factors]:
-        return reference.sparse_free(factors, delta, decay, metric_scale, saturated=saturated)
+        return elementwise.sparse_free(factors, delta, decay, metric_scale, saturated=saturated)
 
     def penalty(self, w: Tensor) -> Tensor:
         return self.depth / 2 * (w.abs() ** (2 / self.depth)).sum()

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from symopt.folding.rules import IN_PLACE, SIZED, SOURCES, VIEWS, rule_of, rule_of_module
 from symopt.folding.units import Axis, Call, Keep, Layer
 
-__all__ = ["Opaque", "Plan", "Traced", "analyse", "obstacles_of", "same_graph", "shapes_of", "trace"]
+__all__ = ["FoldPlan", "Opaque", "Traced", "analyse", "obstacles_of", "same_graph", "shapes_of", "trace"]
 
 Traced = tuple[nn.Module, fx.Graph]
 Shapes = dict[fx.Node, tuple[int, ...]]
@@ -27,7 +27,7 @@ class Opaque(Exception):
 
 
 @dataclass
-class Plan:
+class FoldPlan:
     """Which units every layer keeps, and by module name why a shape was kept."""
 
     layers: list[Layer] = field(default_factory=list)
@@ -102,12 +102,12 @@ def shapes_of(traced: Traced, inputs: tuple[Any, ...]) -> Shapes:
 # -- the two passes ----------------------------------------------------------------------------------------------------
 
 
-def analyse(traced: Traced, shapes: Shapes, barred: dict[str, str]) -> Plan:
+def analyse(traced: Traced, shapes: Shapes, barred: dict[str, str]) -> FoldPlan:
     """Find what every layer may lose in eval mode; modules in ``barred`` keep their shape, for the reason given."""
     model, graph = traced
     modules = dict(model.named_modules())
     obstacles = _obstacles(modules, graph) | barred
-    plan = Plan(notes={name: f"{why}, shape kept" for name, why in obstacles.items()})
+    plan = FoldPlan(notes={name: f"{why}, shape kept" for name, why in obstacles.items()})
     axes: dict[fx.Node, Axis] = {}
     for node in graph.nodes:
         if _in_place(node, modules) and _shared(node, modules, axes):
@@ -144,7 +144,7 @@ def _step(call: Call, modules: dict[str, nn.Module], obstacles: dict[str, str], 
     return replace(axis.sized(shape[axis.dim] if len(shape) >= -axis.dim else 0), ndim=len(shape))
 
 
-def _find_dead(plan: Plan) -> None:
+def _find_dead(plan: FoldPlan) -> None:
     # Readers come after what they read, so one pass from the end sees whole chains of dead units.
     for layer in reversed(plan.layers):
         if not layer.readers and not layer.pinned:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from symopt.folding.analysis import Plan
+from symopt.folding.analysis import FoldPlan
 
 __all__ = ["carry_out", "cut_to", "sizes_of"]
 
@@ -22,7 +22,7 @@ def sizes_of(module: nn.Module) -> dict[str, int]:
     return sizes | ({"bias": module._parameters["bias"] is not None} if sizes and "bias" in module._parameters else {})
 
 
-def carry_out(plan: Plan, small: nn.Module) -> None:
+def carry_out(plan: FoldPlan, small: nn.Module) -> None:
     """Cut every layer of ``small``, and what rides on its units, to the units that ``plan`` keeps."""
     for layer in plan.layers:
         module, source = small.get_submodule(layer.name), layer.source

@@ -12,9 +12,9 @@ from symopt.constraints import Constraint
 from symopt.optim.base import ConstrainedOptimizer
 from symopt.optim.options import shared_moment
 from symopt.optim.steppers import stepper
-from symopt_kernels import reference
 from symopt_kernels.groups import Groups
-from symopt_kernels.reference import math_dtype
+from symopt_kernels.reference import directions
+from symopt_kernels.reference.gauge import math_dtype
 
 __all__ = ["Adam", "AdamW"]
 
@@ -23,7 +23,7 @@ class _AdamBase(ConstrainedOptimizer):
     """Abstract: everything but the torch class behind it and whether the strength is decoupled."""
 
     def _check_supported(self, name: str, group: dict[str, Any], constraint: Constraint) -> None:
-        if group["capturable"] and constraint.product:
+        if group["capturable"] and constraint.is_matrix:
             raise ValueError(
                 f"{name}: {type(constraint).__name__} drops columns while it trains, and a captured graph has fixed "
                 "shapes; use capturable=False, or leave it out of symopt.constrain"
@@ -72,7 +72,7 @@ class _AdamBase(ConstrainedOptimizer):
     def _direction(
         self, group: dict[str, Any], state: dict[str, Any], w: Tensor, grad: Tensor, groups: Groups | None
     ) -> tuple[Tensor, Tensor | float]:
-        direction = reference.adamw if self.decoupled(group) else reference.adam
+        direction = directions.adamw if self.decoupled(group) else directions.adam
         state["step"] += 1
         update, gain, *moments = direction(
             grad,

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symopt import annotation
 from symopt.backends import BACKENDS, FUSED, check_backend, choose, why_not
 from symopt.constraints import Constraint
+from symopt.module import annotation
 from symopt.optim import compiled, joint
 from symopt.optim.joint_slot import JointSlot
 from symopt.optim.launch import step_native, step_triton
@@ -24,9 +24,10 @@ from symopt.optim.options import DEFAULTS, OWN_STATE, check_group
 from symopt.optim.slot import Slot
 from symopt.optim.state import ConstrainedState
 from symopt.optim.steppers import stepper
-from symopt_kernels import reference, triton_launch
 from symopt_kernels.groups import Groups
-from symopt_kernels.reference import math_dtype
+from symopt_kernels.reference import elementwise, gauge
+from symopt_kernels.reference.gauge import math_dtype
+from symopt_kernels.triton import launch as triton_launch
 
 __all__ = ["ConstrainedOptimizer"]
 
@@ -118,7 +119,7 @@ class ConstrainedOptimizer(ConstrainedState):
                 bound[p], names[p] = constraint, name
                 if constraint is not None:
                     self._check_supported(name, group, constraint)
-                if constraint is not None and constraint.joint:
+                if constraint is not None and constraint.binds_many:
                     together = bonds[id(p)].parameters() if id(p) in bonds else self._members.get(p, (p,))
                     joint.check(type(self).__name__, group, p, name, together, bonds)
                     if len(together) > 1:
@@ -245,7 +246,7 @@ class ConstrainedOptimizer(ConstrainedState):
             self._bind()
         bound = self._bound
         for p in group["params"]:
-            if (constraint := bound[p] if p in bound else self._constraint(p)) is not None and constraint.fixed:
+            if (constraint := bound[p] if p in bound else self._constraint(p)) is not None and constraint.is_plane:
                 members = self.members(p)
                 if p is members[0] and any(member.grad is not None for member in members):
                     if (joined := self._joint_slot(group, members, constraint, key)) is None:
@@ -347,7 +348,7 @@ class ConstrainedOptimizer(ConstrainedState):
         # The strengths of a budget come from the package, which knows one unit for them: AdamW's.
         rule = group if budget is None else {**group, "decoupled_weight_decay": True}
         update, gain = self._direction(rule, state, w, -grad if group["maximize"] else grad, groups)
-        charge = constraint.charge(w, decoupled=self.decoupled(group))
+        charge = constraint.strength_multiplier(w, decoupled=self.decoupled(group))
         # A tensor lr or strength is often fp32, and two 0-dim tensors would multiply in its precision.
         lr, strength = (
             x.to(w.dtype) if isinstance(x, Tensor) else x
@@ -360,11 +361,11 @@ class ConstrainedOptimizer(ConstrainedState):
                 smooth = update / gain if isinstance(gain, float) else groups.scale(1 / gain, update)  # type: ignore[union-attr]
             needed = constraint.needed(smooth, state["critical"], per_coordinate=decoupled)
             self._update(group, state, "critical", needed)
-        keep: float | Tensor | None = group["imbalance_decay"]
+        keep: float | Tensor | None = group["imbalance_factor"]
         snaps: Tensor | bool = True
         if budget is not None:
-            inside, outside, threshold, keep = state["trim"].to(w.dtype).unbind()
-            outer = constraint.outside(w, threshold, groups).reshape(w.shape if groups is None else (-1,))
+            inside, outside, threshold, keep = state["budget"].to(w.dtype).unbind()
+            outer = constraint.pruned(w, threshold, groups).reshape(w.shape if groups is None else (-1,))
             snaps = outer  # and no branch on a tensor: nothing may wait for the device
             strength = torch.where(outer, outside, inside)
         delta, decay = lr * update, lr * strength * gain * charge
@@ -374,7 +375,7 @@ class ConstrainedOptimizer(ConstrainedState):
             factors = stored
             if keep is not None:
                 # Before the step: at a commit the strength is 0 from here on, and a zero must not start with a partner.
-                factors = reference.rebalance(stored, float(keep))
+                factors = elementwise.rebalance(stored, float(keep))
             new, moved = constraint.advance(factors, delta, decay, scale, saturated=saturated)
             # A product rounds, so where no factor moved the weight is left alone: a step with lr 0 changes no bit.
             still = torch.stack([f == m for f, m in zip(factors, moved, strict=True)]).all(0)
@@ -385,10 +386,10 @@ class ConstrainedOptimizer(ConstrainedState):
         new = constraint.retract(w, delta, decay, c, scale, groups, saturated=saturated, snaps=snaps)
         joint.scatter(new, state, states, held, differentiable=group["differentiable"])
         if keep is None:
-            c = reference.imbalance_law(c, decay, scale, constraint.size(new, groups), saturated=saturated)
+            c = gauge.imbalance_law(c, decay, scale, constraint.size(new, groups), saturated=saturated)
         else:
             c = c * keep
-            c = torch.where(c <= reference.SNAP * scale, 0.0, c)
+            c = torch.where(c <= gauge.SNAP * scale, 0.0, c)
         self._update(group, state, "imbalance", c)
 
     @staticmethod

@@ -79,7 +79,7 @@ def _check_state(where: str, optimizer: Any, p: Tensor, state: dict[str, Any]) -
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{where}: {key} is a {type(value).__name__}, must be a tensor")
-        if key == "trim":
+        if key == "budget":
             fits = value.shape == (len(TRIM),) and value.is_floating_point()
         elif constraint is not None and key in _SHARED:
             fits = value.shape == p.shape or value.numel() == (1 if groups is None else groups.count)

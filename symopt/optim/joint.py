@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symopt.annotation import Bond
-from symopt.constraints.plane import flat, parts
+from symopt.constraints.planes.plane import flat, parts
+from symopt.module.annotation import Bond
 from symopt.optim.options import shared_moment
 from symopt_kernels.groups import Groups
-from symopt_kernels.reference import math_dtype
+from symopt_kernels.reference.gauge import math_dtype
 
 __all__ = ["SHARED", "check", "gather", "gradient", "scatter", "share", "template", "weight"]
 

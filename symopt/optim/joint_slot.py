@@ -9,9 +9,10 @@ from torch import Tensor
 
 from symopt.optim import joint
 from symopt.optim.slot import check_shapes, gradient
-from symopt_kernels import native, triton_launch
 from symopt_kernels.groups import Groups
-from symopt_kernels.reference import math_dtype
+from symopt_kernels.native import binding as native
+from symopt_kernels.reference.gauge import math_dtype
+from symopt_kernels.triton import launch as triton_launch
 
 __all__ = ["JointSlot"]
 
@@ -35,7 +36,7 @@ class JointSlot:
         self.members, self.constraint, self.states, self.key, self.backend = members, constraint, states, key, backend
         assert groups is not None  # a plane has orbits
         shapes, index = tuple(tuple(p.shape) for p in members), groups.index
-        same = not constraint.shared or len(set(shapes)) == 1
+        same = not constraint.parameters_identical or len(set(shapes)) == 1
         whole = index is None or index.numel() == sum(p.numel() for p in members)
         if len({(p.dtype, p.device) for p in members}) > 1 or not same or not whole:  # changed since they were bound
             kinds = ", ".join(f"{p.dtype} {tuple(p.shape)} on {p.device}" for p in members)
@@ -71,14 +72,14 @@ class JointSlot:
         self._places = [(p.data_ptr(), p.shape, p.stride()) for p in members]
         self._none: dict[int, Tensor] = {}
         kernel: Any = native if backend == "native" else triton_launch
-        self.entry = kernel.Mirror()
+        self.entry = kernel.PlaneEntry()
         template = joint.template(members)
-        spread = constraint.spread(template)
+        spread = constraint.sqrt_dim_per_gate(template)
         spread = float(spread.max()) if isinstance(spread, Tensor) else spread
-        options: dict[str, Any] = {"each": constraint.each, "fresh": bool(self._fresh)}
+        options: dict[str, Any] = {"gate_per_orbit": constraint.gate_per_orbit, "fresh": bool(self._fresh)}
         options |= {"segments": constraint.segments(template), "basis": constraint.rows(template)}
         options["centred"] = groups if constraint.centred else None
-        kernel.fill_mirror(self.entry, members, used, spread=spread, **options)
+        kernel.fill_plane(self.entry, members, used, sqrt_dim_per_gate=spread, **options)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -104,7 +105,7 @@ class JointSlot:
                     grad = self._none[i] = torch.zeros_like(p)
             else:
                 grad = gradient(p)
-            entry.grad, entry.inside, entry.outside = grad.data_ptr(), strength, strength
+            entry.grad, entry.strength_kept, entry.strength_pruned = grad.data_ptr(), strength, strength
             grads.append(grad)
         return grads
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from symopt.optim.joint_slot import JointSlot
 from symopt.optim.slot import Slot
-from symopt_kernels import native, triton_launch
+from symopt_kernels.native import binding as native
+from symopt_kernels.triton import launch as triton_launch
 
 __all__ = ["step_native", "step_triton"]
 
@@ -49,7 +50,7 @@ def _aim(optimizer: Any, group: dict[str, Any], slots: Sequence[Slot | JointSlot
     grads = []
     for slot in slots:
         constraint, state = slot.constraint, slot.state
-        if constraint is None or "trim" in state or "critical" in state:  # the strengths are in the state
+        if constraint is None or "budget" in state or "critical" in state:  # the strengths are in the state
             grads += slot.aim(0.0)
         else:
             grads += slot.aim(number(optimizer.strength(group, constraint, state)))
@@ -63,7 +64,7 @@ def _shared(optimizer: Any, group: dict[str, Any]) -> dict[str, Any]:
         "weight_decay": float(group["weight_decay"]),
         "maximize": group["maximize"],
         "saturated": group["time_scale"] == "saturated",
-        "imbalance_decay": group["imbalance_decay"],
+        "imbalance_factor": group["imbalance_factor"],
         "grad_scale": None if scale is None else scale.float(),
         **optimizer._settings(group),
     }

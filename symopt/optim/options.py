@@ -18,14 +18,14 @@ DEFAULTS: dict[str, Any] = {
     "time_scale": "saturated",
     "imbalance": 1.0,
     # Anneal's: the factor of the imbalance per step (None: the automatic law), and whether the support is final.
-    "imbalance_decay": None,
+    "imbalance_factor": None,
     "committed": False,
 }
 
 
-OWN_STATE = ("imbalance", "metric_scale", "master", "group_index", "trim", "critical")
+OWN_STATE = ("imbalance", "metric_scale", "master", "group_index", "budget", "critical")
 
-TRIM = ("inside", "outside", "threshold", "imbalance_decay")
+TRIM = ("strength_kept", "strength_pruned", "threshold", "imbalance_factor")
 """What the state tensor ``trim`` of a weight with a budget holds, in float64: the strengths of the units that have a
 place in the budget and of those that have none, the size up to which they have none (negative: all have one), and the
 factor of the imbalance per step."""
@@ -33,7 +33,7 @@ factor of the imbalance per step."""
 
 def is_cut(state: dict[str, Any]) -> bool:
     """Whether what is outside a weight's budget has been cut, so that its support is final."""
-    return "trim" in state and float(state["trim"][TRIM.index("imbalance_decay")]) == 0
+    return "budget" in state and float(state["budget"][TRIM.index("imbalance_factor")]) == 0
 
 
 def shared_moment(per_weight: Tensor, groups: Groups) -> Tensor:

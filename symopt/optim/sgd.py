@@ -10,8 +10,8 @@ from torch.optim.sgd import sgd as torch_sgd
 
 from symopt.constraints import Constraint
 from symopt.optim.base import ConstrainedOptimizer
-from symopt_kernels import reference
 from symopt_kernels.groups import Groups
+from symopt_kernels.reference import directions
 
 __all__ = ["SGD"]
 
@@ -108,7 +108,7 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
     def _direction(
         self, group: dict[str, Any], state: dict[str, Any], w: Tensor, grad: Tensor, groups: Groups | None
     ) -> tuple[Tensor, float]:
-        update, gain, buffer = reference.sgd(
+        update, gain, buffer = directions.sgd(
             grad,
             state.get("momentum_buffer"),
             momentum=group["momentum"],

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from symopt.constraints import Constraint
 from symopt.optim.options import TRIM
-from symopt_kernels import native, triton_launch
 from symopt_kernels.groups import Groups
-from symopt_kernels.reference import math_dtype
+from symopt_kernels.native import binding as native
+from symopt_kernels.reference.gauge import math_dtype
+from symopt_kernels.triton import launch as triton_launch
 
 __all__ = ["Slot", "check_shapes", "gradient"]
 
-_OTHER_STATE = ("step", "imbalance", "metric_scale", "master", "group_index", "factor_0", "factor_1", "trim")
+_OTHER_STATE = ("step", "imbalance", "metric_scale", "master", "group_index", "factor_0", "factor_1", "budget")
 
 _FIX = "load state that belongs to this weight"
 
@@ -65,7 +66,7 @@ class Slot:
             native.fill(self.entry, p, used, retraction, groups, fresh=self._first is not None)
             if budget is not None:
                 self.entry.decoupled = 1
-                self.entry.keep, self.entry.of = budget.pattern or (0, 0)
+                self.entry.pattern_n, self.entry.pattern_m = budget.pattern or (0, 0)
         else:
             self.entry = triton_launch.Entry()
             depth, pattern = 2 if constraint is None else constraint.depth, None if budget is None else budget.pattern
@@ -98,7 +99,7 @@ class Slot:
         grad = gradient(self.p)
         self.entry.grad = grad.data_ptr()
         if isinstance(strength, Tensor) or strength != self._strength:
-            self.entry.inside = self.entry.outside = self._strength = strength
+            self.entry.strength_kept = self.entry.strength_pruned = self._strength = strength
         return [grad]
 
     def done(self) -> None:
@@ -135,7 +136,7 @@ def check_shapes(p: Tensor, used: dict[str, Tensor], shared: int | None) -> None
     ``shared`` is the number of second moments where a group or an orbit has one, or None where every weight has.
     """
     for name, value in used.items():
-        if name == "trim":
+        if name == "budget":
             fits = value.shape == (len(TRIM),) and value.dtype == torch.float64
         elif name in ("step", "imbalance", "metric_scale", "critical"):
             fits = value.numel() == 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from symopt.constraints import Constraint
-from symopt.constraints.plane import flat, parts
+from symopt.constraints.planes.plane import flat, parts
 from symopt.optim import compiled, joint
 from symopt.optim.checkpoint import check
 from symopt.optim.joint_slot import JointSlot
@@ -18,8 +18,8 @@ from symopt.optim.options import DEFAULTS, shared_moment
 from symopt.optim.slot import Slot
 from symopt.optim.steppers import stepper
 from symopt_kernels.groups import Groups
-from symopt_kernels.mirror import MARGIN
-from symopt_kernels.reference import math_dtype
+from symopt_kernels.reference.gauge import math_dtype
+from symopt_kernels.reference.plane import AUTO_STRENGTH_MARGIN
 
 __all__ = ["ConstrainedState"]
 
@@ -91,10 +91,10 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
     def strength(self, group: dict[str, Any], constraint: Constraint, state: dict[str, Any]) -> float | Tensor:
         """The strength in force: the group's, else the constraint's own, else its default for this optimizer.
 
-        That of a fixed structure is automatic: ``MARGIN`` times the running estimate in the parameter's ``state`` of
-        what it needs, which a step updates for the next; NaN before the first step.
+        That of a plane is automatic: ``AUTO_STRENGTH_MARGIN`` times the running estimate in the parameter's ``state``
+        of what it needs, which a step updates for the next; NaN before the first step.
         """
-        if group["committed"] and not constraint.fixed:
+        if group["committed"] and not constraint.is_plane:
             return 0.0
         if group["strength"] is not None:
             return group["strength"]  # type: ignore[no-any-return]
@@ -102,13 +102,13 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
             return constraint.strength
         if constraint.budget is not None:
             return 0.0  # symopt.Anneal chooses
-        if constraint.fixed:
-            return MARGIN * state["critical"] if "critical" in state else math.nan
+        if constraint.is_plane:
+            return AUTO_STRENGTH_MARGIN * state["critical"] if "critical" in state else math.nan
         return constraint.default_strength(decoupled=self.decoupled(group))
 
     def automatic(self, group: dict[str, Any], constraint: Constraint) -> bool:
         """Whether the strength is the running estimate of what a fixed structure needs."""
-        return constraint.fixed and group["strength"] is None and constraint.strength is None
+        return constraint.is_plane and group["strength"] is None and constraint.strength is None
 
     def _ready(self, group: dict[str, Any], p: Tensor, constraint: Constraint | None) -> dict[str, Any]:
         """The state of ``p``: what is missing is made (a checkpoint may bring a part), what does not fit is fitted."""
@@ -156,7 +156,7 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
             if key == "step":
                 if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float64):
                     state[key] = torch.tensor(float(value), dtype=torch.float32)  # as old checkpoints have it
-            elif key == "trim":
+            elif key == "budget":
                 state[key] = value.to(device=p.device, dtype=torch.float64)
             elif isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype:
                 state[key] = value.to(dtype)
@@ -193,14 +193,14 @@ class ConstrainedState(torch.optim.Optimizer, ABC):
                 )
             state["imbalance"], state["metric_scale"] = c, scale
         if constraint.budget is None:
-            state.pop("trim", None)
-        elif "trim" not in state:
-            if group["imbalance_decay"] is None:
+            state.pop("budget", None)
+        elif "budget" not in state:
+            if group["imbalance_factor"] is None:
                 raise RuntimeError(
                     f"{name}: {constraint} is a budget, which has to be ramped in; create "
                     "symopt.Anneal(optimizer, total_steps) before the first step and call its step() after each"
                 )
-            state["trim"] = torch.tensor([0.0, 0.0, -1.0, group["imbalance_decay"]], dtype=torch.float64)
+            state["budget"] = torch.tensor([0.0, 0.0, -1.0, group["imbalance_factor"]], dtype=torch.float64)
         if not automatic:
             state.pop("critical", None)
         elif "critical" not in state:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from symopt.constraints import Constraint, LowRank
-from symopt.optim import lowrank
+from symopt.optim.lowrank import step as lowrank
 
 __all__ = ["STEPPERS", "stepper"]
 

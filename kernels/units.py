@@ -1,0 +1,93 @@
+"""Units that span several parameters: which slices of which parameter share one gate, one second moment, one count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Part", "Units"]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one parameter has of the units: slice i along ``dim`` belongs to unit ``index[i]``, or to none (-1).
+
+    ``index`` is int64 of shape ``(shape[dim],)``.  ``factor`` is the a_t of ``w_t = a_t * gate * direction_t``: the unit
+    sees ``w_t / a_t``, whose gradient is ``a_t`` times that of ``w_t``.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    index: Tensor
+    factor: float = 1.0
+
+    @property
+    def inner(self) -> int:
+        """Weights of one slice."""
+        return math.prod(self.shape) // self.shape[self.dim]
+
+    @property
+    def unbound(self) -> int:
+        """Weights that belong to no unit."""
+        return int((self.index < 0).sum()) * self.inner
+
+    def along(self, v: Tensor) -> Tensor:
+        """A value per slice, in a shape that broadcasts against the parameter."""
+        return v.reshape([-1 if d == self.dim else 1 for d in range(len(self.shape))])
+
+    def slice_sums(self, x: Tensor) -> Tensor:
+        """The sum of ``x`` over each slice, ``(shape[dim],)``."""
+        others = [d for d in range(len(self.shape)) if d != self.dim]
+        return x.sum(others) if others else x
+
+    def bound(self) -> Tensor:
+        """Whether a slice belongs to a unit, :meth:`along` the parameter."""
+        return self.along(self.index >= 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """A partition of slices of several parameters into ``count`` units, in a fixed order of ``parts``.
+
+    Second moments are one flat vector of length ``count + unbound``: one per unit, then one for every weight that
+    belongs to no unit, part by part, in row-major order of the parameter.  Such weights take the plain step.
+    """
+
+    count: int
+    parts: tuple[Part, ...]
+
+    @property
+    def unbound(self) -> int:
+        """Weights that belong to no unit, over all parts."""
+        return sum(part.unbound for part in self.parts)
+
+    def sizes(self, like: Tensor) -> Tensor:
+        """Number of weights of each unit, ``(count,)``."""
+        ones = [torch.full((part.shape[part.dim],), float(part.inner), dtype=torch.float64) for part in self.parts]
+        return self._gather(ones).to(like)
+
+    def sum(self, xs: Sequence[Tensor]) -> Tensor:
+        """Sum over each unit of one tensor per part, shaped as the parameters: ``(count,)``.
+
+        Parts are added in their order, slices of one part in the order of their indices, so equal inputs give equal
+        bits.
+        """
+        return self._gather([part.slice_sums(x) for part, x in zip(self.parts, xs, strict=True)])
+
+    def expand(self, v: Tensor, part: Part, unbound: float = 0.0) -> Tensor:
+        """Give every slice of ``part`` the value of its unit, :meth:`Part.along` it; ``unbound`` where it has none."""
+        index = part.index.to(v.device)
+        return part.along(torch.where(index >= 0, v[index.clamp(min=0)], unbound))
+
+    def _gather(self, sums: Sequence[Tensor]) -> Tensor:
+        total = sums[0].new_zeros(self.count)
+        for part, own in zip(self.parts, sums, strict=True):
+            index = part.index.to(own.device)
+            held = index >= 0
+            # Accumulating by index_put sorts on a GPU, where index_add would add in any order.
+            total = total.index_put((index[held],), own[held], accumulate=True)
+        return total

@@ -1,0 +1,1 @@
+"""Budgets: how many units may live, which, and when."""

@@ -1,0 +1,1 @@
+"""How constraints are attached to modules, and taken off again."""

@@ -1,0 +1,163 @@
+"""Which parameters of a module the patterns of :func:`symopt.constrain` bind, and whether they may."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from symopt.constraints import Composed, Constraint, GroupSparse
+from symopt.module import annotation
+
+__all__ = ["Bound", "Patterns", "Place", "Rows", "checked", "match"]
+
+Patterns = Mapping[str | tuple[str, ...], Constraint | list[Constraint] | None]
+Rows = list[tuple[tuple[str, ...], Constraint | None]]
+Place = tuple[str, nn.Module, str]
+"""Qualified name of a parameter, its owner, its name there."""
+Bound = list[tuple[tuple[Place, ...], Constraint]]
+"""Constraints and what they bind: one parameter, or all of a joint one."""
+
+
+def checked(patterns: Any) -> Rows:
+    """The mapping that ``constrain`` was given, as rows."""
+    if not isinstance(patterns, Mapping):
+        raise TypeError(f"constrain: patterns must be a mapping, got {type(patterns).__name__}")
+    if not patterns:
+        raise ValueError("constrain: patterns is empty, so nothing would be constrained")
+    rows: Rows = []
+    for key, value in patterns.items():
+        keys = key if isinstance(key, tuple) else (key,)
+        if not keys or not all(isinstance(k, str) for k in keys):
+            raise TypeError(f"constrain: a pattern must be a string or a tuple of strings, got {key!r}")
+        if isinstance(value, list):
+            value = Composed(tuple(value))
+        if value is not None and not isinstance(value, Constraint):
+            kind = f"class {value.__name__}; call it" if isinstance(value, type) else type(value).__name__
+            raise TypeError(f"constrain: the value of {key!r} must be a Constraint or None, got {kind}")
+        rows.append((keys, value))
+    return rows
+
+
+def match(module: nn.Module, rows: Rows) -> Bound:
+    """What ``rows`` bind in ``module``; everything is checked first, so that an error leaves the module as it was."""
+    places: list[tuple[str, nn.Module, str, nn.Parameter]] = []
+    for prefix, sub in module.named_modules():
+        for name, p in sub.named_parameters(recurse=False):
+            places.append((f"{prefix}.{name}" if prefix else name, sub, name, p))
+    chosen: dict[int, tuple[str, Constraint | None]] = {}
+    bound: Bound = []
+    together: dict[int, list[tuple[int, Place]]] = {}
+    # Looked up once: both walk everything that is annotated.
+    factors, known = annotation.factors(), annotation.constraints_by_parameter()
+    hits = [dict.fromkeys(keys, 0) for keys, _ in rows]
+    for full, sub, name, p in places:
+        row, key = _first_match(full, p, rows)
+        if key is None:
+            continue
+        hits[row][key] += 1
+        constraint = rows[row][1]
+        if id(p) in chosen and (chosen[id(p)][1] != constraint or (constraint is not None and constraint.binds_many)):
+            other, before = chosen[id(p)]  # one tensor under two names
+            if constraint is not None and constraint == before:
+                raise ValueError(f"constrain: {other} and {full} are the same tensor already; name one of them")
+            raise ValueError(
+                f"constrain: {other} and {full} are the same tensor but get different constraints, {before} and "
+                f"{constraint}; give both names one constraint"
+            )
+        chosen[id(p)] = (full, constraint)
+        if constraint is not None:
+            _check_free(full, p, factors, known)
+            _check(full, sub, p, constraint)
+            if constraint.binds_many:
+                together.setdefault(row, []).append((rows[row][0].index(key), (full, sub, name)))
+            else:
+                bound.append((((full, sub, name),), constraint.bind(full, p)))
+    for (_, value), counts in zip(rows, hits, strict=True):
+        for key, n in counts.items():
+            if n == 0:
+                raise ValueError(_nothing(key, value, places))
+    for row, members in together.items():
+        members.sort(key=lambda member: member[0])  # in the order of the key
+        held = tuple(place for _, place in members)
+        weights = [sub.get_parameter(name) for _, sub, name in held]
+        joint = rows[row][1]
+        assert joint is not None
+        for (full, *_), w in zip(held, weights, strict=True):
+            if (w.dtype, w.device) != (weights[0].dtype, weights[0].device):
+                raise ValueError(
+                    f"constrain: {full} is {w.dtype} on {w.device}, {held[0][0]} {weights[0].dtype} on "
+                    f"{weights[0].device}; a joint constraint needs one of each"
+                )
+        bound.append((held, joint.bind_all(tuple(full for full, *_ in held), tuple(w.detach() for w in weights))))
+    return bound
+
+
+def _matrix(p: nn.Parameter) -> bool:
+    return isinstance(p, nn.parameter.UninitializedParameter) or p.dim() >= 2
+
+
+def _wild(key: str) -> bool:
+    return any(c in key for c in "*?[")
+
+
+def _first_match(name: str, p: nn.Parameter, rows: Rows) -> tuple[int, str | None]:
+    for i, (keys, value) in enumerate(rows):
+        for key in keys:
+            if name == key or (_wild(key) and fnmatchcase(name, key) and (value is None or _matrix(p))):
+                return i, key
+    return -1, None
+
+
+def _nothing(key: str, value: Constraint | None, places: list[tuple[str, nn.Module, str, nn.Parameter]]) -> str:
+    matched = [full for full, _, _, p in places if full == key or (_wild(key) and fnmatchcase(full, key))]
+    small = [full for full, _, _, p in places if full in matched and not _matrix(p)]
+    if not matched:
+        names = ", ".join(full for full, *_ in places[:8]) + (", ..." if len(places) > 8 else "")
+        return f"constrain: pattern {key!r} matches no parameter; there are: {names or 'none'}"
+    if value is not None and len(small) == len(matched):
+        return (
+            f"constrain: pattern {key!r} matches only parameters of fewer than two dimensions "
+            f"({', '.join(small[:4])}); a wildcard does not bind those, name them in full"
+        )
+    before = ", ".join(matched[:4])
+    return f"constrain: pattern {key!r} binds nothing: earlier patterns already bind {before}; put it first"
+
+
+def _check_free(full: str, p: nn.Parameter, factors: set[int], known: dict[int, tuple[str, Constraint]]) -> None:
+    if id(p) in factors:
+        raise ValueError(
+            f"constrain: {full} is a factor of an explicit constraint already; call symopt.release(module) first"
+        )
+    if id(p) in known:
+        name, constraint = known[id(p)]
+        alias = "" if name == full else f" under the name {name}"
+        raise ValueError(
+            f"constrain: {full} is already constrained by {constraint}{alias}; call symopt.release(module) first"
+        )
+
+
+def _check(full: str, sub: nn.Module, p: nn.Parameter, constraint: Constraint) -> None:
+    if isinstance(p, nn.parameter.UninitializedParameter):
+        raise ValueError(f"constrain: {full} is uninitialised; run the lazy module once before constraining it")
+    if p.is_complex() or not p.is_floating_point():
+        raise TypeError(f"constrain: {full} has dtype {p.dtype}; only real floating-point weights can be constrained")
+    if not p.requires_grad:
+        raise ValueError(
+            f"constrain: {full} is frozen (requires_grad=False) and would never move; unfreeze it or leave it out, "
+            f"e.g. with {{{full!r}: None}} as the first pattern"
+        )
+    if p.dim() == 0 or p.numel() == 0:
+        raise ValueError(f"constrain: {full} has shape {tuple(p.shape)}; there is nothing to constrain, leave it out")
+    if p.device.type != "meta" and not bool(torch.isfinite(p).all()):
+        raise ValueError(f"constrain: {full} contains NaN or infinite values; initialise it before constraining")
+    for part in constraint.parts if isinstance(constraint, Composed) else (constraint,):
+        named = isinstance(part, GroupSparse) and isinstance(part.groups, str)
+        if named and isinstance(sub, nn.modules.conv._ConvTransposeNd):
+            raise ValueError(
+                f"constrain: {full} belongs to a transposed convolution, whose weight is stored (in, out, ...), so "
+                f"the groups of {part} would be ambiguous; give GroupSparse an index tensor"
+            )

@@ -1,0 +1,1 @@
+"""The step of LowRank: factors as optimizer state."""
