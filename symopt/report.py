@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from symopt.anneal import collapse_steps
 from symopt.constraints import Constraint
 from symopt.constraints.planes.plane import flat
 from symopt.folding.fold import fold
@@ -18,7 +17,6 @@ from symopt.module import annotation
 from symopt.module.constrain import bundles, constraints, free
 from symopt.module.explicit import plain_state_dict
 from symopt.optim import ConstrainedOptimizer
-from symopt.optim.options import is_cut
 
 __all__ = ["Report", "Row", "report"]
 

@@ -2,6 +2,7 @@
 
 from symopt.optim.adam import Adam, AdamW
 from symopt.optim.base import ConstrainedOptimizer
+from symopt.optim.lowrank.step import LowRankStep
 from symopt.optim.sgd import SGD
 
 OPTIMIZERS: tuple[type[ConstrainedOptimizer], ...] = (SGD, Adam, AdamW)
