@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from symopt.anneal import collapse_steps
 from symopt.constraints import Constraint
 from symopt.constraints.planes.plane import flat, parts
-from symopt.module import annotation
-from symopt.module.constrain import bundles
-from symopt.optim import ConstrainedOptimizer
+from symopt.module.constrain import bindings
+from symopt.optim import ConstrainedOptimizer, registry
 
 __all__ = ["Certificate", "Certificates", "certify", "critical_strength"]
 
@@ -161,7 +160,7 @@ def critical_strength(model: nn.Module, closure: Closure, samples: int = 1, step
         raise ValueError("critical_strength: the model has no fixed plane; Sparse and GroupSparse choose their own")
     others = [p for p in model.parameters() if p.requires_grad]
     evaluating = _Evaluating()
-    annotation.register_owner(evaluating)  # nobody trains these weights here, so nobody has to impose anything
+    registry.register_owner(evaluating)  # nobody trains these weights here, so nobody has to impose anything
     with _folded(held, others):
         if steps:
             _descend(closure, held, others, steps)
@@ -194,7 +193,7 @@ def _held(owner: str, model: nn.Module) -> Held:
     if not isinstance(given, nn.Module):
         raise TypeError(f"{owner}: model must be a torch.nn.Module, got {type(model).__name__}")
     named = dict(model.named_parameters(remove_duplicate=False))
-    rows = bundles(model)
+    rows = bindings(model)
     if missing := [name for names, _ in rows for name in names if name not in named]:
         raise ValueError(f"{owner}: {missing[0]} is constrained in explicit mode, which this does not look into")
     return [(names, tuple(named[name] for name in names), constraint) for names, constraint in rows]

@@ -14,10 +14,9 @@ from symopt.anneal import collapse_steps
 from symopt.constraints import Constraint
 from symopt.constraints.planes.plane import flat
 from symopt.folding.fold import fold
-from symopt.module import annotation
-from symopt.module.constrain import bundles, constraints, free
+from symopt.module.constrain import bindings, constraints, free
 from symopt.module.explicit import plain_state_dict
-from symopt.optim import ConstrainedOptimizer
+from symopt.optim import ConstrainedOptimizer, registry
 from symopt.optim.options import is_cut
 
 __all__ = ["Report", "Row", "report"]
@@ -178,7 +177,7 @@ def report(
     live = {id(p): (group, p, c) for group, p, _, c in optimizer.constrained()} if optimizer is not None else {}
     rows = tuple(
         _row(name, named[name], flat(tuple(named[n] for n in names)), c, optimizer, live.get(id(named[name])))
-        for names, c in bundles(model)
+        for names, c in bindings(model)
         for name in names
     )
     small = fold(model, example_inputs)
@@ -232,7 +231,7 @@ def _row(
 
 def _count(model: nn.Module, composed: dict[str, Any] | None = None) -> int:
     """Parameters, with a composed weight in place of its factors."""
-    factors = annotation.factors()
+    factors = registry.factors()
     own = sum(p.numel() for p in model.parameters() if id(p) not in factors)
     return own + sum(int(w.numel()) for w in (composed or {}).values())
 

@@ -15,7 +15,7 @@ from symopt.constraints.planes.plane import flat, parts
 from symopt.folding.analysis import Opaque, Traced, analyse, same_graph, shapes_of, trace
 from symopt.folding.surgery import carry_out, cut_to, sizes_of
 from symopt.folding.thin import Thin, make_thin, split_layers
-from symopt.module.constrain import bundles, release
+from symopt.module.constrain import bindings, release
 
 __all__ = ["fold", "resize"]
 
@@ -162,7 +162,7 @@ def _plain(model: M) -> tuple[M, dict[str, int], dict[str, Thin], int]:
     A budget of zeros cuts weights, one of ranks singular values; both are counted where they were not zero.
     """
     plain = copy.deepcopy(model)
-    bound = bundles(plain)
+    bound = bindings(plain)
     release(plain)
     cut: dict[str, int] = {}
     with torch.no_grad():

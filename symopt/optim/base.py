@@ -16,8 +16,7 @@ from torch import Tensor
 
 from symopt.backends import BACKENDS, FUSED, check_backend, choose, why_not
 from symopt.constraints import Constraint
-from symopt.module import annotation
-from symopt.optim import compiled, joint
+from symopt.optim import compiled, joint, registry
 from symopt.optim.joint_slot import JointSlot
 from symopt.optim.launch import step_native, step_triton
 from symopt.optim.options import DEFAULTS, OWN_STATE, check_group
@@ -80,12 +79,12 @@ class ConstrainedOptimizer(ConstrainedState):
                 group.setdefault(key, value)
         self._bind()
         self.number = compiled.register(self)
-        annotation.register_owner(self)
+        registry.register_owner(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_bound" in state:  # unpickled or deep-copied
-            annotation.register_owner(self)
+            registry.register_owner(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
@@ -101,10 +100,9 @@ class ConstrainedOptimizer(ConstrainedState):
     # -- whose constraint is it ----------------------------------------------------------------------------------
 
     def _bind(self) -> None:
-        """Look every parameter up again; those a module no longer vouches for keep what they had."""
-        found, factors = annotation.constraints_by_parameter(), annotation.factors()
-        bonds, members = annotation.bonds_by_parameter(), dict[Tensor, tuple[Tensor, ...]]()
-        bound: dict[Tensor, Constraint | None] = {}
+        """Look every parameter up again; those that no module has any more keep what they had."""
+        found, factors = registry.bound(), registry.factors()
+        bound, members = dict[Tensor, Constraint | None](), dict[Tensor, tuple[Tensor, ...]]()
         names: dict[Tensor, str] = {}
         for group in self.param_groups:
             given = group.get("param_names", ["a parameter"] * len(group["params"]))
@@ -115,26 +113,27 @@ class ConstrainedOptimizer(ConstrainedState):
                         "optimizer would constrain twice; use torch.optim with symopt.param_groups(model), or "
                         "constrain(..., mode='optimizer')"
                     )
-                name, constraint = found.get(id(p), (self._names.get(p, own), self._bound.get(p)))
+                row, name, constraint = found.get(id(p)), self._names.get(p, own), self._bound.get(p)
+                name, constraint = (name, constraint) if row is None else (row.name(p), row.constraint)
                 bound[p], names[p] = constraint, name
                 if constraint is not None:
                     self._check_supported(name, group, constraint)
                 if constraint is not None and constraint.binds_many:
-                    together = bonds[id(p)].parameters() if id(p) in bonds else self._members.get(p, (p,))
-                    joint.check(type(self).__name__, group, p, name, together, bonds)
+                    together = self._members.get(p, (p,)) if row is None else row.parameters
+                    joint.check(type(self).__name__, group, name, together, row)
                     if len(together) > 1:
-                        members[p] = together  # type: ignore[assignment]
+                        members[p] = together
         self._bound, self._names, self._members = bound, names, members
         self._groups = {p: g for p, g in self._groups.items() if p in bound}
         self._slots = {}
         self.params = list(bound)
-        self._epoch = annotation.epoch()
+        self._epoch = registry.epoch()
 
     def _check_supported(self, name: str, group: dict[str, Any], constraint: Constraint) -> None:
         """Raise if this optimizer's settings cannot step a constrained parameter."""
 
     def _constraint(self, p: Tensor) -> Constraint | None:
-        if self._epoch != annotation.epoch() or p not in self._bound:
+        if self._epoch != registry.epoch() or p not in self._bound:
             self._bind()
         return self._bound[p]
 
@@ -242,7 +241,7 @@ class ConstrainedOptimizer(ConstrainedState):
         plain = False
         check_backend(type(self).__name__, group["backend"])
         key = (group["backend"], group["differentiable"], self._moments(group))
-        if self._epoch != annotation.epoch():
+        if self._epoch != registry.epoch():
             self._bind()
         bound = self._bound
         for p in group["params"]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from symopt.constraints.planes.plane import flat, parts
-from symopt.module.annotation import Bond
 from symopt.optim.options import shared_moment
+from symopt.optim.registry import Bound
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference.gauge import math_dtype
 
@@ -91,19 +91,13 @@ def template(members: Members) -> Tensor:
     return members[0].detach().new_empty(shape, dtype=math_dtype(members[0]))
 
 
-def check(
-    owner: str,
-    group: dict[str, Any],
-    p: Tensor,
-    name: str,
-    together: tuple[Tensor | None, ...],
-    bonds: dict[int, Bond],
-) -> None:
+def check(owner: str, group: dict[str, Any], name: str, together: Members, row: Bound | None) -> None:
     """Raise unless all parameters of a joint constraint are in ``group``."""
-    for i, other in enumerate(together):
-        if not any(other is q for q in group["params"]):
-            lacking = bonds[id(p)].names()[i] if id(p) in bonds else "another parameter"
-            raise ValueError(
-                f"{owner}: {name} shares a constraint with {lacking}, which is not in its param group; give both to "
-                "one group, as symopt.param_groups(model) does"
-            )
+    own = set(map(id, group["params"]))
+    names = row.names if row is not None else ("another parameter",) * len(together)
+    lacking = [other for other, q in zip(names, together, strict=True) if id(q) not in own]
+    if lacking := [*(row.missing if row is not None else ()), *lacking]:
+        raise ValueError(
+            f"{owner}: {name} shares a constraint with {lacking[0]}, which is not in its param group; give both to "
+            "one group, as symopt.param_groups(model) does"
+        )
