@@ -11,7 +11,8 @@ from torch import nn
 
 from symopt.constraints import Composed, Constraint
 from symopt.module.annotation import Binding, Guard, annotated, watch
-from symopt.module.explicit import Explicit, attach, check_init, detach, explicit
+from symopt.module.explicit import Explicit, attach, detach, explicit
+from symopt.module.factors import check_init
 from symopt.module.patterns import Patterns, Rows, checked, match
 
 __all__ = ["bindings", "constrain", "constraints", "free", "param_groups", "release"]
@@ -158,7 +159,7 @@ def bindings(module: nn.Module) -> list[tuple[tuple[str, ...], Constraint]]:
     factorised = list(_explicit(module))
     explicitly = {id(holder): name for name, holder, _ in factorised}
     for _, holder, how in factorised:
-        holders = [holder] if how.together is None else how.together.chains
+        holders = [holder] if how.shared is None else how.shared.holders
         rows[tuple(explicitly[id(h)] for h in holders)] = how.constraint
     return list(rows.items())
 
@@ -185,7 +186,9 @@ def param_groups(module: nn.Module) -> list[dict[str, Any]]:
     """
     of = {id(binding.parameter(i)): binding.constraint for _, binding, i in _annotated(_module("param_groups", module))}
     factors = {
-        id(p): (how.constraint, i) for _, h, how in _explicit(module) for i, p in enumerate(h.parameters(recurse=False))
+        id(p): (how.constraint, i)
+        for _, holder, how in _explicit(module)
+        for i, p in zip(how.indices(), holder.parameters(recurse=False), strict=False)
     }
     by_constraint: dict[tuple[Constraint | None, bool], list[tuple[str, nn.Parameter]]] = {}
     still: list[tuple[str, nn.Parameter]] = []
@@ -240,7 +243,7 @@ def _check_whole(module: nn.Module, advice: str) -> None:
             name, other = binding.names[within.index(True)], binding.names[within.index(False)]
             raise ValueError(f"{name} shares a constraint with {other}, which is outside of this module; {advice}")
     for name, _, how in _explicit(module):
-        if how.together is not None and any(id(holder) not in inside for holder in how.together.chains):
+        if how.shared is not None and any(id(holder) not in inside for holder in how.shared.holders):
             raise ValueError(f"{name} shares an explicit constraint with weights outside of this module; {advice}")
 
 
@@ -320,4 +323,4 @@ def _factorise(init: str | float, module: nn.Module, found: list[Binding]) -> No
                 "decay on factors cannot impose it; use mode='optimizer'"
             )
     for binding in found:
-        attach(list(zip(binding.owners, binding.attributes, strict=True)), binding.constraint, init)
+        attach(binding, init)
