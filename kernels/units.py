@@ -87,6 +87,10 @@ class Units:
         index = part.index.to(v.device)
         return part.along(torch.where(index >= 0, v[index.clamp(min=0)], unbound))
 
+    def flat(self, v: Tensor, unbound: float = 0.0) -> Tensor:
+        """Give every weight of all parts, one after the other, the value of its unit."""
+        return torch.cat([self.expand(v, part, unbound).expand(part.shape).flatten() for part in self.parts])
+
     def first(self, xs: Sequence[Tensor]) -> Tensor:
         """One weight of each unit, ``(count,)``, of one tensor per part, shaped as the parameters."""
         found = xs[0].new_zeros(self.count)

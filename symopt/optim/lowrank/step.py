@@ -15,7 +15,7 @@ from symopt.constraints import Constraint, LowRank
 from symopt.optim.binding import Binding
 from symopt.optim.direction import Direction, Options, State
 from symopt.optim.lowrank.factors import SIDES, align, cut, holds, moments, move, pair, rows, sizes, turn, write
-from symopt.optim.own_step import OwnStep, register
+from symopt.optim.own_step import OwnStep
 from symopt_kernels.reference import lowrank as kernel
 from symopt_kernels.reference.gauge import math_dtype
 
@@ -170,6 +170,3 @@ class LowRankStep(OwnStep):
 def _constraint(binding: Binding) -> LowRank:
     assert isinstance(binding.constraint, LowRank)
     return binding.constraint
-
-
-register(LowRank.retraction, LowRankStep())
