@@ -32,13 +32,13 @@ LAYERS = (
     "symopt.optim",
     "symopt.anneal",
     "symopt.module.explicit",
-    "symopt.module.patterns symopt.constrain",
+    "symopt.module.patterns symopt.module.constrain",
     "symopt.recipes",
-    "symopt.folding symopt.fold",
+    "symopt.folding",
     "symopt.report symopt.certify",
     "symopt",
 )
-TOP = "explicit binding constrain recipes fold folding report certify"
+TOP = "module.explicit module.patterns module.constrain recipes folding report certify"
 KNOW_MODULES = [f"symopt.{name}" for name in TOP.split()]
 REQUIRED = "constrain release Sparse GroupSparse SGD Adam AdamW Anneal fold resize report".split()
 

@@ -14,7 +14,7 @@ from torch import nn
 import symopt
 from symopt.folding.fold import fold, resize
 from symopt.report import report
-from table import OPTIMIZERS, OptimizerRow, ids
+from support.table import OPTIMIZERS, OptimizerRow, ids
 
 S, G = symopt.Sparse, symopt.GroupSparse
 

@@ -11,7 +11,7 @@ from sklearn.linear_model import Lasso
 
 import symopt
 from symopt import recipes
-from table import tolerance
+from support.table import tolerance
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ from symopt.optim import OPTIMIZERS as PUBLIC_OPTIMIZERS
 from symopt.optim import ConstrainedOptimizer
 from symopt_kernels.reference import directions, elementwise
 from symopt_kernels.reference import group as group_kernel
-from table import CONSTRAINTS, MATRICES, OPTIMIZERS, PLANES, tolerance
+from support.table import CONSTRAINTS, MATRICES, OPTIMIZERS, PLANES, tolerance
 from test_steps import follow
 
 

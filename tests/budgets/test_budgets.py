@@ -22,7 +22,7 @@ from symopt.budgets import selection
 from symopt.budgets.pools import Member, Pool, pools
 from symopt_kernels.native import binding as native
 from symopt_kernels.reference import elementwise
-from table import tolerance
+from support.table import tolerance
 
 torch.set_num_threads(1)  # two threads in each of two workers wait for each other at every small operation
 

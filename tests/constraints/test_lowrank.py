@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import symopt
 from symopt.optim.lowrank import step as stepper
 from symopt_kernels.reference import lowrank as kernel
-from table import MATRICES, OPTIMIZERS, constrained_parameter, ids, tolerance
+from support.table import MATRICES, OPTIMIZERS, constrained_parameter, ids, tolerance
 from test_steps import gradients, optimizer
 
 torch.set_num_threads(1)

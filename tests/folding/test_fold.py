@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import symopt
-from fold_helpers import IMAGE, LINE, LINES, SMOOTH, chain, expected_units, folded, kill, outputs, random_chain, widths
+from support.networks import IMAGE, LINE, LINES, SMOOTH, chain, expected_units, folded, kill, outputs, random_chain, widths
 from symopt.folding.fold import fold, resize
 
 
@@ -271,7 +271,7 @@ def test_constraints_are_enforced_and_removed():
 
 def test_the_fold_of_a_constraint_is_applied_to_the_copy(monkeypatch):
     class Rounds:
-        budget, shared, product = None, False, False
+        budget, parameters_identical, is_matrix = None, False, False
 
         @staticmethod
         def fold(w):
@@ -281,7 +281,7 @@ def test_the_fold_of_a_constraint_is_applied_to_the_copy(monkeypatch):
         def partition(w):
             return None
 
-    monkeypatch.setattr(sys.modules["symopt.fold"], "bundles", lambda model: [(("0.weight",), Rounds)])
+    monkeypatch.setattr(sys.modules["symopt.folding.fold"], "bundles", lambda model: [(("0.weight",), Rounds)])
     net = chain(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     with torch.no_grad():
         net[0].weight.copy_(torch.tensor([0.1, 0.3, 1.0])[:, None])

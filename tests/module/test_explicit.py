@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import symopt
 from symopt.folding.fold import fold
 from symopt.module.explicit import Explicit, _Pool
-from table import CONSTRAINTS, ConstraintRow, ids, tolerance
+from support.table import CONSTRAINTS, ConstraintRow, ids, tolerance
 
 torch.set_num_threads(1)
 

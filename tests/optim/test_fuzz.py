@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import symopt
-from table import OPTIMIZERS, OptimizerRow, ids, tolerance
+from support.table import OPTIMIZERS, OptimizerRow, ids, tolerance
 from test_backends import ordered
 
 FUZZ = os.environ.get("SYMOPT_FUZZ")

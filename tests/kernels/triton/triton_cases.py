@@ -26,7 +26,7 @@ from symopt_kernels.triton import launch as triton_launch
 from symopt_kernels.triton import product as triton_explicit
 from symopt_kernels.triton import selection as triton_select
 from symopt_kernels.triton import table as triton_table
-from table import CONSTRAINTS, OPTIMIZERS, OptimizerRow, constrained_parameter, ids, tolerance
+from support.table import CONSTRAINTS, OPTIMIZERS, OptimizerRow, constrained_parameter, ids, tolerance
 from test_native import DIRECTIONS, FORMATS, OUTSIDE, STRENGTH, THRESHOLD, Case, Problem
 
 DEVICE = "cpu" if triton_launch.INTERPRETED else "cuda"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import symopt
 from symopt_kernels.native import binding as native
-from table import (
+from support.table import (
     CONSTRAINTS,
     CPU_BACKENDS,
     OPTIMIZERS,

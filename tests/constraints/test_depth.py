@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 
 import symopt
 from symopt_kernels.reference import elementwise, gauge
-from table import OPTIMIZERS, ConstraintRow, constrained_parameter, ids, tolerance
+from support.table import OPTIMIZERS, ConstraintRow, constrained_parameter, ids, tolerance
 from test_steps import Explicit, gradients, labels, optimizer
 
 torch.set_num_threads(1)

@@ -18,7 +18,7 @@ import test_backends
 import test_native_mirror
 from symopt_kernels.triton import launch as triton_launch
 from symopt_kernels.triton import table as triton_table
-from table import OPTIMIZERS, OptimizerRow, PlaneRow, ids, plane_module
+from support.table import OPTIMIZERS, OptimizerRow, PlaneRow, ids, plane_module
 from test_backends import HALF, step_alike, take, tensors
 from test_native_mirror import FEW, SIMPLE, along, large, make_equal, nearly, planes, tied, weights
 from triton_cases import DEVICE, poisoned, pytestmark

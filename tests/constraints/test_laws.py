@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import symopt
-from table import CONSTRAINTS, OPTIMIZERS, constrained_parameter, ids, tolerance
+from support.table import CONSTRAINTS, OPTIMIZERS, constrained_parameter, ids, tolerance
 from test_steps import gradients, labels, optimizer
 
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ import torch
 import symopt
 from symopt.constraints.planes.plane import flat
 from symopt_kernels.reference import plane as kernel
-from table import OPTIMIZERS, PLANES, ids, plane_module, tolerance
+from support.table import OPTIMIZERS, PLANES, ids, plane_module, tolerance
 
 torch.set_num_threads(1)
 

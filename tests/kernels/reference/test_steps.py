@@ -18,7 +18,7 @@ from torch import Tensor
 
 import symopt
 from symopt.constraints import Constraint
-from table import (
+from support.table import (
     CONSTRAINTS,
     CPU_BACKENDS,
     OPTIMIZERS,

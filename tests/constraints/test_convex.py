@@ -14,7 +14,7 @@ from sklearn.linear_model import Lasso
 
 import symopt
 from symopt_kernels.reference import gauge
-from table import tolerance
+from support.table import tolerance
 
 torch.set_num_threads(1)
 

@@ -24,7 +24,7 @@ from symopt_kernels.groups import Groups
 from symopt_kernels.native import binding as native
 from symopt_kernels.reference import directions, elementwise, gauge
 from symopt_kernels.reference import group as group_kernel
-from table import tolerance
+from support.table import tolerance
 
 torch.set_num_threads(1)
 
