@@ -13,8 +13,8 @@ from skglm import GroupLasso
 from sklearn.linear_model import Lasso
 
 import symopt
-from symopt_kernels.reference import gauge
 from support.table import tolerance
+from symopt_kernels.reference import gauge
 
 torch.set_num_threads(1)
 

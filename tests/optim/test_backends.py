@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 import symopt
-from symopt_kernels.native import binding as native
 from support.table import (
     CONSTRAINTS,
     CPU_BACKENDS,
@@ -29,6 +28,7 @@ from support.table import (
     ids,
     tolerance,
 )
+from symopt_kernels.native import binding as native
 
 torch.set_num_threads(1)
 

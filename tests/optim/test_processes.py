@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import symopt
-from symopt_kernels.native import binding as native
 from support.table import CONSTRAINTS, MATRICES, OPTIMIZERS, PLANES, constrained_parameter, plane_module
+from symopt_kernels.native import binding as native
 
 SOAK = os.environ.get("SYMOPT_SOAK")
 LARGE = 400  # squared, more than one thread's share

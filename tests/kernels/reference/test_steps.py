@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 import symopt
-from symopt.constraints import Constraint
 from support.table import (
     CONSTRAINTS,
     CPU_BACKENDS,
@@ -28,6 +27,7 @@ from support.table import (
     ids,
     tolerance,
 )
+from symopt.constraints import Constraint
 
 torch.set_num_threads(1)
 
