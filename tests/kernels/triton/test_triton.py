@@ -30,7 +30,8 @@ def test_numbers(mode: str, cases: str, part: str, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_INTERPRET"))}
     if mode == "interpreted":
         environment["TRITON_INTERPRET"] = "1"
-    options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-c", str(HERE.parents[2] / "pyproject.toml"), "-k", part]
+    settings = str(HERE.parents[2] / "pyproject.toml")
+    options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-c", settings, "-k", part]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(HERE / f"{cases}.py")],
         cwd=tmp_path, env=environment, capture_output=True, text=True,
