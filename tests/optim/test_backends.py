@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import symopt
-from symopt_kernels.native import binding as native
-from table import (
+from support.table import (
     CONSTRAINTS,
     CPU_BACKENDS,
     OPTIMIZERS,
@@ -29,6 +28,7 @@ from table import (
     ids,
     tolerance,
 )
+from symopt_kernels.native import binding as native
 
 torch.set_num_threads(1)
 

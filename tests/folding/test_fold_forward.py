@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import symopt
-from fold_helpers import IMAGE, LINE, LINES, chain, folded, kill, outputs, widths
+from support.networks import IMAGE, LINE, LINES, chain, folded, kill, outputs, widths
 from symopt.folding import rules
 from symopt.folding.fold import fold
 

@@ -23,7 +23,7 @@ from torch.testing._internal.common_optimizers import (
 from torch.testing._internal.common_utils import TestCase
 
 import symopt
-from table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, constrained_parameter, tolerance
+from support.table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, constrained_parameter, tolerance
 
 STEPS = 20
 ROWS = [

@@ -12,7 +12,19 @@ import torch.nn.functional as F
 from torch import nn
 
 import symopt
-from fold_helpers import IMAGE, LINE, LINES, SMOOTH, chain, expected_units, folded, kill, outputs, random_chain, widths
+from support.networks import (
+    IMAGE,
+    LINE,
+    LINES,
+    SMOOTH,
+    chain,
+    expected_units,
+    folded,
+    kill,
+    outputs,
+    random_chain,
+    widths,
+)
 from symopt.folding.fold import fold, resize
 
 

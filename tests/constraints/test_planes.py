@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import symopt
+from support.table import OPTIMIZERS, PLANES, ids, plane_module, tolerance
 from symopt.constraints.planes.plane import flat
 from symopt_kernels.reference import plane as kernel
-from table import OPTIMIZERS, PLANES, ids, plane_module, tolerance
 
 torch.set_num_threads(1)
 

@@ -21,9 +21,9 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import symopt
+from support.table import CONSTRAINTS, ConstraintRow, ids, tolerance
 from symopt.folding.fold import fold
 from symopt.module.explicit import Explicit, _Pool
-from table import CONSTRAINTS, ConstraintRow, ids, tolerance
 
 torch.set_num_threads(1)
 

@@ -10,7 +10,7 @@ import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import symopt
-from table import CONSTRAINTS, CPU_BACKENDS, OPTIMIZERS, ids
+from support.table import CONSTRAINTS, CPU_BACKENDS, OPTIMIZERS, ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:Profiler record function")
 

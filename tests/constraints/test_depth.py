@@ -10,11 +10,11 @@ import pytest
 import torch
 from scipy.integrate import quad
 from scipy.optimize import brentq
+from test_steps import Explicit, gradients, labels, optimizer
 
 import symopt
+from support.table import OPTIMIZERS, ConstraintRow, constrained_parameter, ids, tolerance
 from symopt_kernels.reference import elementwise, gauge
-from table import OPTIMIZERS, ConstraintRow, constrained_parameter, ids, tolerance
-from test_steps import Explicit, gradients, labels, optimizer
 
 torch.set_num_threads(1)
 

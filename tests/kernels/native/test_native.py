@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import symopt
+from support.table import tolerance
 from symopt_kernels.groups import Groups
 from symopt_kernels.native import binding as native
 from symopt_kernels.reference import directions, elementwise, gauge
 from symopt_kernels.reference import group as group_kernel
-from table import tolerance
 
 torch.set_num_threads(1)
 

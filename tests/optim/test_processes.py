@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import symopt
+from support.table import CONSTRAINTS, MATRICES, OPTIMIZERS, PLANES, constrained_parameter, plane_module
 from symopt_kernels.native import binding as native
-from table import CONSTRAINTS, MATRICES, OPTIMIZERS, PLANES, constrained_parameter, plane_module
 
 SOAK = os.environ.get("SYMOPT_SOAK")
 LARGE = 400  # squared, more than one thread's share
@@ -83,7 +83,7 @@ def run(name: str, **environment: str) -> str:
     """A function of this file in a new process, which must come to an end."""
     done = subprocess.run(
         [sys.executable, __file__, name],
-        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
         capture_output=True,
         text=True,
         timeout=100_000 if SOAK else 600,

@@ -13,21 +13,21 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import test_native as oracle
 import torch
 import triton.runtime.interpreter as interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_native import DIRECTIONS, FORMATS, OUTSIDE, STRENGTH, THRESHOLD, Case, Problem
 from torch import Tensor
 
 import symopt
-import test_native as oracle
+from support.table import CONSTRAINTS, OPTIMIZERS, OptimizerRow, constrained_parameter, ids, tolerance
 from symopt_kernels.reference import elementwise, gauge
 from symopt_kernels.triton import launch as triton_launch
 from symopt_kernels.triton import product as triton_explicit
 from symopt_kernels.triton import selection as triton_select
 from symopt_kernels.triton import table as triton_table
-from table import CONSTRAINTS, OPTIMIZERS, OptimizerRow, constrained_parameter, ids, tolerance
-from test_native import DIRECTIONS, FORMATS, OUTSIDE, STRENGTH, THRESHOLD, Case, Problem
 
 DEVICE = "cpu" if triton_launch.INTERPRETED else "cuda"
 TILES = {"BLOCK": 128, "WIDTHS": (1, 4, 16, 64, 256), "SHARE": 2, "RESIDENT": 8}

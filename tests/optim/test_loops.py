@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import symopt
-from table import (
+from support.table import (
     CONSTRAINTS,
     MATRICES,
     OPTIMIZERS,

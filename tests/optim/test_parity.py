@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import symopt
-from table import OPTIMIZERS, OptimizerRow, ids
+from support.table import OPTIMIZERS, OptimizerRow, ids
 
 STEPS = 12
 PLAIN = {"plain0": (5, 3), "plain1": (7,), "scalar": (), "plain2": (2, 3, 2)}

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
+from test_steps import gradients, optimizer
 from torch import Tensor, nn
 
 import symopt
+from support.table import MATRICES, OPTIMIZERS, constrained_parameter, ids, tolerance
 from symopt.optim.lowrank import step as stepper
 from symopt_kernels.reference import lowrank as kernel
-from table import MATRICES, OPTIMIZERS, constrained_parameter, ids, tolerance
-from test_steps import gradients, optimizer
 
 torch.set_num_threads(1)
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_backends import ordered
 from torch import Tensor, nn
 
 import symopt
-from table import OPTIMIZERS, OptimizerRow, ids, tolerance
-from test_backends import ordered
+from support.table import OPTIMIZERS, OptimizerRow, ids, tolerance
 
 FUZZ = os.environ.get("SYMOPT_FUZZ")
 many = settings(

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_steps import gradients, labels, optimizer
 
 import symopt
-from table import CONSTRAINTS, OPTIMIZERS, constrained_parameter, ids, tolerance
-from test_steps import gradients, labels, optimizer
+from support.table import CONSTRAINTS, OPTIMIZERS, constrained_parameter, ids, tolerance
 
 torch.set_num_threads(1)
 

@@ -13,8 +13,8 @@ from skglm import GroupLasso
 from sklearn.linear_model import Lasso
 
 import symopt
+from support.table import tolerance
 from symopt_kernels.reference import gauge
-from table import tolerance
 
 torch.set_num_threads(1)
 

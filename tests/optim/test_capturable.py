@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import symopt
-from table import (
+from support.table import (
     CONSTRAINTS,
     MATRICES,
     OPTIMIZERS,

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 import symopt
-from symopt.constraints import Constraint
-from table import (
+from support.table import (
     CONSTRAINTS,
     CPU_BACKENDS,
     OPTIMIZERS,
@@ -28,6 +27,7 @@ from table import (
     ids,
     tolerance,
 )
+from symopt.constraints import Constraint
 
 torch.set_num_threads(1)
 

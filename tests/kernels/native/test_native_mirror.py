@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from test_backends import HALF, Run, close, equal, gradient, step_alike, take, tensors
 from torch import Tensor
 
 import symopt
+from support.table import OPTIMIZERS, PLANES, OptimizerRow, PlaneRow, ids, plane_module
 from symopt.constraints.planes.plane import flat
 from symopt_kernels.native import binding as native
-from table import OPTIMIZERS, PLANES, OptimizerRow, PlaneRow, ids, plane_module
-from test_backends import HALF, Run, close, equal, gradient, step_alike, take, tensors
 
 torch.set_num_threads(1)
 

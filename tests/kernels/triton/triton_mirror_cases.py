@@ -11,17 +11,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
-
-import symopt
 import test_backends
 import test_native_mirror
-from symopt_kernels.triton import launch as triton_launch
-from symopt_kernels.triton import table as triton_table
-from table import OPTIMIZERS, OptimizerRow, PlaneRow, ids, plane_module
+import torch
 from test_backends import HALF, step_alike, take, tensors
 from test_native_mirror import FEW, SIMPLE, along, large, make_equal, nearly, planes, tied, weights
 from triton_cases import DEVICE, poisoned, pytestmark
+
+import symopt
+from support.table import OPTIMIZERS, OptimizerRow, PlaneRow, ids, plane_module
+from symopt_kernels.triton import launch as triton_launch
+from symopt_kernels.triton import table as triton_table
 
 __all__ = ["poisoned", "pytestmark"]
 

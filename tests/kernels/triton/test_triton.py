@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from machine_code import TARGETS, VARIANTS, Variant, build, traffic
+from support.machine_code import TARGETS, VARIANTS, Variant, build, traffic
 from symopt_kernels.triton import launch as triton_launch
 from symopt_kernels.triton import table as triton_table
 
@@ -30,7 +30,8 @@ def test_numbers(mode: str, cases: str, part: str, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_INTERPRET"))}
     if mode == "interpreted":
         environment["TRITON_INTERPRET"] = "1"
-    options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-c", str(HERE.parent / "pyproject.toml"), "-k", part]
+    settings = str(HERE.parents[2] / "pyproject.toml")
+    options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-c", settings, "-k", part]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(HERE / f"{cases}.py")],
         cwd=tmp_path, env=environment, capture_output=True, text=True,
@@ -85,7 +86,7 @@ def test_machine_code(variant: Variant, target: str) -> None:
 
 def test_the_count_notices_what_it_should() -> None:
     assert traffic(Variant("adamw", "sparse")) == (16, 12)
-    assert (HERE.parent / "Makefile").read_text(encoding="utf-8").count("machine_code") == 1
+    assert (HERE.parents[2] / "Makefile").read_text(encoding="utf-8").count("machine_code") == 1
     unaligned = Variant("sgd", "group", form=(*_COLUMN[:3], False))
     code = build(unaligned, "sm_80")
     assert code.read == 0 and code.written == 0

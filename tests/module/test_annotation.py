@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import symopt
-from table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter, ids
+from support.table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter, ids
 
 optimizers = pytest.mark.parametrize("row", OPTIMIZERS, ids=ids)
 SPARSE, GROUP = symopt.Sparse(0.3), symopt.GroupSparse("out", 0.3)
