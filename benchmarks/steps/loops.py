@@ -1,4 +1,4 @@
-"""Compile loops.cpp with the flags of setup.py and run it: ``python benchmarks/loops.py`` (needs a C++ compiler)."""
+"""``python -m benchmarks.steps.loops`` compiles loops.cpp with the flags of setup.py and runs it (a C++ compiler)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent
 
 def flags() -> list[str]:
     """The literal strings of ``extra_compile_args``."""
-    for node in ast.walk(ast.parse((FOLDER.parent / "setup.py").read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse((FOLDER.parents[1] / "setup.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.keyword) and node.arg == "extra_compile_args":
             return [n.value for n in ast.walk(node.value) if isinstance(n, ast.Constant) and n.value.startswith("-")]
     raise RuntimeError("setup.py names no extra_compile_args")

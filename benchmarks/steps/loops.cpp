@@ -2,7 +2,7 @@
 #include <chrono>
 #include <cstdio>
 
-#include "../kernels/native.cpp"
+#include "../../kernels/native/native.cpp"
 
 template <class Loop> void time(const char* name, Loop loop) {
   double best = 1e9;
