@@ -1,21 +1,21 @@
 """Cost of the step of a fixed plane, against torch's fused step of the same tensors without a constraint.
 
-    python -m benchmarks.plane_step [--size 1024] [--seconds 3] [--threads 2 1] [--only Tied]
+    python -m benchmarks.studies.plane_step [--size 1024] [--seconds 3] [--threads 2 1] [--only Tied]
 
 Steps are taken in turns; what is printed is the least of each, because whatever else the machine does only adds time,
 and in brackets the ratio of the medians.
-Prints nothing unless weights that were on the plane still are, bit for bit for ties.  "on the way": the weights are off
-the plane; "on the plane": they lie on it.
+Prints nothing unless weights that were on the plane still are, bit for bit for ties.  "before collapse": the weights
+are off the plane; "after collapse": they lie on it.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
 
 import symopt
+from benchmarks.studies import program
 from benchmarks.timing import interleave, summarize, threads
 
 
@@ -76,13 +76,13 @@ def row(size: int, name: str, optimizer: str, *, on_plane: bool, seconds: float)
     if (float(constraint.violation(weight)) <= constraint.rounding(weight)) != on_plane:
         raise SystemExit(f"{name}: not where it should be; no timing is worth printing")
     (mine, theirs), medians = map(min, times), [summarize(t).median for t in times]
-    where, backend = "on the plane" if on_plane else "on the way", next(iter(opt.backends()))[1]
+    where, backend = "after collapse" if on_plane else "before collapse", next(iter(opt.backends()))[1]
     ratio = f"{mine / theirs:.2f} ({medians[0] / medians[1]:.2f})"
     return f"| {name} | {optimizer} | {backend} | {where} | {mine:.2f} | {theirs:.2f} | {ratio} |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program(__spec__, __doc__)
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=3.0, help="per row")
     parser.add_argument("--only", default="", help="a part of a constraint's name")

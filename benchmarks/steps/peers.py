@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import symopt
-from benchmarks.cases import BLOCK, OPTIMIZERS, Case
+from benchmarks.steps.cases import BLOCK, OPTIMIZERS, Case
 
 __all__ = ["PEERS", "Ours", "Peer", "Variant", "load_pat"]
 

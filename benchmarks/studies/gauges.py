@@ -1,11 +1,10 @@
 """The figure and the numbers of docs/gauges.md: explicit, free, fixed.
 
-python benchmarks/gauges.py            a few minutes; writes docs/gauges.png and prints the tables
+    python -m benchmarks.studies.gauges            a few minutes; writes docs/gauges.png and prints the tables
 """
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from sklearn.linear_model import Lasso
 from torch import Tensor, nn
 
 import symopt
+from benchmarks.studies import program
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -85,7 +85,7 @@ def live(w: Tensor) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program(__spec__, __doc__)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--out", type=Path, default=Path("docs/gauges.png"))
     args = parser.parse_args()

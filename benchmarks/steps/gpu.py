@@ -1,9 +1,9 @@
 """The Triton step: what it must take by its bytes, and what it takes on the GPU that is here.
 
-``python -m benchmarks.gpu`` prints the roofline of four GPUs, computed, and, where torch has a GPU, measured times of
-one optimizer step: alone, replayed from a CUDA graph, and as shares of a copy's and of the peak bandwidth, beside
-``torch.optim``'s fused AdamW.  Every case is compared with the reference before it is timed; a wrong one prints no
-time.
+``python -m benchmarks.steps.gpu`` prints the roofline of four GPUs, computed, and, where torch has a GPU, measured
+times of one optimizer step: alone, replayed from a CUDA graph, and as shares of a copy's and of the peak bandwidth,
+beside ``torch.optim``'s fused AdamW.  Every case is compared with the reference before it is timed; a wrong one prints
+no time.
 """
 
 from __future__ import annotations

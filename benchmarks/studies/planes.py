@@ -1,7 +1,7 @@
 """Planes found by training, against the unconstrained network and the constraint built in, on few samples.
 
-    python -m benchmarks.planes            # both tasks, 5 seeds
-    python -m benchmarks.planes tied --seeds 2
+    python -m benchmarks.studies.planes            # both tasks, 5 seeds
+    python -m benchmarks.studies.planes tied --seeds 2
 
 ``tied``: a denoising auto-encoder of handwritten digits (scikit-learn's, 8 x 8) from 30 of them, whose decoder is tied
 to the transposed encoder by ``Tied``; mean squared error times 1000, lower is better.
@@ -16,7 +16,6 @@ best of five by its mean on validation data, then scores are on test data that n
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 
@@ -25,6 +24,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import symopt
+from benchmarks.studies import program
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 HIDDEN = 32
@@ -133,7 +133,7 @@ def fit(task: str, method: str, lr: float, seed: int, steps: int) -> tuple[float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program(__spec__, __doc__)
     parser.add_argument("tasks", nargs="*", default=["tied", "equivariant"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=500)

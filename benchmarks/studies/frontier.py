@@ -1,8 +1,8 @@
 """Accuracy against budget: symopt's budgets against pruning and what else leads to few weights.
 
-    python -m benchmarks.frontier                         the full grid (hours); stop it and start it again as you like
-    python -m benchmarks.frontier --quick                 one seed, two budgets, few methods (minutes)
-    python -m benchmarks.frontier --tasks characters --methods "symopt AdamW" "gradual pruning" --budgets 2% 0.5%
+    python -m benchmarks.studies.frontier            the full grid (hours); stop it and start it again as you like
+    python -m benchmarks.studies.frontier --quick    one seed, two budgets, few methods (minutes)
+    python -m benchmarks.studies.frontier --tasks characters --methods "symopt AdamW" dense --budgets 2% 0.5%
 
 Every method is first tuned, per task and budget: all settings of its grid on two seeds that are not used again, by
 *validation* score; symopt has no grid but its defaults.  Then the chosen setting is trained on fresh seeds, which also
@@ -11,7 +11,6 @@ draw the split, and the *test* score is what counts.  Runs are kept in a CSV and
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -20,9 +19,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.methods import METHODS, Budget, run
-from benchmarks.runs import Case, Job, Table, cell, interval, settings
-from benchmarks.tasks import TASKS, text_hash
+from benchmarks.studies import program
+from benchmarks.studies.methods import METHODS, Budget, run
+from benchmarks.studies.runs import Case, Job, Table, cell, interval, settings
+from benchmarks.studies.tasks import TASKS, text_hash
 
 __all__ = ["main"]
 
@@ -107,15 +107,13 @@ def plot(table: Table, cases: dict[str, tuple[list[str], list[str]]], seeds: int
 
 
 def main(argv: list[str] | None = None) -> int:
-    made = argparse.ArgumentParser(
-        "python -m benchmarks.frontier", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = program(__spec__, __doc__)
     made.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     made.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     made.add_argument("--budgets", nargs="+", metavar="B", help="like 5%% 2:4 'neurons 25%%' (each task's own)")
     made.add_argument("--seeds", type=int, default=5)
     made.add_argument("--processes", type=int, default=2)
-    made.add_argument("--csv", type=Path, default=Path("benchmarks/frontier.csv"))
+    made.add_argument("--csv", type=Path, default=Path("benchmarks/data/frontier.csv"))
     made.add_argument("--plot", type=Path, default=Path("out/frontier.png"))
     made.add_argument("--quick", action="store_true")
     args = made.parse_args(argv)

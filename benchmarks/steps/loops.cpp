@@ -2,7 +2,7 @@
 #include <chrono>
 #include <cstdio>
 
-#include "../kernels/native.cpp"
+#include "../../kernels/native/native.cpp"
 
 template <class Loop> void time(const char* name, Loop loop) {
   double best = 1e9;
@@ -20,7 +20,7 @@ template <class Loop> void time(const char* name, Loop loop) {
   TIME(set, "sparse, c = 0", ns::sparse(BLOCK, w, g, p, balanced, tally));               \
   TIME(set, "adam", ns::adam(BLOCK, g, m, v, static_cast<float*>(nullptr), u, p, plastic)); \
   TIME(set, "sgd momentum", (ns::sgd<float, false, false>(BLOCK, g, m, u, 0.9f, 1.0f)));  \
-  TIME(set, "group sums", (ns::add_sums<float, true>(BLOCK, g, u, w, sums)));            \
+  TIME(set, "group sums", (ns::add_sums<float, true, false>(BLOCK, g, u, w, sums)));            \
   TIME(set, "group move", ns::move(BLOCK, w, u, 1.0f, 0.0f))
 
 int main() {

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.__main__ import main
-from benchmarks.cases import CONSTRAINTS, DTYPES, OPTIMIZERS, Case, Size
-from benchmarks.checks import check
-from benchmarks.peers import Explicit, Pat
-from benchmarks.training import FLAGS, NETS
+from benchmarks.steps.cases import CONSTRAINTS, DTYPES, OPTIMIZERS, Case, Size
+from benchmarks.steps.checks import check
+from benchmarks.steps.peers import Explicit, Pat
+from benchmarks.steps.training import FLAGS, NETS
 from symopt_kernels.native import binding as native
 from symopt_kernels.reference import directions, elementwise, gauge
 from symopt_kernels.reference import group as group_kernel

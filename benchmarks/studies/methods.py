@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import symopt
-from benchmarks.runs import grid
-from benchmarks.tasks import Task
+from benchmarks.studies.runs import grid
+from benchmarks.studies.tasks import Task
 from symopt import recipes
 
 __all__ = ["METHODS", "Budget", "Method", "run"]

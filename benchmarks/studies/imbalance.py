@@ -1,9 +1,9 @@
 """Which law should the imbalance c follow?  Relative objective gap of a Lasso, for each law.
 
-    python benchmarks/imbalance.py                 every law, three spreads of column scales, three designs (20 minutes)
-    python benchmarks/imbalance.py --designs 20 --only "spread 0.7" --laws mass4 anneal
-    python benchmarks/imbalance.py --designs 20 --only SGD --laws mass4 anneal --strength 2
-    python benchmarks/imbalance.py --quick         one design, fewer steps
+    python -m benchmarks.studies.imbalance            every law and case, three designs (20 minutes)
+    python -m benchmarks.studies.imbalance --designs 20 --only "spread 0.7" --laws mass4 anneal
+    python -m benchmarks.studies.imbalance --designs 20 --only SGD --laws mass4 anneal --strength 2
+    python -m benchmarks.studies.imbalance --quick    one design, fewer steps
 
 More than five designs are summarised by how many missed a relative gap of 1e-4, and the worst.
 
@@ -18,7 +18,6 @@ The truth is scikit-learn's Lasso run to 1e-14.  The laws differ only in the rat
 
 from __future__ import annotations
 
-import argparse
 import warnings
 
 import torch
@@ -26,6 +25,7 @@ from sklearn.linear_model import Lasso
 from torch import Tensor, nn
 
 import symopt
+from benchmarks.studies import program
 from symopt_kernels.reference import gauge
 
 AUTOMATIC = gauge.imbalance_law
@@ -79,7 +79,7 @@ def gap(kind: str, spread: float, seed: int, steps: int, kappa: float, make) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program(__spec__, __doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--designs", type=int, default=3)
     parser.add_argument("--strength", type=float, default=0.1)

@@ -1,6 +1,6 @@
 """What a budget adds to a whole training step: the same network with ``Sparse(strength)`` and with ``Sparse(density)``.
 
-    python -m benchmarks.budget_cost [--nets transformer] [--trainings 7]
+    python -m benchmarks.studies.budget_cost [--nets transformer] [--trainings 7]
 
 Both train in turns, 20 steps each.  "until the cut": with over without, of such blocks while the budget is imposed, the
 first one left out; "whole training": of the sums, the first block, the cut and what follows it included.  Medians and
@@ -9,14 +9,14 @@ quartiles.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import warnings
 from typing import Any
 
 import symopt
 from benchmarks import timing
-from benchmarks.training import NETS, Trainer
+from benchmarks.steps.training import NETS, Trainer
+from benchmarks.studies import program
 from symopt.constraints.budget import BudgetPlan
 
 BUDGETS: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def training(net: str, options: dict[str, Any]) -> tuple[list[float], list[float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program(__spec__, __doc__)
     parser.add_argument("--nets", default="MLP", help="a part of their names")
     parser.add_argument("--trainings", type=int, default=7)
     args = parser.parse_args()

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
-from benchmarks.peers import PEERS, Ours, Pat, Torch, Variant
+from benchmarks.steps.cases import Case
+from benchmarks.steps.peers import PEERS, Ours, Pat, Torch, Variant
 
 __all__ = ["check", "check_native", "first_line", "tolerance"]
 

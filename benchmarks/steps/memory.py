@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import timing
-from benchmarks.cases import Case, Size
-from benchmarks.checks import first_line
-from benchmarks.peers import PEERS, Ours
+from benchmarks.steps.cases import Case, Size
+from benchmarks.steps.checks import first_line
+from benchmarks.steps.peers import PEERS, Ours
 
 __all__ = ["measure"]
 
@@ -38,8 +38,8 @@ def measure(case: Case, method: str) -> dict[str, Any]:
     """Bytes of the weights, bytes held between steps, peak extra bytes of one step, and the resolution."""
     job = [case.optimizer, case.constraint, case.size.text, case.dtype, str(case.threads), method]
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", *job],
-        cwd=Path(__file__).resolve().parents[1],
+        [sys.executable, "-m", "benchmarks.steps.memory", *job],
+        cwd=Path(__file__).resolve().parents[2],
         env={**os.environ, **_ALLOCATOR},
         capture_output=True,
         text=True,

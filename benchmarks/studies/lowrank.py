@@ -1,6 +1,6 @@
 """The step of ``LowRank`` against torchao PAT's nuclear norm, at full rank and below.
 
-python -m benchmarks.lowrank [--size 1024] [--ranks 1024 256 64] [--threads 1] [--seconds 20]
+    python -m benchmarks.studies.lowrank [--size 1024] [--ranks 1024 256 64] [--threads 1] [--seconds 20]
 
 One square weight in fp32 and a fixed gradient.  PAT takes fused torch AdamW and then the proximal map of the nuclear
 norm, by a singular value decomposition in every step; symopt takes AdamW with ``LowRank(max_rank=r)``.  Its time is the
@@ -10,7 +10,6 @@ compared with the same one in fp64, its weight with its factors, and PAT's singu
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import Any
 
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 
 import symopt
 from benchmarks import timing
-from benchmarks.peers import load_pat
+from benchmarks.steps.peers import load_pat
+from benchmarks.studies import program
 from symopt.optim.lowrank.step import period
 
 __all__ = ["main"]
@@ -73,9 +73,7 @@ def _check(size: int, rank: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    made = argparse.ArgumentParser(
-        "python -m benchmarks.lowrank", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = program(__spec__, __doc__)
     made.add_argument("--size", type=int, default=1024)
     made.add_argument("--ranks", type=int, nargs="+", default=[1024, 256, 64])
     made.add_argument("--threads", type=int, default=1)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks import timing
-from benchmarks.cases import Case
-from benchmarks.checks import check
-from benchmarks.peers import PEERS, Ours, Variant
+from benchmarks.steps.cases import Case
+from benchmarks.steps.checks import check
+from benchmarks.steps.peers import PEERS, Ours, Variant
 from benchmarks.timing import Summary, Timed, summarize
 
 __all__ = ["KernelResult", "Pair", "run_case"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.__main__ import QUICK_SIZES
-from benchmarks.cases import Case, cases
-from benchmarks.checks import check
-from benchmarks.peers import PEERS, Ours, Variant
+from benchmarks.steps.cases import Case, cases
+from benchmarks.steps.checks import check
+from benchmarks.steps.peers import PEERS, Ours, Variant
 
 CASES = cases(["adamw", "sgd-momentum"], ["sparse", "group-out"], QUICK_SIZES, ["float32"], [torch.get_num_threads()])
 

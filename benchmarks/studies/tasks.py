@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training import Transformer
+from benchmarks.steps.training import Transformer
 
 __all__ = ["TASKS", "Data", "Task", "text_hash"]
 

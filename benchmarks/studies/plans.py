@@ -1,16 +1,15 @@
 """How to impose a budget: accuracy for one change of symopt's at a time, and of pruning.
 
-    python -m benchmarks.plans        a quarter of an hour on two idle cores; the table in docs/budgets.md
-    python -m benchmarks.plans --cases lenet-300-100/2% lenet-300-100/1% --seeds 8
-    python -m benchmarks.plans --cases lenet-300-100/50% --only "inside at least" --seeds 28
+    python -m benchmarks.studies.plans        a quarter of an hour on two idle cores; the table in docs/budgets.md
+    python -m benchmarks.studies.plans --cases lenet-300-100/2% lenet-300-100/1% --seeds 8
+    python -m benchmarks.studies.plans --cases lenet-300-100/50% --only "kept at least" --seeds 28
 
-Seeds that benchmarks/frontier.py does not use; the score is the accuracy on all 1 500 images held out, in brackets less
-the default plan's, seed by seed, with a 95 % interval.
+Seeds that benchmarks/studies/frontier.py does not use; the score is the accuracy on all 1 500 images held out, in
+brackets less the default plan's, seed by seed, with a 95 % interval.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import multiprocessing
 import statistics
@@ -21,9 +20,10 @@ import torch
 from torch import Tensor
 
 import symopt.budgets.selection
-from benchmarks.methods import Budget, run
-from benchmarks.runs import cell
-from benchmarks.tasks import TASKS
+from benchmarks.studies import program
+from benchmarks.studies.methods import Budget, run
+from benchmarks.studies.runs import cell
+from benchmarks.studies.tasks import TASKS
 from symopt.constraints.budget import BudgetPlan
 
 CASES = (
@@ -39,7 +39,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"strength_pruned": 10.0},
     *({"plasticity": x} for x in (2.0, 8.0)),
     *({"strength_kept": x} for x in (0.0, 0.03, 0.04)),
-    *({"inside at least": x} for x in (0.06, 0.09)),
+    *({"kept at least": x} for x in (0.06, 0.09)),
     *({"ramp": ramp, "commit": commit} for ramp, commit in ((0.3, 0.45), (0.6, 0.8))),
     *({"lr": x} for x in (7e-3, 1.4e-2)),
     {"between tensors": "by size"},
@@ -69,7 +69,7 @@ def _score(job: tuple[str, str, dict[str, Any], str, int]) -> float:
         plan = dict(setting["plan"])
         if plan.pop("between tensors", None) == "by size":
             symopt.budgets.selection._shares = _by_size
-        if (least := plan.pop("inside at least", None)) is not None:  # as a strength, for large budgets
+        if (least := plan.pop("kept at least", None)) is not None:  # as a strength, for large budgets
             plan["strength_kept"] = max(BudgetPlan.strength_kept, least / math.log(1 / Budget(budget).share))
         others = {key: plan.pop(key) for key in ("time_scale", "imbalance") if key in plan}
         setting = {**setting, "plan": BudgetPlan(**plan), **others}
@@ -78,7 +78,7 @@ def _score(job: tuple[str, str, dict[str, Any], str, int]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program(__spec__, __doc__)
     parser.add_argument("--cases", nargs="+", default=["/".join(case) for case in CASES], metavar="TASK/BUDGET")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="a part of a row's name; the default plan stays")

@@ -1,6 +1,6 @@
 """What explicit mode costs: a training step of Linear 4096 x 4096, batch 8, fused SGD, against the unconstrained layer.
 
-    python benchmarks/explicit_mode.py [--size 4096] [--repeats 15]
+    python -m benchmarks.studies.explicit_mode [--size 4096] [--repeats 15]
 
 Every round times each variant once, so ratios are of the same moment; printed are the median ratio and its quartiles.
 Memory: tensors of the weight's size that explicit mode still holds after backward, beyond factors and gradients; during
@@ -9,7 +9,6 @@ the forward pass it is one more, the composed weight.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import symopt
+from benchmarks.studies import program
 
 
 class Product(nn.Module):
@@ -72,7 +72,7 @@ def extra(variant: Variant) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program(__spec__, __doc__)
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()

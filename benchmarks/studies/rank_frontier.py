@@ -1,8 +1,8 @@
 """Accuracy against rank: ``LowRank(rank=)`` against truncated SVD with fine-tuning and factored layers from scratch.
 
-    python -m benchmarks.rank_frontier                       the full grid; stop it and start it again as you like
-    python -m benchmarks.rank_frontier --quick               one seed, one pair of ranks (a minute)
-    python -m benchmarks.rank_frontier --ranks 5,5 --seeds 5
+    python -m benchmarks.studies.rank_frontier            the full grid; stop it and start it again as you like
+    python -m benchmarks.studies.rank_frontier --quick    one seed, one pair of ranks (a minute)
+    python -m benchmarks.studies.rank_frontier --ranks 5,5 --seeds 5
 
 LeNet-300-100 on MNIST-5k, ranks of its two hidden layers.  All methods take initial weights, batches and the cosine
 schedule from the same seed.  Each is first tuned per pair of ranks: all settings of its grid on two seeds that are not
@@ -12,7 +12,6 @@ seeds, which also draw the split, and the *test* score is what counts.  Runs are
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -24,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 import symopt
-from benchmarks.runs import Job, Table, cell, grid, settings
-from benchmarks.tasks import TASKS
+from benchmarks.studies import program
+from benchmarks.studies.runs import Job, Table, cell, grid, settings
+from benchmarks.studies.tasks import TASKS
 
 __all__ = ["main"]
 
@@ -176,14 +176,12 @@ def _print(table: Table, methods: list[str], ranks: list[str], seeds: int) -> No
 
 
 def main(argv: list[str] | None = None) -> int:
-    made = argparse.ArgumentParser(
-        "python -m benchmarks.rank_frontier", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = program(__spec__, __doc__)
     made.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     made.add_argument("--ranks", nargs="+", default=list(RANKS), metavar="A,B", help="of the two hidden layers")
     made.add_argument("--seeds", type=int, default=5)
     made.add_argument("--processes", type=int, default=2)
-    made.add_argument("--csv", type=Path, default=Path("benchmarks/rank_frontier.csv"))
+    made.add_argument("--csv", type=Path, default=Path("benchmarks/data/rank_frontier.csv"))
     made.add_argument("--quick", action="store_true")
     args = made.parse_args(argv)
     if args.quick:
