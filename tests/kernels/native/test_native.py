@@ -61,7 +61,7 @@ FORMATS = {
 # numel: one, around vectors, around blocks of 512, around chunks of 16384 and 65536, and where chunks get larger.
 SIZES = [1, 2, 15, 16, 17, 511, 512, 513, 16383, 16384, 16385, 65535, 65536, 65537]
 
-# Every way in which native.cpp cuts groups into units, with a size on either side of its borders.
+# Every way in which tasks.h divides groups into stripes, with a size on either side of its borders.
 GROUPS: dict[str, tuple[tuple[int, ...], str | int]] = {
     "one-weight": ((1,), "out"),
     "out": ((7, 5), "out"),
@@ -102,7 +102,7 @@ GROUPS: dict[str, tuple[tuple[int, ...], str | int]] = {
 }
 SMALL_GROUPS = [name for name, (shape, _) in GROUPS.items() if math.prod(shape) <= 2000]
 LARGE_GROUPS = [name for name in GROUPS if name not in SMALL_GROUPS]
-RETRACTIONS = native.RETRACTIONS[:-1]  # mirror steps several tensors as one: test_native_mirror.py
+RETRACTIONS = native.RETRACTIONS
 
 
 @dataclass(frozen=True)
@@ -390,7 +390,7 @@ def expect(case: Case, problem: Problem) -> dict[str, Expected]:
         shared = rho + radial
         new_terms = groups.scale(shared * rho, w.abs()) + groups.scale(shared * gate_sq, far)
         new_terms = groups.scale(unsummed(case, groups), new_terms)
-        # native.cpp does not snap a group whose two terms cancel to below 2e-3 of them: that may be rounding.
+        # group.h does not snap a group whose two terms cancel to below 2e-3 of them: that may be rounding.
         noise = 4e-6 if math_of(case.format) == torch.float32 else 4e-14
         doubtful = groups.sum(news[-1] ** 2) <= noise * groups.sum(new_terms**2)
         news = (*news[:-1], torch.where(groups.expand(doubtful).reshape(w.shape), news[-1], news[0]))
@@ -423,7 +423,8 @@ def _direct(
         momentum, dampening = case.option("momentum"), case.option("dampening")
         nesterov, fresh = bool(case.option("nesterov")), bool(case.option("fresh"))
         buffer = None if fresh else old.get("momentum_buffer")
-        up, gain, new = directions.sgd(g, buffer, momentum=momentum, dampening=dampening, nesterov=nesterov)
+        up, new = directions.sgd_lead(g, buffer, momentum=momentum, dampening=dampening, nesterov=nesterov)
+        gain = directions.amplification(momentum, dampening)
         terms = g_terms
         if new is not None:
             if buffer is not None:
@@ -431,18 +432,20 @@ def _direct(
             out["momentum_buffer"] = Expected((new,), terms)
             terms = g_terms + momentum * terms if nesterov else terms
         return up, terms, gain
-    direction = directions.adam if case.kind == "adam" else directions.adamw
-    moments = (old["exp_avg"], old["exp_avg_sq"], old.get("max_exp_avg_sq"))
     beta1, beta2 = BETA1, BETA2
-    options: dict[str, Any] = {"step": STEP + 1, "beta1": beta1, "beta2": beta2, "eps": EPS, "groups": groups}
-    up, gain, m, v, peak = direction(g, *moments, **options)
-    m_terms = moments[0].abs() + (1 - beta1) * (g_terms - g.abs() + (g - moments[0]).abs())
+    square = g * g if groups is None else groups.sum(g * g) / groups.size(g)
+    lead, m = directions.adam_lead(g, old["exp_avg"], step=STEP + 1, beta1=beta1)
+    old_v, old_peak = old["exp_avg_sq"], old.get("max_exp_avg_sq")
+    scale, v, peak = directions.adam_scale(square, old_v, old_peak, step=STEP + 1, beta2=beta2, eps=EPS)
+    up = scale * lead if groups is None else groups.scale(scale, lead)
+    gain: Any = scale if case.kind == "adam" else 1.0 if groups is None else groups.size(g).sqrt()
+    m_terms = old["exp_avg"].abs() + (1 - beta1) * (g_terms - g.abs() + (g - old["exp_avg"]).abs())
     m_terms = m_terms.clamp(min=least)
     out["exp_avg"] = Expected((m,), m_terms)
     if case.weight_decay and case.kind == "adam":  # the square of a sum
         square = g_terms * g_terms
         square = square if groups is None else groups.sum(square) / groups.size(square)
-        v_terms = beta2 * moments[1] + (1 - beta2) * square
+        v_terms = beta2 * old["exp_avg_sq"] + (1 - beta2) * square
     else:
         v_terms = v
     if groups is not None:
