@@ -432,20 +432,22 @@ def _direct(
             out["momentum_buffer"] = Expected((new,), terms)
             terms = g_terms + momentum * terms if nesterov else terms
         return up, terms, gain
+    moments = (old["exp_avg"], old["exp_avg_sq"], old.get("max_exp_avg_sq"))
     beta1, beta2 = BETA1, BETA2
+    lead, m = directions.adam_lead(g, moments[0], step=STEP + 1, beta1=beta1)
     square = g * g if groups is None else groups.sum(g * g) / groups.size(g)
-    lead, m = directions.adam_lead(g, old["exp_avg"], step=STEP + 1, beta1=beta1)
-    old_v, old_peak = old["exp_avg_sq"], old.get("max_exp_avg_sq")
-    scale, v, peak = directions.adam_scale(square, old_v, old_peak, step=STEP + 1, beta2=beta2, eps=EPS)
+    scale, v, peak = directions.adam_scale(square, *moments[1:], step=STEP + 1, beta2=beta2, eps=EPS)
     up = scale * lead if groups is None else groups.scale(scale, lead)
-    gain: Any = scale if case.kind == "adam" else 1.0 if groups is None else groups.size(g).sqrt()
-    m_terms = old["exp_avg"].abs() + (1 - beta1) * (g_terms - g.abs() + (g - old["exp_avg"]).abs())
+    gain: Any = scale
+    if case.kind != "adam":
+        gain = 1.0 if groups is None else groups.size(g).sqrt()
+    m_terms = moments[0].abs() + (1 - beta1) * (g_terms - g.abs() + (g - moments[0]).abs())
     m_terms = m_terms.clamp(min=least)
     out["exp_avg"] = Expected((m,), m_terms)
     if case.weight_decay and case.kind == "adam":  # the square of a sum
         square = g_terms * g_terms
         square = square if groups is None else groups.sum(square) / groups.size(square)
-        v_terms = beta2 * old["exp_avg_sq"] + (1 - beta2) * square
+        v_terms = beta2 * moments[1] + (1 - beta2) * square
     else:
         v_terms = v
     if groups is not None:
