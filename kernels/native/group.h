@@ -74,7 +74,7 @@ LOOP void combine_sums(int64_t n, T* __restrict second, T* __restrict peak, cons
   for (int64_t j = 0; j < n; j++) {
     double lr = k.lr, gain = 1, count = counts[j];
     if (DIRECTION != SGD) {
-      double v = beta2 * second[j] + share2 * (gg[j] / count);
+      double v = beta2 * second[j] + share2 * (gg[j] / larger(count, 1.0));
       second[j] = T(v);
       if (amsgrad) {
         double highest = peak[j];
