@@ -31,6 +31,7 @@ from symopt.constraints import (
     Circulant,
     Constraint,
     Equivariant,
+    GroupBridge,
     GroupSparse,
     LowRank,
     Mirror,
@@ -42,7 +43,7 @@ from symopt.constraints import (
 from symopt.folding.fold import fold, resize
 from symopt.module.constrain import constrain, constraints, param_groups, release
 from symopt.module.explicit import plain_state_dict
-from symopt.optim import SGD, Adam, AdamW
+from symopt.optim import SGD, Adam, AdamW, Lion, Muon
 from symopt.report import report
 
 __version__ = "0.1.0"
@@ -55,9 +56,12 @@ __all__ = [
     "Circulant",
     "Constraint",
     "Equivariant",
+    "GroupBridge",
     "GroupSparse",
+    "Lion",
     "LowRank",
     "Mirror",
+    "Muon",
     "Sparse",
     "Symmetric",
     "Tied",

@@ -154,8 +154,5 @@ class SpanningGroups(Constraint):
     def penalty(self, w: Tensor) -> Tensor:
         return self.size(w).sum()
 
-    def one_sided(self, w: Tensor) -> bool:
-        return w.dim() == 2
-
     def default_strength(self, *, decoupled: bool) -> float:
         return 0.06 if decoupled else 1e-4

@@ -141,9 +141,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
     def _step_plain(self, group: dict[str, Any]) -> None:
         """Step the unconstrained parameters of ``group`` with torch's own functions."""
 
+    def unconstrained(self, group: dict[str, Any]) -> list[Tensor]:
+        """The parameters of a param group that torch's own functions step."""
+        return [p for binding in self._members(group).unconstrained for p in binding.parameters]
+
     def _init_group(self, group: dict[str, Any], *lists: Any, **kwargs: Any) -> Any:
-        plain = [p for binding in self._members(group).unconstrained for p in binding.parameters]
-        return super()._init_group({**group, "params": plain}, *lists, **kwargs)  # type: ignore[misc]
+        return super()._init_group({**group, "params": self.unconstrained(group)}, *lists, **kwargs)  # type: ignore[misc]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step, as ``torch.optim.Optimizer.step``; ``torch.compile`` sees it as one operator."""

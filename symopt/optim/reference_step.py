@@ -129,7 +129,7 @@ def _step_units(slot: Slot, units: Units, options: Options, grad_scale: Tensor |
         squares = [x * x for x in (grads if by_gradient else leads)]
         scale = direction.rescale(options, state, units.pack(sums[0 if by_gradient else 1] / sizes, squares))
     of_units = scale[: units.count] if isinstance(scale, Tensor) else scale
-    gain = direction.gain(options, of_units, sizes, decoupled=slot.decoupled)
+    gain = direction.gain(options, of_units, sizes, binding.parameters[0].shape, decoupled=slot.decoupled)
     lr, strength = slot.rates(options, sums)
     factor: float | Tensor | None = options["imbalance_factor"]
     snaps: Tensor | bool = True
