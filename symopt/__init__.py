@@ -39,7 +39,8 @@ from symopt.constraints import (
     Tied,
     ZeroMean,
 )
-from symopt.folding.fold import fold, resize
+from symopt.folding.fold import fold
+from symopt.folding.resize import resize
 from symopt.module.constrain import constrain, constraints, param_groups, release
 from symopt.module.explicit import plain_state_dict
 from symopt.optim import SGD, Adam, AdamW
