@@ -109,16 +109,16 @@ def _smaller(plain: M, inputs: Inputs | None) -> tuple[M, list[str]]:
     if not same_graph(traced, trace(plain, training=True), values=False):
         raise Opaque("forward differs between training and evaluation")
     shapes = {} if inputs is None else shapes_of(traced, copied(inputs))
-    barred: dict[str, str] = {}
+    fixed: dict[str, str] = {}
     while True:
-        plan = analyse(traced, shapes, barred)
+        plan = analyse(traced, shapes, fixed)
         small = copy.deepcopy(plain)
         carry_out(plan, small)
         # A forward that computes with the size of a layer would now compute something else.
         suspects = _readers_of_sizes(plain, small, traced)
         if not suspects:
             return small, [f"{name}: {note}" for name, note in plan.notes.items()]
-        barred |= dict.fromkeys(suspects, "has a size that forward reads")
+        fixed |= dict.fromkeys(suspects, "has a size that forward reads")
 
 
 def _readers_of_sizes(plain: nn.Module, small: nn.Module, traced: Traced) -> list[str]:
