@@ -13,9 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from symopt_kernels.reference.plane import FLOOR as _FLOOR
-from symopt_kernels.reference.plane import MARGIN as _MARGIN
-from symopt_kernels.reference.plane import MEMORY as _MEMORY
+from symopt_kernels.reference import plane
 from symopt_kernels.triton.imbalance import count_step, decay_imbalance, settings
 from symopt_kernels.triton.memory import (
     BEGIN,
@@ -40,7 +38,9 @@ from symopt_kernels.triton.tiles import recall
 
 __all__ = ["moves", "snaps", "surveys"]
 
-MARGIN, MEMORY, FLOOR = tl.constexpr(_MARGIN), tl.constexpr(_MEMORY), tl.constexpr(_FLOOR)
+AUTO_STRENGTH_MARGIN = tl.constexpr(plane.AUTO_STRENGTH_MARGIN)
+CRITICAL_EMA = tl.constexpr(plane.CRITICAL_EMA)
+CRITICAL_FLOOR = tl.constexpr(plane.CRITICAL_FLOOR)
 GATE = tl.constexpr(_GATE)
 OWN, RATE, BACK, INSIDE, ATTRACTS, SNAPPED = (tl.constexpr(i) for i in range(6))  # numbers of a gate
 LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -60,7 +60,7 @@ def total(partial, begin, count, MOST: tl.constexpr = False):
 @triton.jit
 def automatic(table, entry):
     """The strength in force: a margin above what earlier steps have needed."""
-    return tl.load(address(table, entry, CRITICAL, tl.float32, False)) * MARGIN
+    return tl.load(address(table, entry, CRITICAL, tl.float32, False)) * AUTO_STRENGTH_MARGIN
 
 
 @triton.jit
@@ -74,8 +74,8 @@ def remember(table, entry, numbers, amplify, squares, everything, DECOUPLED: tl.
     else:
         typical = numbers[7] * tl.sqrt(everything / weights) / amplify * spread
     at = address(table, entry, CRITICAL, tl.float32, False)
-    needed = tl.maximum(critical, typical * FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(at, tl.maximum(tl.load(at) * MEMORY, needed, propagate_nan=tl.PropagateNan.ALL))
+    needed = tl.maximum(critical, typical * CRITICAL_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(at, tl.maximum(tl.load(at) * CRITICAL_EMA, needed, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar, final
 import torch
 from torch import Tensor, nn
 
-from symopt.budgets.pools import Member, pools
+from symopt.budgets.pools import BudgetedWeight, pools
 from symopt.constraints import Constraint
 from symopt.constraints.planes.plane import flat, parts
 from symopt.folding.thin import Thin
@@ -66,16 +66,16 @@ def _share(module: nn.Module, names: tuple[str, ...]) -> None:
 def _meet_budgets(module: nn.Module, bound: list[tuple[tuple[str, ...], Constraint]]) -> dict[str, int]:
     """Set to zero the units that are over budget; returns how many of their weights were not zero, by parameter."""
     weights: dict[str, tuple[Tensor, ...]] = {}
-    candidates: list[Member] = []
+    candidates: list[BudgetedWeight] = []
     for names, constraint in bound:
         if constraint.budget is not None and not constraint.is_matrix:
             name = ", ".join(names)
             weights[name] = tuple(module.get_parameter(n).detach() for n in names)
             w = flat(weights[name])
-            candidates.append(Member(name, w, constraint, constraint.partition(w)))
+            candidates.append(BudgetedWeight(name, w, constraint, constraint.partition(w)))
     cut: dict[str, int] = {}
     for pool in pools(candidates):
-        for m, over in zip(pool.members, pool.pruned(), strict=True):
+        for m, over in zip(pool.weights, pool.pruned(), strict=True):
             pruned = m.constraint.units(over, m.w, m.groups)
             cut[m.name] = int((pruned & (m.w != 0)).sum())
             for w, gone in zip(weights[m.name], parts(pruned, weights[m.name]), strict=True):
