@@ -30,8 +30,8 @@ def constrain(target: Patterns, *, mode: str = ..., init: str | float = ...) -> 
 
 
 def constrain(
-    target: Any, patterns: Patterns | None = None, *, mode: str = "optimizer", init: str | float = "imbalanced"
-) -> Any:
+    target: object, patterns: Patterns | None = None, *, mode: str = "optimizer", init: str | float = "imbalanced"
+) -> object:
     """Write down which parameters of a module obey which constraint.
 
     Nothing about the module changes: weights, ``state_dict`` keys, forward pass and memory stay as they are.  The
@@ -259,21 +259,13 @@ def _apply(module: nn.Module, rows: Rows, bind: Bind) -> None:
         bind(module, found)
 
 
-def _decorate(rows: Rows, bind: Bind, target: Any) -> Any:
+def _decorate(rows: Rows, bind: Bind, target: object) -> object:
     if isinstance(target, type) and issubclass(target, nn.Module):
-        original = target.__init__
-
-        @functools.wraps(original)
-        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-            original(self, *args, **kwargs)
-            _apply(self, rows, bind)
-
-        target.__init__ = __init__  # type: ignore[method-assign]
-        return target
-    if inspect.isroutine(target):
+        return _decorate_class(rows, bind, target)
+    if inspect.isroutine(target) and callable(target):
 
         @functools.wraps(target)
-        def factory(*args: Any, **kwargs: Any) -> Any:
+        def factory(*args: object, **kwargs: object) -> nn.Module:
             module = target(*args, **kwargs)
             if not isinstance(module, nn.Module):
                 raise TypeError(f"constrain: {target.__name__} must return a Module, got {type(module).__name__}")
@@ -285,6 +277,18 @@ def _decorate(rows: Rows, bind: Bind, target: Any) -> Any:
         f"constrain: decorate a torch.nn.Module subclass or a function that returns one, not {type(target).__name__}; "
         "for an instance call constrain(module, patterns)"
     )
+
+
+def _decorate_class(rows: Rows, bind: Bind, cls: type[nn.Module]) -> type[nn.Module]:
+    original: Callable[..., None] = getattr(cls, "__init__")  # noqa: B009
+
+    @functools.wraps(original)
+    def __init__(self: nn.Module, *args: object, **kwargs: object) -> None:
+        original(self, *args, **kwargs)
+        _apply(self, rows, bind)
+
+    setattr(cls, "__init__", __init__)  # noqa: B010
+    return cls
 
 
 def _annotate(module: nn.Module, found: list[Binding]) -> None:

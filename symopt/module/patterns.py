@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ Named = tuple[str, nn.Module, str, nn.Parameter]
 """A parameter: qualified name, the module that owns it, its name there, itself."""
 
 
-def checked(patterns: Any) -> Rows:
+def checked(patterns: object) -> Rows:
     """The mapping that ``constrain`` was given, as rows."""
     if not isinstance(patterns, Mapping):
         raise TypeError(f"constrain: patterns must be a mapping, got {type(patterns).__name__}")
