@@ -110,18 +110,44 @@ def _wild(key: str) -> bool:
 def _first_match(name: str, p: nn.Parameter, rows: Rows) -> tuple[int, str | None]:
     for i, (keys, value) in enumerate(rows):
         for key in keys:
-            if name == key or (_wild(key) and fnmatchcase(name, key) and (value is None or _matrix(p))):
+            if _fits(name, key) and _selects(value, name, p, wild=name != key):
                 return i, key
     return -1, None
 
 
+def _fits(name: str, key: str) -> bool:
+    return name == key or (_wild(key) and fnmatchcase(name, key))
+
+
+def _selects(constraint: Constraint | None, name: str, p: nn.Parameter, *, wild: bool) -> bool:
+    """Whether a key that fits ``name`` binds ``p``; ``wild`` if it only fits as a pattern."""
+    if constraint is None:
+        return True
+    patterns = _mapping(constraint)
+    return not wild or _matrix(p) if patterns is None else any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _mapping(constraint: Constraint | None) -> list[str] | None:
+    """The patterns of parameters whose slices a constraint over several parameters lists; None of all others."""
+    groups = getattr(constraint, "groups", None)
+    if constraint is None or not constraint.binds_many or not isinstance(groups, Mapping):
+        return None
+    return list(groups)
+
+
 def _nothing(key: str, value: Constraint | None, parameters: list[Named]) -> str:
-    matched = [full for full, _, _, p in parameters if full == key or (_wild(key) and fnmatchcase(full, key))]
-    small = [full for full, _, _, p in parameters if full in matched and not _matrix(p)]
+    matched = [full for full, *_ in parameters if _fits(full, key)]
+    small = [full for full, _, _, p in parameters if _fits(full, key) and not _matrix(p)]
     if not matched:
         names = ", ".join(full for full, *_ in parameters[:8]) + (", ..." if len(parameters) > 8 else "")
         return f"constrain: pattern {key!r} matches no parameter; there are: {names or 'none'}"
-    if value is not None and len(small) == len(matched):
+    patterns = _mapping(value)
+    if patterns is not None and not any(fnmatchcase(full, pattern) for full in matched for pattern in patterns):
+        return (
+            f"constrain: pattern {key!r} matches {', '.join(matched[:4])}, but groups lists none of them; its patterns "
+            f"are {', '.join(patterns)}"
+        )
+    if value is not None and patterns is None and len(small) == len(matched):
         return (
             f"constrain: pattern {key!r} matches only parameters of fewer than two dimensions "
             f"({', '.join(small[:4])}); a wildcard does not bind those, name them in full"
