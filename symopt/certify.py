@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from symopt.constraints import Constraint
 from symopt.constraints.planes.plane import flat, parts
-from symopt.module.constrain import bindings
+from symopt.module.bindings import bindings
 from symopt.optim import ConstrainedOptimizer, registry
 from symopt.optim.binding import Binding
 from symopt.optim.collapse import collapse_steps

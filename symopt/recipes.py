@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from symopt.constraints import Constraint, GroupSparse, Sparse
-from symopt.module.constrain import constrain, param_groups
+from symopt.module.bindings import param_groups
+from symopt.module.constrain import constrain
 from symopt.module.patterns import Patterns
 
 

@@ -16,7 +16,7 @@ from symopt.constraints import Constraint
 from symopt.constraints.planes.plane import flat
 from symopt.folding.compare import Inputs
 from symopt.folding.fold import fold
-from symopt.module.constrain import bindings, constraints, free
+from symopt.module.bindings import bindings, constraints, free
 from symopt.module.explicit import plain_state_dict
 from symopt.optim import ConstrainedOptimizer, registry
 from symopt.optim.binding import Binding

@@ -13,7 +13,8 @@ from symopt.budgets.pools import BudgetedWeight, pools
 from symopt.constraints import Constraint
 from symopt.constraints.planes.plane import flat, parts
 from symopt.folding.thin import Thin
-from symopt.module.constrain import bindings, release
+from symopt.module.bindings import bindings
+from symopt.module.constrain import release
 
 __all__ = ["Enforced", "enforce"]
 
