@@ -59,6 +59,9 @@ class Direction(ABC):
     scaled_by: ClassVar[Literal["gradient", "lead"] | None] = None
     """Of what :meth:`scale` takes the mean square over a unit; None: the scale is 1."""
 
+    switches: ClassVar[tuple[str, ...]] = ()
+    """Names of the options that :meth:`row` and :meth:`moments` depend on."""
+
     sided: ClassVar[bool] = False
     """Whether the update of a matrix commutes with reflections of its rows and columns only (orthogonalised ones)."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -28,10 +28,6 @@ class Members:
     """Constrained parameters, each binding once."""
     unconstrained: tuple[Binding, ...]
     """One for each of the others."""
-
-    def still(self, params: Sequence[Tensor]) -> bool:
-        """Whether the group has not been edited since."""
-        return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
 
 
 @final
@@ -88,10 +84,10 @@ class Membership:
 
     def of(self, group: dict[str, Any]) -> Members | None:
         """Those of a param group; None if they have to be looked up again."""
-        members = self._groups.get(id(group))
-        if members is None or not self.current or not members.still(group["params"]):
+        epoch, members, params = registry.epoch(), self._groups.get(id(group)), group["params"]
+        if members is None or self._epoch != epoch or len(params) != len(members.params):
             return None
-        return members
+        return members if all(map(operator.is_, params, members.params)) else None
 
     def _binding(self, p: Tensor, name: str, bound: registry.Bound | None) -> Binding:
         before = self.bindings.get(p)

@@ -66,7 +66,7 @@ def _step_whole(slot: Slot, options: Options, grad_scale: Tensor | None) -> None
     delta, decay = lr * update, lr * strength * gain
     if not constraint.uniform_strength:
         decay = decay * constraint.strength_multiplier(w, decoupled=direction.decoupled(options))
-    if constraint.carries_factors:
+    if "factor_0" in state:
         _step_factors(binding, options, state, delta, decay, factor)
         return
     c, scale = state["imbalance"], state["metric_scale"]

@@ -23,6 +23,7 @@ class SGDDirection(Direction):
     """``torch.optim.SGD``'s: gradient, momentum, dampening, Nesterov."""
 
     table = (Moment("momentum_buffer", "first", lazy=True),)
+    switches = ("momentum",)
 
     def row(self, options: Options) -> str:
         return "sgd"
