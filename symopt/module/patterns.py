@@ -121,18 +121,8 @@ def _fits(name: str, key: str) -> bool:
 
 def _selects(constraint: Constraint | None, name: str, p: nn.Parameter, *, wild: bool) -> bool:
     """Whether a key that fits ``name`` binds ``p``; ``wild`` if it only fits as a pattern."""
-    if constraint is None:
-        return True
-    patterns = _mapping(constraint)
-    return not wild or _matrix(p) if patterns is None else any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _mapping(constraint: Constraint | None) -> list[str] | None:
-    """The patterns of parameters whose slices a constraint over several parameters lists; None of all others."""
-    groups = getattr(constraint, "groups", None)
-    if constraint is None or not constraint.binds_many or not isinstance(groups, Mapping):
-        return None
-    return list(groups)
+    selected = None if constraint is None else constraint.selects(name)
+    return selected if selected is not None else constraint is None or not wild or _matrix(p)
 
 
 def _nothing(key: str, value: Constraint | None, parameters: list[Named]) -> str:
@@ -141,13 +131,9 @@ def _nothing(key: str, value: Constraint | None, parameters: list[Named]) -> str
     if not matched:
         names = ", ".join(full for full, *_ in parameters[:8]) + (", ..." if len(parameters) > 8 else "")
         return f"constrain: pattern {key!r} matches no parameter; there are: {names or 'none'}"
-    patterns = _mapping(value)
-    if patterns is not None and not any(fnmatchcase(full, pattern) for full in matched for pattern in patterns):
-        return (
-            f"constrain: pattern {key!r} matches {', '.join(matched[:4])}, but groups lists none of them; its patterns "
-            f"are {', '.join(patterns)}"
-        )
-    if value is not None and patterns is None and len(small) == len(matched):
+    if value is not None and not any(value.selects(full) is not False for full in matched):
+        return f"constrain: pattern {key!r} matches {', '.join(matched[:4])}, but {value} selects none of them"
+    if value is not None and len(small) == len(matched) and value.selects(matched[0]) is None:
         return (
             f"constrain: pattern {key!r} matches only parameters of fewer than two dimensions "
             f"({', '.join(small[:4])}); a wildcard does not bind those, name them in full"

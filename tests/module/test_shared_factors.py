@@ -1,15 +1,11 @@
-"""Explicit mode of units that span several parameters: one gate per unit for all, one direction per parameter.
+"""Units that span several parameters, in explicit mode: one gate per unit for all, one direction per parameter.
 
-The constraint is defined here, so that the mechanism alone is tested; what is expected is written out by autograd.
+What is expected is written out by autograd.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from typing import final
 
 import pytest
 import torch
@@ -17,84 +13,8 @@ from torch import Tensor, nn
 
 import symopt
 from support.table import tolerance
-from symopt.constraints.base import Constraint, Factors, Outs
-from symopt_kernels.units import Part, Units
 
 torch.set_num_threads(1)
-
-
-@final
-@dataclass(frozen=True, eq=False, repr=False)
-class Channels(Constraint):
-    """``w_t = a_t s_g d_t`` on the slices of unit g; other slices are a factor that does not decay."""
-
-    retraction = "foreign"
-    binds_many = True
-    free_factors = 1
-
-    groups: Mapping[str, tuple[int, Tensor]]
-    strength: float | None = 0.1
-    factors: Mapping[str, float] = field(default_factory=dict)
-    bound: Units | None = None
-
-    @property
-    def spanning_units(self) -> Units | None:
-        return self.bound
-
-    def bind_all(self, names: tuple[str, ...], weights: tuple[Tensor, ...]) -> Constraint:
-        found = []
-        for name, w in zip(names, weights, strict=True):
-            pattern = next(p for p in self.groups if fnmatchcase(name, p))
-            dim, index = self.groups[pattern]
-            found.append(Part(tuple(w.shape), dim, index, self.factors.get(pattern, 1.0)))
-        return replace(self, bound=Units(1 + max(int(p.index.max()) for p in found), tuple(found)))
-
-    def _coefficient(self, like: Tensor) -> tuple[Units, Tensor]:
-        """a_t per weight, 0 where it is in no unit."""
-        units = self.bound
-        assert units is not None
-        factors = torch.cat([torch.full(p.shape, p.factor, dtype=like.dtype).flatten() for p in units.parts])
-        return units, units.flat(like.new_ones(units.count)) * factors
-
-    def compose(self, factors: Factors, out: Tensor | None = None) -> Tensor:
-        rest, gate, direction = factors
-        units, a = self._coefficient(direction)
-        return torch.where(a == 0, rest, a * units.flat(gate) * direction)
-
-    def split(self, w: Tensor, imbalance: Tensor | float = 0.0) -> Factors:
-        units, a = self._coefficient(w)
-        light = torch.where(a == 0, 0.0, w / a.where(a != 0, torch.ones_like(a)))
-        size = self.size(w)
-        gate = ((imbalance + (imbalance**2 + 4 * size**2).sqrt()) / 2).sqrt()
-        return torch.where(a == 0, w, 0.0), gate, torch.where(a == 0, 0.0, light / units.flat(gate, 1.0))
-
-    def pullback(self, factors: Factors, grad: Tensor, out: Outs | None = None) -> Factors:
-        _, gate, direction = factors
-        units, a = self._coefficient(direction)
-        return torch.where(a == 0, grad, 0.0), self._sum(a * grad * direction), a * units.flat(gate) * grad
-
-    def mirror(self, factors: Factors) -> Factors:
-        rest, gate, direction = factors
-        return rest, -gate, -direction
-
-    def retract(self, *args: object, **kwargs: object) -> Tensor:
-        raise NotImplementedError
-
-    def penalty(self, w: Tensor) -> Tensor:
-        return self.size(w).sum()
-
-    def size(self, w: Tensor, groups: object = None) -> Tensor:
-        _, a = self._coefficient(w)
-        return self._sum(torch.where(a == 0, 0.0, w / a.where(a != 0, torch.ones_like(a))) ** 2).sqrt()
-
-    def _sum(self, x: Tensor) -> Tensor:
-        units = self.bound
-        assert units is not None
-        pieces = x.split([torch.Size(p.shape).numel() for p in units.parts])
-        return units.sum([piece.reshape(p.shape) for piece, p in zip(pieces, units.parts, strict=True)])
-
-    def default_strength(self, *, decoupled: bool) -> float:
-        return 0.1
 
 
 def close(one: Tensor, two: Tensor, kind: str = "identity") -> None:
@@ -119,7 +39,7 @@ BOUND = ["first.weight", "first.bias", "norm.weight"]
 def made(mode: str, **options: object) -> Net:
     torch.manual_seed(0)
     groups = {"first.*": (0, INDEX), "norm.weight": (0, INDEX)}
-    constraint = Channels(groups, factors={"first.*": 2.0, "norm.weight": 0.5})
+    constraint = symopt.GroupSparse(groups, strength=0.1, factors={"first.*": 2.0, "norm.weight": 0.5})
     return symopt.constrain(Net().double(), {"*": constraint}, mode=mode, **options)
 
 
@@ -137,11 +57,13 @@ def test_a_wildcard_binds_what_the_mapping_lists_vectors_included(mode: str) -> 
 
 
 def test_a_mapping_that_lists_nothing_of_the_key_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"pattern 'last\.\*' matches last.weight, last.bias, but groups lists none"):
-        symopt.constrain(Net(), {"last.*": Channels({"first.*": (0, INDEX)})})
+    with pytest.raises(
+        ValueError, match=r"pattern 'last\.\*' matches last.weight, last.bias, but .* none of them"
+    ):
+        symopt.constrain(Net(), {"last.*": symopt.GroupSparse({"first.*": (0, INDEX)})})
 
 
-@pytest.mark.parametrize("init", ["imbalanced", "balanced", 0.5, 0.0])
+@pytest.mark.parametrize("init", ["imbalanced", "balanced", "gates", 0.5, 0.0])
 def test_the_factors_compose_to_the_weights(init: str | float) -> None:
     torch.manual_seed(0)
     start, net = Net().double().state_dict(), made("explicit", init=init)
