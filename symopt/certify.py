@@ -284,7 +284,8 @@ def _jackknife(constraint: Constraint, grads: list[Tensor], sizes: Tensor | None
     """Critical strength of the mean gradient, bias removed, and its standard error."""
 
     def critical(total: Tensor, n: int) -> float:
-        norms = constraint.inner(total / n, total / n).clamp(min=0).sqrt()
+        mean = constraint.dual(total / n)
+        norms = constraint.inner(mean, mean).clamp(min=0).sqrt()
         norms = norms if sizes is None or constraint.is_plane else norms[sizes == 0]
         return float(norms.max()) if norms.numel() else 0.0
 
@@ -363,14 +364,15 @@ def _seen(binding: Binding, direction: Direction, options: Options, state: State
     unit = 1.0 if size is None else size.sqrt()
     multiplier = torch.as_tensor(binding.constraint.strength_multiplier(grad, decoupled=True))
     if binding.units is not None:
-        return grad * binding.units.flat(scale[: binding.units.count] / (unit * multiplier))
+        return grad * binding.units.flat(scale[: binding.units.count] / (unit * multiplier)).reshape(grad.shape)
     groups = binding.groups(state)
     scaled = scale / (unit * multiplier)
     return grad * scaled if groups is None else groups.scale(scaled.expand(groups.count), grad)
 
 
 def _kkt(constraint: Constraint, w: Tensor, grad: Tensor, sizes: Tensor, strength: float) -> float:
-    slope, along = constraint.inner(grad, grad).clamp(min=0), constraint.inner(grad, w)
+    dual = constraint.dual(grad)
+    slope, along = constraint.inner(dual, dual).clamp(min=0), constraint.inner(dual, w)
     live = (slope + 2 * strength * along / sizes.clamp(min=torch.finfo(w.dtype).tiny) + strength**2).clamp(min=0).sqrt()
     rest = torch.where(sizes > 0, live, (slope.sqrt() - strength).clamp(min=0))
     tangent = constraint.fold(grad) if constraint.is_plane else torch.zeros_like(grad)
