@@ -57,9 +57,7 @@ def test_a_wildcard_binds_what_the_mapping_lists_vectors_included(mode: str) -> 
 
 
 def test_a_mapping_that_lists_nothing_of_the_key_is_an_error() -> None:
-    with pytest.raises(
-        ValueError, match=r"pattern 'last\.\*' matches last.weight, last.bias, but .* none of them"
-    ):
+    with pytest.raises(ValueError, match=r"pattern 'last\.\*' matches last.weight, last.bias, but .* none of them"):
         symopt.constrain(Net(), {"last.*": symopt.GroupSparse({"first.*": (0, INDEX)})})
 
 
@@ -135,3 +133,24 @@ def test_checkpoints_copies_assignment_and_release() -> None:
     assert sorted(dict(net.named_parameters())) == sorted(dict(Net().named_parameters()))
     for name, value in net.state_dict().items():
         close(value, state[name])
+
+
+@pytest.mark.parametrize("mode", ["optimizer", "explicit"])
+def test_report_and_fold_see_whole_units(mode: str) -> None:
+    net = made(mode)
+    report = symopt.report(net)
+    assert [(row.name, row.units, row.live) for row in report.rows] == [(name, 3, 3) for name in BOUND]
+    assert report.unconstrained == ("norm.bias", "last.weight", "last.bias")
+
+
+def test_fold_meets_the_budget_of_units_over_several_parameters() -> None:
+    net = Net().double()
+    groups = {"first.*": (0, INDEX), "norm.weight": (0, INDEX)}
+    symopt.constrain(net, {"*": symopt.GroupSparse(groups, keep=2)})
+    with torch.no_grad():
+        net.first.weight[1], net.first.bias[1], net.norm.weight[1] = 1e-3, 1e-3, 1e-3  # unit 1 is the smallest
+    small = symopt.fold(net)
+    for name in BOUND:
+        before, after = net.get_parameter(name).detach(), small.get_parameter(name).detach()
+        assert not after[1].any() and torch.equal(after[[0, 2, 3]], before[[0, 2, 3]])
+    assert small.fold_config["cut"] == {", ".join(BOUND): 5 + 1 + 1}
