@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import final
 
 import torch
 from torch import nn
@@ -52,13 +53,14 @@ def match(module: nn.Module, rows: Rows) -> list[Binding]:
     shared: dict[int, list[tuple[int, Named]]] = {}
     # Looked up once: both walk every constraint there is.
     factors, known = registry.factors(), registry.bound()
-    hits = [dict.fromkeys(keys, 0) for keys, _ in rows]
+    keys = [_Keys(*row) for row in rows]
+    hits = [dict.fromkeys(row, 0) for row, _ in rows]
     for full, sub, name, p in parameters:
-        row, key = _first_match(full, p, rows)
-        if key is None:
+        row, place = next(((i, k) for i, row in enumerate(keys) if (k := row.first(full, p)) is not None), (-1, -1))
+        if row < 0:
             continue
-        hits[row][key] += 1
-        constraint = rows[row][1]
+        row_keys, constraint = rows[row]
+        hits[row][row_keys[place]] += 1
         if id(p) in chosen and (chosen[id(p)][1] != constraint or (constraint is not None and constraint.binds_many)):
             other, before = chosen[id(p)]  # one tensor under two names
             if constraint is not None and constraint == before:
@@ -72,7 +74,7 @@ def match(module: nn.Module, rows: Rows) -> list[Binding]:
             _check_free(full, p, factors, known)
             _check(full, sub, p, constraint)
             if constraint.binds_many:
-                shared.setdefault(row, []).append((rows[row][0].index(key), (full, sub, name, p)))
+                shared.setdefault(row, []).append((place, (full, sub, name, p)))
             else:
                 found.append(Binding(constraint.bind(full, p), (full,), (sub,), (name,)))
     for (_, value), counts in zip(rows, hits, strict=True):
@@ -107,12 +109,23 @@ def _wild(key: str) -> bool:
     return any(c in key for c in "*?[")
 
 
-def _first_match(name: str, p: nn.Parameter, rows: Rows) -> tuple[int, str | None]:
-    for i, (keys, value) in enumerate(rows):
-        for key in keys:
-            if _fits(name, key) and _selects(value, name, p, wild=name != key):
-                return i, key
-    return -1, None
+@final
+class _Keys:
+    """The keys of one row, so that exact names are found at once."""
+
+    def __init__(self, keys: tuple[str, ...], constraint: Constraint | None) -> None:
+        self.keys, self.constraint = keys, constraint
+        self.place = {key: i for i, key in reversed(list(enumerate(keys)))}
+        self.wild = [(i, key) for i, key in enumerate(keys) if _wild(key)]
+
+    def first(self, name: str, p: nn.Parameter) -> int | None:
+        """The place of the first key that binds a parameter."""
+        exact = self.place.get(name, len(self.keys))
+        for i, key in self.wild:
+            if i < exact and fnmatchcase(name, key) and _selects(self.constraint, name, p, wild=True):
+                return i
+        found = exact < len(self.keys) and _selects(self.constraint, name, p, wild=False)
+        return exact if found else None
 
 
 def _fits(name: str, key: str) -> bool:
