@@ -76,7 +76,7 @@ def certify(model: nn.Module, opt: ConstrainedOptimizer, closure: Closure, sampl
     Verdicts:
 
     - ``exact``: the structure is exact, and the strength is above kappa* (above its upper confidence bound);
-    - ``attracting``: not there yet, but the strength is, so it arrives in about ``steps`` more steps;
+    - ``attracting``: the structure is not exact yet, but the strength is above kappa*: about ``steps`` more steps;
     - ``not reached``: the strength is not above kappa*, or there is no structure.
 
     With SGD and Adam all numbers are in the units of the loss's gradient.  With AdamW the gradient first passes

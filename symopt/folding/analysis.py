@@ -157,8 +157,8 @@ def _find_unused(plan: FoldPlan) -> None:
             assert reader.source is not None
             needed = reader.needed()
             layer.used |= needed.view(layer.units, -1).any(1)
-            stuck = (needed & reader.source.const.isfinite()).view(layer.units, -1).any(1)
-            if count := int(stuck.sum()):
+            padded = (needed & reader.source.const.isfinite()).view(layer.units, -1).any(1)
+            if count := int(padded.sum()):
                 plan.notes[layer.name] = f"{count} constant channels kept, because `{reader.name}` pads with zeros"
         if not layer.used.any():
             plan.notes[layer.name] = "every unit is dead, one kept because torch layers need a width of at least 1"

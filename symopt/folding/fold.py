@@ -22,24 +22,26 @@ M = TypeVar("M", bound=nn.Module)
 def fold(model: M, example_inputs: Tensor | Inputs | None = None) -> M:
     """A new, plain, physically smaller module that computes what ``model.eval()`` computes.
 
-    Constraints are enforced exactly and removed; tied weights become one shared Parameter.  Then every unit (output
-    feature of a linear layer, channel of a convolution) goes that is *constant*, because all its incoming weights or
-    its BatchNorm scale are zero, or that *nobody reads*, because all its outgoing weights are zero; with it go its
-    bias, BatchNorm channels and the matching inputs of the layers that read it, whose biases take over its constant.
-    What survives keeps its weights bit for bit, exact zeros included.  A Linear or Conv whose weight
-    :class:`symopt.LowRank` binds becomes a Sequential of two thin layers (a Conv and one of kernel size 1), where these
-    have fewer parameters.  Who reads what is established by a ``torch.fx`` trace of ``forward`` through Linear,
-    Conv1d-3d (depthwise too), BatchNorm, activations, pooling, flatten, dropout and identity.  Wherever it cannot be
-    established (residual sums, concatenation, layers that are shared, hooked or parametrized, sizes written into
-    ``forward``, ...), for the model's own outputs, and for all layers if ``forward`` cannot be traced, shapes are kept.
+    Constraints are enforced exactly and removed; tied weights become one shared Parameter.  Then fold removes every
+    unit (output feature of a linear layer, channel of a convolution) that is *constant*, because all its incoming
+    weights or its BatchNorm scale are zero, or *unused*, because all its outgoing weights are zero.  It removes the
+    unit's bias, its BatchNorm channels and the matching inputs of the layers that read it, and adds the constant to the
+    biases of those.  All other weights stay as they are bit for bit, exact zeros included.  A Linear or Conv whose
+    weight :class:`symopt.LowRank` binds becomes a Sequential of two thin layers (a Conv and one of kernel size 1),
+    where these have fewer parameters.
+
+    A ``torch.fx`` trace of ``forward`` tells which layer reads which, through Linear, Conv1d-3d (depthwise too),
+    BatchNorm, activations, pooling, flatten, dropout and identity.  Layers keep their shape wherever the trace does not
+    tell (residual sums, concatenation, layers that are shared, hooked or parametrized, sizes written into ``forward``,
+    ...), at the model's outputs, and everywhere if ``forward`` cannot be traced.
 
     The original is not touched.  Training mode, ``requires_grad``, dtypes and devices carry over; parameters are new
     objects, so the result needs a new optimizer.  No symopt class remains in it: it can be pickled, exported and
     trained where symopt is not installed.  Its attribute ``fold_config``, a dict fit for JSON, lists under ``"layers"``
     the type and sizes of each layer before and after, under ``"parameters"`` their number, under ``"cut"`` how many
-    nonzero weights (singular values) of each budget had to go (0 once :class:`symopt.Anneal` has committed), under
-    ``"ranks"`` which layers became two of that rank, and under ``"kept"`` which layers kept their shape and why; with
-    it :func:`resize` and a ``state_dict`` rebuild the result.
+    nonzero weights (singular values) were over each budget (0 once :class:`symopt.Anneal` has committed), under
+    ``"ranks"`` the layers that became two and their rank, and under ``"kept"`` the layers that kept their shape and
+    why; :func:`resize` and a ``state_dict`` rebuild the result with it.
 
     Args:
         model: any module.

@@ -44,7 +44,7 @@ def _layer(call: Call) -> Axis | None:
     layer = Layer(call.name, call.module, source)
     if source is not None:
         source.layer.readers.append(layer)
-    # Without shapes, convolutions are taken to see a batch; a linear layer may see any number of dimensions.
+    # Without shapes, a convolution is assumed to have a batch dimension; a linear layer may have any dimensions.
     ndim = source.ndim if source is not None else weight.dim() if weight.dim() > 2 else None
     return Axis(layer, dim, layer.const, ndim, batch)
 
@@ -75,7 +75,7 @@ def _channelwise(call: Call, axis: Axis) -> Axis:
 def _channels(call: Call, size: int) -> Axis:
     """The axis, if it is dimension 1, where normalisation and PReLU have their channels."""
     axis = call.only()
-    # Without shapes, features that as many channels as there are units normalise are taken to be dimension 1 of 2.
+    # Without shapes, a norm with as many channels as the layer has units is assumed to see two dimensions.
     if axis.dim != 1 - (axis.ndim or 2):
         raise KeepShape("along another dimension")
     return axis.sized(size)
@@ -117,7 +117,7 @@ def _same(call: Call) -> Axis:
 
 def _elementwise(call: Call) -> Axis:
     node, first = call.node, call.inputs[0]
-    where = {(axis.layer, axis.dim, len(axis.const), axis.loose) for axis in call.inputs}
+    where = {(axis.layer, axis.dim, len(axis.const), axis.size_unknown) for axis in call.inputs}
     if len(where) > 1 or len(call.inputs) != len(node.all_input_nodes):
         raise KeepShape
     values = dict(zip(node.all_input_nodes, (axis.const for axis in call.inputs), strict=True))
@@ -128,7 +128,7 @@ def _elementwise(call: Call) -> Axis:
         const = target(*args, **kwargs)
     if not isinstance(const, Tensor) or const.shape != first.const.shape:
         raise KeepShape
-    # Not every function passes NaN on (threshold does not), and infinities are no constants a bias could hold.
+    # Not every function returns NaN for NaN (threshold does not), and no bias can be infinite.
     known = torch.stack([value.isfinite() for value in (const, *values.values())]).all(0)
     return replace(first, const=torch.where(known, const.double(), torch.nan))
 
@@ -182,7 +182,7 @@ def _flattened(axis: Axis, start: int, end: int) -> Axis:
         raise KeepShape
     merged = -1 - start
     moved = replace(axis, dim=min(axis.dim + merged, -1), ndim=axis.ndim and axis.ndim - merged)
-    return replace(moved, loose=axis.loose or (start == axis.dim and merged > 0))
+    return replace(moved, size_unknown=axis.size_unknown or (start == axis.dim and merged > 0))
 
 
 def _flatten(call: Call) -> Axis:

@@ -27,7 +27,7 @@ class Axis:
     """Dimensions of the activation; None if unknown."""
     batch: fx.Node | None = None
     """The model input whose dimension 0 is dimension 0 here, if known."""
-    loose: bool = False
+    size_unknown: bool = False
     """Whether a flatten multiplied the positions by a factor that is unknown until an operation states its size."""
 
     @property
@@ -38,9 +38,9 @@ class Axis:
     def sized(self, size: int) -> Axis:
         """The same axis, known to have ``size`` positions."""
         factor, rest = divmod(size, len(self.const))
-        if rest or factor == 0 or (factor > 1 and not self.loose):
+        if rest or factor == 0 or (factor > 1 and not self.size_unknown):
             raise KeepShape(f"which takes {size} features")
-        return replace(self, const=self.const.repeat_interleave(factor), loose=False)
+        return replace(self, const=self.const.repeat_interleave(factor), size_unknown=False)
 
 
 class Layer:

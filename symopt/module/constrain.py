@@ -35,8 +35,8 @@ def constrain(
     """Write down which parameters of a module obey which constraint.
 
     Nothing about the module changes: weights, ``state_dict`` keys, forward pass and memory stay as they are.  The
-    constraint is imposed by the symopt optimizer that trains the module, which finds it through the module: keep that
-    alive until the optimizer is built.
+    constraint is imposed by the symopt optimizer that trains the module, which finds it through the module: that has to
+    exist until the optimizer is built.
 
     Three forms: ``constrain(module, patterns)`` returns the module; ``@constrain(patterns)`` on a Module subclass
     constrains every new instance (patterns see the class's own parameters); on a factory function, what it returns.
@@ -46,8 +46,7 @@ def constrain(
         patterns: maps an :mod:`fnmatch` pattern on qualified parameter names, or a tuple of patterns, to a constraint,
             to a list of them (:class:`symopt.constraints.Composed`), or to None to leave what it matches free.  The
             first match wins.  A pattern with a wildcard binds parameters of two or more dimensions only: a bias or
-            normalisation scale must be named in full.
-
+            normalisation scale must be named in full, or in a mapping of :class:`symopt.GroupSparse`.
         mode: ``"optimizer"`` (above), or ``"explicit"``: each constrained parameter becomes a torch parametrization
             whose factors are ordinary Parameters, for any optimizer; :func:`param_groups` puts the strength on them as
             ``weight_decay``.  Keys change (:func:`plain_state_dict` undoes that on saving, a plain ``state_dict``

@@ -51,7 +51,7 @@ def match(module: nn.Module, rows: Rows) -> list[Binding]:
     chosen: dict[int, tuple[str, Constraint | None]] = {}
     found: list[Binding] = []
     shared: dict[int, list[tuple[int, Named]]] = {}
-    # Looked up once: both walk every constraint there is.
+    # Looked up once, because both go through every constraint.
     factors, known = registry.factors(), registry.bound()
     keys = [_Keys(*row) for row in rows]
     hits = [dict.fromkeys(row, 0) for row, _ in rows]

@@ -154,3 +154,13 @@ def test_fold_meets_the_budget_of_units_over_several_parameters() -> None:
         before, after = net.get_parameter(name).detach(), small.get_parameter(name).detach()
         assert not after[1].any() and torch.equal(after[[0, 2, 3]], before[[0, 2, 3]])
     assert small.fold_config["cut"] == {", ".join(BOUND): 5 + 1 + 1}
+
+
+@pytest.mark.parametrize("init", ["independent", "matched"])
+def test_loading_weights_keeps_them_whatever_the_init(init: str) -> None:
+    state = {name: value.clone() for name, value in symopt.plain_state_dict(made("optimizer")).items()}
+    net = made("explicit", init=init)
+    assert not torch.allclose(net.first.weight, state["first.weight"])
+    net.load_state_dict(dict(state))
+    for name, value in symopt.plain_state_dict(net).items():
+        close(value, state[name])
