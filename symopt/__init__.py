@@ -40,8 +40,10 @@ from symopt.constraints import (
     Tied,
     ZeroMean,
 )
-from symopt.folding.fold import fold, resize
-from symopt.module.constrain import constrain, constraints, param_groups, release
+from symopt.folding.fold import fold
+from symopt.folding.resize import resize
+from symopt.module.bindings import constraints, param_groups
+from symopt.module.constrain import constrain, release
 from symopt.module.explicit import plain_state_dict
 from symopt.optim import SGD, Adam, AdamW, Lion, Muon
 from symopt.report import report

@@ -170,9 +170,14 @@ class Constraint(ABC):
         groups = self.partition(x)
         return (x * y).flatten() if groups is None else groups.sum(x * y)
 
+    def dual(self, grad: Tensor) -> Tensor:
+        """The gradient for :meth:`inner`: ``inner(dual(grad), x)`` is the sum of ``grad * x`` over each unit."""
+        return grad
+
     def critical(self, grad: Tensor) -> Tensor:
         """The strength above which a unit without weight stays so against ``grad``: the penalty's dual norm of it."""
-        return self.inner(grad, grad).clamp(min=0).sqrt().max()
+        dual = self.dual(grad)
+        return self.inner(dual, dual).clamp(min=0).sqrt().max()
 
     def needed(self, x: Tensor, running: Tensor | None, *, per_coordinate: bool) -> Tensor:
         """The automatic strength's running estimate of the critical one, if the structure is ``fixed``."""

@@ -89,9 +89,9 @@ class SpanningGroups(Constraint):
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         return self._sum(x * y / self._factors_of_parts(x) ** 2)
 
-    def critical(self, grad: Tensor) -> Tensor:
-        """The largest norm of a unit's gradient, ``(sum_t a_t**2 ||g_t||**2)**(1/2)``."""
-        return self._sum((grad * self._factors_of_parts(grad)) ** 2).sqrt().max()
+    def dual(self, grad: Tensor) -> Tensor:
+        """Per unit its norm is ``(sum_t a_t**2 ||g_t||**2)**(1/2)``."""
+        return grad * self._factors_of_parts(grad) ** 2
 
     def units(self, truth: Tensor, w: Tensor, groups: Groups | None) -> Tensor:
         return self._given(truth.to(torch.uint8), w).bool()

@@ -124,7 +124,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
 
     def owns(self, param: Tensor) -> bool:
         """Whether ``param`` is in one of the groups."""
-        return any(param is p for group in self.param_groups for p in group["params"])
+        return param in self._membership.bindings
 
     def forget(self, param: Tensor) -> None:
         """Treat ``param`` as unconstrained from now on (:func:`symopt.release` calls this); moments stay."""
