@@ -10,7 +10,7 @@ from skglm import GroupLasso
 from sklearn.linear_model import Lasso
 
 import symopt
-from support.table import tolerance
+from support.tolerances import tolerance
 from symopt import recipes
 
 torch.set_num_threads(1)

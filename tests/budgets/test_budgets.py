@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import symopt
-from support.table import tolerance
+from support.tolerances import tolerance
 from symopt import anneal as schedule
 from symopt.budgets import selection
 from symopt.budgets.pools import Member, Pool, pools

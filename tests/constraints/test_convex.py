@@ -13,7 +13,7 @@ from skglm import GroupLasso
 from sklearn.linear_model import Lasso
 
 import symopt
-from support.table import tolerance
+from support.tolerances import tolerance
 from symopt_kernels.reference import gauge
 
 torch.set_num_threads(1)

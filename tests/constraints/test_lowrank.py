@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from test_steps import gradients, optimizer
 from torch import Tensor, nn
 
 import symopt
-from support.table import MATRICES, OPTIMIZERS, constrained_parameter, ids, tolerance
+from support.runs import gradients, optimizer
+from support.table import MATRICES, OPTIMIZERS, constrained_parameter, ids
+from support.tolerances import tolerance
 from symopt.optim.lowrank import step as stepper
 from symopt_kernels.reference import lowrank as kernel
 

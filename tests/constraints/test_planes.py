@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import symopt
-from support.table import OPTIMIZERS, PLANES, ids, plane_module, tolerance
+from support.table import OPTIMIZERS, PLANES, ids, plane_module
+from support.tolerances import tolerance
 from symopt.constraints.planes.plane import flat
 from symopt_kernels.reference import plane as kernel
 

@@ -10,39 +10,32 @@ from typing import Any
 
 import pytest
 import torch
-from test_backends import HALF, Run, close, equal, gradient, step_alike, take, tensors
 from torch import Tensor
 
 import symopt
-from support.table import OPTIMIZERS, PLANES, OptimizerRow, PlaneRow, ids, plane_module
+from support.planes import (
+    FEW,
+    MORE,
+    OTHERS,
+    SIMPLE,
+    TIES,
+    along,
+    both,
+    bound_weight,
+    large,
+    make_equal,
+    nearly,
+    three_views,
+    tied,
+    weights,
+)
+from support.runs import HALF, Run, close, equal, step_alike, take, tensors
+from support.table import OPTIMIZERS, OptimizerRow, PlaneRow, ids, plane_module
 from symopt.constraints.planes.plane import flat
 from symopt_kernels.native import binding as native
 
 torch.set_num_threads(1)
 
-
-def planes(backend: str) -> list[PlaneRow]:
-    """Those that have a kernel there."""
-    return [row for row in PLANES if constraint_of(plane_module(row)).no_kernel(backend) is None]
-
-
-def constraint_of(module: torch.nn.Module) -> symopt.Constraint:
-    return symopt.constraints(module)["w0"]
-
-
-TIES = planes("native")
-OTHERS = [row for row in PLANES if row not in TIES]
-SIMPLE = [row for row in TIES if constraint_of(plane_module(row)).parameters_identical]
-"""Ties of weights at one place of several tensors; of others the orbits are gathered."""
-FEW = [row for row in OPTIMIZERS if row.id in ("sgd", "sgd-nesterov", "adam-amsgrad", "adamw")]
-
-# The loops are written for two, three and four copies, and for any number.
-MORE = [
-    replace(row, id=f"{row.id}-{n}", shapes=row.shapes[:1] * n)
-    for row in SIMPLE
-    for n in (4, 5)
-    if len(row.shapes) == 2
-]
 
 every_count = pytest.mark.parametrize("row", [*TIES, *MORE], ids=ids)
 every_tie = pytest.mark.parametrize("row", TIES, ids=ids)
@@ -50,91 +43,6 @@ every_tie = pytest.mark.parametrize("row", TIES, ids=ids)
 _PAIRS = [(row, opt_row) for row in TIES for opt_row in (OPTIMIZERS if row in SIMPLE else FEW)]
 every_pair = pytest.mark.parametrize(("row", "opt_row"), _PAIRS, ids=ids)
 few_optimizers = pytest.mark.parametrize("opt_row", FEW, ids=ids)
-
-
-def large(row: PlaneRow, shape: tuple[int, int] = (37, 51)) -> PlaneRow:
-    """Several blocks, the last one not full."""
-    if row.id.startswith("equivariant"):
-        return row  # its permutations have one size
-    if row.id.startswith("mirror-basis"):
-        basis = torch.linalg.qr(gradient(torch.zeros(len(row.shapes) * math.prod(shape), 3, dtype=torch.float64), 0)).Q
-        row = replace(row, make=lambda k: symopt.Mirror(basis=basis, strength=k))
-    if row.id == "zero-mean-two":
-        return replace(row, shapes=((shape[0], 3, shape[1]),))
-    if row.id in ("symmetric", "circulant"):
-        shape = (shape[1], shape[1])
-    return replace(row, shapes=(shape, shape[::-1]) if "transposed" in row.id else (shape,) * len(row.shapes))
-
-
-def both(
-    row: PlaneRow,
-    opt_row: OptimizerRow,
-    strength: float | None = None,
-    dtype: torch.dtype = torch.float64,
-    fused: str = "native",
-    device: str = "cpu",
-    **options: Any,
-) -> list[Run]:
-    """The same weights on the two backends, the fused one first."""
-    runs: list[Run] = []
-    for backend in (fused, "reference"):
-        module = plane_module(row, strength, dtype=dtype).to(device)
-        given = {"lr": opt_row.lr, **opt_row.options, **options}
-        runs.append((module, opt_row.cls(module, backend=backend, **given)))
-    return runs
-
-
-def weights(run: Run) -> list[Tensor]:
-    return [p.detach() for p in run[0].parameters()]
-
-
-def together(run: Run) -> Tensor:
-    """All weights as the constraint sees them."""
-    held = [w.double() for w in weights(run)]
-    return torch.cat([w.flatten() for w in held]) if len(held) > 1 else held[0]
-
-
-def put(run: Run, whole: Tensor) -> None:
-    with torch.no_grad():
-        held = weights(run)
-        for w, part in zip(held, whole.flatten().split([w.numel() for w in held]), strict=True):
-            w.copy_(part.reshape(w.shape))
-
-
-def tied(run: Run) -> bool:
-    constraint, w = constraint_of(run[0]), weights(run)[0]
-    return float(constraint.violation(together(run))) <= constraint.rounding(w)
-
-
-def make_equal(runs: list[Run], begin: float = 0.0, end: float = 1.0) -> None:
-    """Onto the plane, from one share of the orbits that are tied, or of the groups that are centred, to another."""
-    for run in runs:
-        constraint, w = constraint_of(run[0]), together(run)
-        orbits = constraint.partition(w)
-        chosen = torch.zeros(orbits.count, dtype=torch.bool, device=w.device)
-        ids = (orbits.size(w) > 1).nonzero().flatten()
-        first = int(begin * len(ids))
-        chosen[ids[first : max(first + 1, int(end * len(ids)))]] = True
-        assert bool(chosen.any())
-        put(run, torch.where(orbits.expand(chosen).reshape(w.shape), constraint.fold(w), w))
-
-
-def nearly(runs: list[Run], far: float = 0.01) -> None:
-    """Off the plane by little, alike in all runs."""
-    w = constraint_of(runs[0][0]).fold(together(runs[0]))
-    off = torch.sin(torch.arange(w.numel(), device=w.device) + 1.0)
-    for run in runs:
-        put(run, w + far * off.reshape(w.shape))
-
-
-def along(run: Run, t: int) -> list[Tensor]:
-    """Gradients that leave the plane by little."""
-    g = torch.cat([gradient(w.cpu(), t + 7 * i).flatten() for i, w in enumerate(weights(run))])
-    constraint, shape = constraint_of(run[0]), together(run).shape
-    g = constraint.fold(g.reshape(shape)).flatten() + 0.01 * g
-    held = weights(run)
-    parts = g.split([w.numel() for w in held])
-    return [part.reshape(w.shape).to(w.dtype) for part, w in zip(parts, held, strict=True)]
 
 
 def test_which_planes_have_a_kernel_and_why_others_have_not() -> None:
@@ -199,27 +107,23 @@ def test_more_copies_onto_the_plane(row: PlaneRow, opt_row: OptimizerRow, imbala
     test_onto_the_plane_and_along_it(row, opt_row, None, imbalance, 1)
 
 
-def _parts(k: float | None) -> symopt.Constraint:
-    return symopt.Tied(k, views=[slice(1, 31), lambda w: w[:, 2:32].T, lambda w: w[0].reshape(-1, 40)[:30]])
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @few_optimizers
 def test_parts_of_parameters_of_several_shapes(opt_row: OptimizerRow, dtype: torch.dtype) -> None:
     """Tied ones from each, and free ones in each."""
-    row = replace(TIES[0], id="parts", make=_parts, shapes=((33, 40), (40, 33), (2, 35, 40)))
+    row = replace(TIES[0], id="parts", make=three_views, shapes=((33, 40), (40, 33), (2, 35, 40)))
     for strength in (None, 0.3):
         runs = both(row, opt_row, strength, dtype)
         nearly(runs)
-        start = together(runs[0])
+        start = bound_weight(runs[0])
         for t in range(8):
             step_alike(runs, t)
             close(*runs, "backends" if dtype == torch.float64 else "backends, fp32")
-        assert not torch.equal(together(runs[0]), start)
+        assert not torch.equal(bound_weight(runs[0]), start)
 
 
 _ORBITS: dict[str, tuple[symopt.Constraint, tuple[tuple[int, ...], ...], list[int]]] = {
-    "parts": (_parts(None), ((33, 40), (40, 33), (2, 35, 40)), [1, 1, 1, 3]),
+    "parts": (three_views(None), ((33, 40), (40, 33), (2, 35, 40)), [1, 1, 1, 3]),
     "transposed": (symopt.Tied(views=[None, "T"]), ((70, 150), (150, 70)), [2]),
     "sliced": (symopt.Tied(views=[slice(30), slice(30, 60)]), ((64, 90),), [1, 2]),
     "vectors": (symopt.Tied(views=[slice(5, 705), slice(705, 1405)]), ((1500,),), [1, 2]),
@@ -236,9 +140,9 @@ _ORBITS: dict[str, tuple[symopt.Constraint, tuple[tuple[int, ...], ...], list[in
 
 def _bound(constraint: Any, shapes: tuple[tuple[int, ...], ...]) -> tuple[Any, Tensor]:
     """The constraint of weights of these shapes, and a weight as it sees them."""
-    held = tuple(torch.empty(shape) for shape in shapes)
-    bound = constraint.bind_all("abc"[: len(held)], held) if constraint.binds_many else constraint.bind("a", held[0])
-    return bound, flat(held)
+    parts = tuple(torch.empty(shape) for shape in shapes)
+    bound = constraint.bind_all("abc"[: len(parts)], parts) if constraint.binds_many else constraint.bind("a", parts[0])
+    return bound, flat(parts)
 
 
 @pytest.mark.parametrize(("constraint", "shapes", "copies"), _ORBITS.values(), ids=list(_ORBITS))
