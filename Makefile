@@ -48,7 +48,7 @@ soak: $(VENV)/test.stamp  ## 100 000 steps of each optimizer in flat memory (CI 
 bench: $(VENV)/bench.stamp  ## time the native step against its peers; ARGS="--quick" for a short run
 	@$(MAKE) -s install
 	$(BIN)/python -m benchmarks --json out/bench.json --markdown out/bench.md --plot out/bench.png $(ARGS)
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.steps.gpu
 
 sass: $(VENV)/test.stamp  ## compile the Triton step for GPUs that need not be there and count its instructions
 	@$(MAKE) -s install

@@ -20,7 +20,7 @@ import symopt
 from support.tolerances import tolerance
 from symopt import anneal as schedule
 from symopt.budgets import selection
-from symopt.budgets.pools import Member, Pool, pools
+from symopt.budgets.pools import BudgetedWeight, Pool, pools
 from symopt_kernels.native import binding as native
 from symopt_kernels.reference import elementwise
 
@@ -253,8 +253,8 @@ def test_histograms_of_both_kinds_agree(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(native_counts, selection._histogram(x))
 
 
-def member(w: Tensor, constraint: symopt.Constraint, name: str = "w") -> Member:
-    return Member(name, w, constraint, constraint.partition(w))
+def member(w: Tensor, constraint: symopt.Constraint, name: str = "w") -> BudgetedWeight:
+    return BudgetedWeight(name, w, constraint, constraint.partition(w))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -426,7 +426,7 @@ def test_equal_global_constraints_share_and_others_do_not() -> None:
     found = pools(
         [member(w, c) for c in (one, two, own, symopt.Sparse(density=0.5, scope="global"), own, symopt.Sparse())]
     )
-    assert sorted(len(pool.members) for pool in found) == [1, 1, 1, 2]
+    assert sorted(len(pool.weights) for pool in found) == [1, 1, 1, 2]
 
 
 def test_losers_are_all_but_the_largest_of_every_run() -> None:

@@ -370,7 +370,7 @@ def made(row, mode):
 def explicit_factors(module):
     """Those of the flat vector of all weights."""
     how = module.parametrizations.w0[0]
-    return how.together.factors() if how.together else tuple(module.parametrizations.w0.parameters())
+    return how.shared.factors() if how.shared else tuple(module.parametrizations.w0.parameters())
 
 
 def test_explicit_mode_takes_the_same_step():
