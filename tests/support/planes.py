@@ -14,9 +14,14 @@ from support.runs import Run, gradient
 from support.table import OPTIMIZERS, PLANES, OptimizerRow, PlaneRow, plane_module
 
 
-def planes(backend: str) -> list[PlaneRow]:
-    """Those that have a kernel there."""
-    return [row for row in PLANES if constraint_of(plane_module(row)).no_kernel(backend) is None]
+def planes(backend: str, device: str = "cpu") -> list[PlaneRow]:
+    """Those that a fused backend steps."""
+
+    def reason(row: PlaneRow) -> str | None:
+        opt = symopt.AdamW(plane_module(row, dtype=torch.float32).to(device))
+        return next(reasons[backend] for _, _, reasons in opt.backends())
+
+    return [row for row in PLANES if reason(row) is None]
 
 
 def constraint_of(module: torch.nn.Module) -> symopt.Constraint:

@@ -25,7 +25,7 @@ from symopt_kernels.triton import table as triton_table
 
 __all__ = ["poisoned", "pytestmark"]
 
-TIES = planes("triton")
+TIES = planes("triton", DEVICE)
 OTHERS = {row.id: row for row in TIES if row not in SIMPLE}
 _PAIRS = [(row, opt_row) for row in TIES for opt_row in (OPTIMIZERS if row in SIMPLE else FEW)]
 every_pair = pytest.mark.parametrize(("row", "opt_row"), _PAIRS, ids=ids)
