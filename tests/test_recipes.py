@@ -13,8 +13,6 @@ import symopt
 from support.tolerances import tolerance
 from symopt import recipes
 
-torch.set_num_threads(1)
-
 # A row per public recipe: what it constrains with, starts from and publishes.  A new recipe without a row fails.
 RECIPES = {
     "spred": (recipes.spred, symopt.Sparse, 2, "independent", "2210.01212", {"lr": 0.256, "momentum": 0.875}),

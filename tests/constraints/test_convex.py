@@ -16,8 +16,6 @@ import symopt
 from support.tolerances import tolerance
 from symopt_kernels.reference import gauge
 
-torch.set_num_threads(1)
-
 SEEDS = [0, 1, 2]
 N = 100
 

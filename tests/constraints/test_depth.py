@@ -18,8 +18,6 @@ from support.table import OPTIMIZERS, ConstraintRow, constrained_parameter, ids
 from support.tolerances import tolerance
 from symopt_kernels.reference import elementwise, gauge
 
-torch.set_num_threads(1)
-
 STRENGTH, SNAP = 0.3, 1e-6
 DEPTHS = [2, 3, 4, 5]
 

@@ -16,8 +16,6 @@ from support.runs import gradients, optimizer
 from support.table import CONSTRAINTS, OPTIMIZERS, constrained_parameter, ids
 from support.tolerances import tolerance
 
-torch.set_num_threads(1)
-
 every_constraint = pytest.mark.parametrize("row", CONSTRAINTS, ids=ids)
 every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
 bounded = settings(max_examples=25, deadline=None, derandomize=True)

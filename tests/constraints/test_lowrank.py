@@ -15,8 +15,6 @@ from support.tolerances import tolerance
 from symopt.optim.lowrank import step as stepper
 from symopt_kernels.reference import lowrank as kernel
 
-torch.set_num_threads(1)
-
 every_matrix = pytest.mark.parametrize("row", MATRICES, ids=ids)
 every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
 

@@ -18,8 +18,6 @@ from support.tolerances import tolerance
 from symopt.constraints.planes.plane import flat
 from symopt_kernels.reference import plane as kernel
 
-torch.set_num_threads(1)
-
 every_plane = pytest.mark.parametrize("row", PLANES, ids=ids)
 every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
 F64 = {"dtype": torch.float64}

@@ -26,8 +26,6 @@ from support.tolerances import tolerance
 from symopt.folding.fold import fold
 from symopt.module.explicit import Explicit, _Pool
 
-torch.set_num_threads(1)
-
 S, G = symopt.Sparse, symopt.GroupSparse
 ROWS = [
     *CONSTRAINTS,

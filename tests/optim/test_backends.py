@@ -23,8 +23,6 @@ from support.table import CONSTRAINTS, CPU_BACKENDS, OPTIMIZERS, ConstraintRow, 
 from support.tolerances import tolerance
 from symopt_kernels.native import binding as native
 
-torch.set_num_threads(1)
-
 STEPS = 20
 ROWS = [*CONSTRAINTS, ConstraintRow("sparse-free", lambda k: symopt.Sparse(k, gauge="free"), (6, 5))]
 SOME = [row for row in ROWS if row.id in ("sparse", "group-in-conv", "group-index", "sparse-free")]
@@ -421,10 +419,10 @@ def close_weight(run: Run, other: Run) -> None:
 # -- what cannot be stepped natively ---------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "depth": (symopt.Sparse(0.3, depth=3), {}, "with the retraction \'sparse_deep\'"),
-    "group depth": (symopt.GroupSparse("out", 0.3, depth=4), {}, "with the retraction \'group_deep\'"),
-    "free depth": (symopt.Sparse(0.3, depth=3, gauge="free"), {}, "with the retraction \'sparse_free_deep\'"),
-    "list": ([symopt.Sparse(0.3), symopt.GroupSparse("in", 0.3)], {}, "with the retraction \'composed\'"),
+    "depth": (symopt.Sparse(0.3, depth=3), {}, "with the retraction 'sparse_deep'"),
+    "group depth": (symopt.GroupSparse("out", 0.3, depth=4), {}, "with the retraction 'group_deep'"),
+    "free depth": (symopt.Sparse(0.3, depth=3, gauge="free"), {}, "with the retraction 'sparse_free_deep'"),
+    "list": ([symopt.Sparse(0.3), symopt.GroupSparse("in", 0.3)], {}, "with the retraction 'composed'"),
     "differentiable": (symopt.Sparse(0.3), {"differentiable": True}, "differentiable=True needs a step"),
 }
 

@@ -52,8 +52,6 @@ from symopt_kernels.native import binding as native
 from symopt_kernels.reference import elementwise, gauge
 from symopt_kernels.reference import group as group_kernel
 
-torch.set_num_threads(1)
-
 
 def run(case: Case, problem: Problem, **changes: Any) -> native.Entry:
     entry = native.Entry()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import symopt
+from support.cases import cases, pairs, some
 from support.planes import (
     FEW,
     MORE,
@@ -34,15 +35,12 @@ from support.table import OPTIMIZERS, OptimizerRow, PlaneRow, ids, plane_module
 from symopt.constraints.planes.plane import flat
 from symopt_kernels.native import binding as native
 
-torch.set_num_threads(1)
+EVERY_COUNT = [*TIES, *MORE]
 
 
-every_count = pytest.mark.parametrize("row", [*TIES, *MORE], ids=ids)
-every_tie = pytest.mark.parametrize("row", TIES, ids=ids)
-# Where weights lie is no matter of the optimizer, so with those that are gathered only some meet.
-_PAIRS = [(row, opt_row) for row in TIES for opt_row in (OPTIMIZERS if row in SIMPLE else FEW)]
-every_pair = pytest.mark.parametrize(("row", "opt_row"), _PAIRS, ids=ids)
-few_optimizers = pytest.mark.parametrize("opt_row", FEW, ids=ids)
+def meet(row: PlaneRow, opt_row: OptimizerRow, **_: Any) -> bool:
+    """Where weights lie is no matter of the optimizer, so with those that are gathered only some meet."""
+    return row in SIMPLE or opt_row in FEW
 
 
 def test_which_planes_have_a_kernel_and_why_others_have_not() -> None:
@@ -63,9 +61,7 @@ def test_which_planes_have_a_kernel_and_why_others_have_not() -> None:
         opt.step()
 
 
-@pytest.mark.parametrize("time_scale", ["none", "saturated"])
-@pytest.mark.parametrize("strength", [None, 0.3])
-@every_pair
+@pairs(meet, row=TIES, opt_row=OPTIMIZERS, strength=[None, 0.3], time_scale=["none", "saturated"])
 def test_twenty_steps(row: PlaneRow, opt_row: OptimizerRow, strength: float | None, time_scale: str) -> None:
     for made in (row, large(row)) if time_scale == "saturated" else (row,):  # many weights grow without bounds
         runs = both(made, opt_row, strength, time_scale=time_scale)
@@ -76,14 +72,22 @@ def test_twenty_steps(row: PlaneRow, opt_row: OptimizerRow, strength: float | No
         assert not any(torch.equal(w, old) for w, old in zip(weights(runs[0]), start, strict=True))
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("imbalance", [0.0, 0.1])
-@pytest.mark.parametrize("strength", [None, 20.0])
-@every_pair
+@pairs(meet, row=TIES, opt_row=OPTIMIZERS, strength=[None, 20.0], imbalance=[0.0, 0.1], sign=[1, -1])
 def test_onto_the_plane_and_along_it(
     row: PlaneRow, opt_row: OptimizerRow, strength: float | None, imbalance: float, sign: int
 ) -> None:
     """Gradients that leave it by little: the plane is reached, at the same step, and held, bit for bit if a tie."""
+    onto_the_plane_and_along_it(row, opt_row, strength, imbalance, sign)
+
+
+@pairs(row=MORE, opt_row=FEW, imbalance=[0.0, 0.1])
+def test_more_copies_onto_the_plane(row: PlaneRow, opt_row: OptimizerRow, imbalance: float) -> None:
+    onto_the_plane_and_along_it(row, opt_row, None, imbalance, 1)
+
+
+def onto_the_plane_and_along_it(
+    row: PlaneRow, opt_row: OptimizerRow, strength: float | None, imbalance: float, sign: int
+) -> None:
     runs = both(row, opt_row, strength, imbalance=imbalance, lr=0.01)
     nearly(runs)
     arrived = None
@@ -100,15 +104,7 @@ def test_onto_the_plane_and_along_it(
     assert arrived is not None or imbalance > 0
 
 
-@pytest.mark.parametrize("imbalance", [0.0, 0.1])
-@few_optimizers
-@pytest.mark.parametrize("row", MORE, ids=ids)
-def test_more_copies_onto_the_plane(row: PlaneRow, opt_row: OptimizerRow, imbalance: float) -> None:
-    test_onto_the_plane_and_along_it(row, opt_row, None, imbalance, 1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@few_optimizers
+@cases(dtype=[torch.float64, torch.bfloat16], opt_row=FEW)
 def test_parts_of_parameters_of_several_shapes(opt_row: OptimizerRow, dtype: torch.dtype) -> None:
     """Tied ones from each, and free ones in each."""
     row = replace(TIES[0], id="parts", make=three_views, shapes=((33, 40), (40, 33), (2, 35, 40)))
@@ -197,10 +193,9 @@ _CENTRED: list[tuple[tuple[int, ...], int | tuple[int, ...] | None]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@few_optimizers
-@pytest.mark.parametrize(("shape", "dim"), _CENTRED, ids=str)
-def test_means_over_every_layout(shape: tuple[int, ...], dim: Any, opt_row: OptimizerRow, dtype: torch.dtype) -> None:
+@pairs(layout=_CENTRED, opt_row=FEW, dtype=[torch.float64, torch.float32])
+def test_means_over_every_layout(layout: Any, opt_row: OptimizerRow, dtype: torch.dtype) -> None:
+    shape, dim = layout
     row = PlaneRow("zero-mean", lambda k: symopt.ZeroMean(k, dim), (shape,), list)
     if native.layout(torch.empty(shape), symopt.ZeroMean(dim=dim).partition(torch.empty(shape))) is None:
         assert "interleave" in symopt.explain(symopt.AdamW(plane_module(row)))
@@ -212,8 +207,7 @@ def test_means_over_every_layout(shape: tuple[int, ...], dim: Any, opt_row: Opti
         close(*runs, "backends" if dtype == torch.float64 else "backends, fp32")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@every_pair
+@pairs(meet, row=TIES, opt_row=OPTIMIZERS, dtype=[torch.float32, *HALF])
 def test_lower_precision(row: PlaneRow, opt_row: OptimizerRow, dtype: torch.dtype) -> None:
     for made in (row, large(row)):
         runs = both(made, opt_row, None, dtype)
@@ -222,9 +216,7 @@ def test_lower_precision(row: PlaneRow, opt_row: OptimizerRow, dtype: torch.dtyp
             close(*runs, "backends, fp32")
 
 
-@pytest.mark.parametrize("imbalance", [0.0, 1.0])
-@few_optimizers
-@pytest.mark.parametrize("row", [row for row in (*TIES, *MORE) if not row.id.startswith("mirror")], ids=ids)
+@pairs(row=[row for row in EVERY_COUNT if not row.id.startswith("mirror")], opt_row=FEW, imbalance=[0.0, 1.0])
 def test_blocks_that_are_on_the_plane_beside_others_that_are_not(
     row: PlaneRow, opt_row: OptimizerRow, imbalance: float
 ) -> None:
@@ -236,23 +228,31 @@ def test_blocks_that_are_on_the_plane_beside_others_that_are_not(
     assert not tied(runs[0])
 
 
-@pytest.mark.parametrize("instructions", native.INSTRUCTIONS)
-@few_optimizers
-@every_count
+@pairs(
+    row=EVERY_COUNT,
+    opt_row=FEW,
+    instructions=native.INSTRUCTIONS,
+    dtype=[torch.float64, torch.float32],
+    imbalance=[0.0, 1.0],
+)
 def test_every_instruction_set(
-    row: PlaneRow, opt_row: OptimizerRow, instructions: str, monkeypatch: pytest.MonkeyPatch
+    row: PlaneRow,
+    opt_row: OptimizerRow,
+    instructions: str,
+    dtype: torch.dtype,
+    imbalance: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(native.step.__kwdefaults__, "instructions", instructions)
-    for imbalance, strength in ((0.0, None), (1.0, 0.3)):
-        for dtype, kind in ((torch.float64, "backends"), (torch.float32, "backends, fp32")):
-            runs = both(large(row), opt_row, strength, dtype, imbalance=imbalance)
-            for t in range(4):
-                step_alike(runs, t)
-                close(*runs, kind)
-            make_equal(runs)
-            for t in range(4):
-                step_alike(runs, t)
-                close(*runs, kind)
+    strength, kind = (0.3 if imbalance else None), ("backends" if dtype == torch.float64 else "backends, fp32")
+    runs = both(large(row), opt_row, strength, dtype, imbalance=imbalance)
+    for t in range(4):
+        step_alike(runs, t)
+        close(*runs, kind)
+    make_equal(runs)
+    for t in range(4):
+        step_alike(runs, t)
+        close(*runs, kind)
 
 
 @pytest.fixture
@@ -262,8 +262,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@few_optimizers
-@every_tie
+@some(row=TIES, opt_row=FEW)
 def test_results_do_not_depend_on_the_number_of_threads(row: PlaneRow, opt_row: OptimizerRow, threads: None) -> None:
     results = []
     for count in (1, 2, 3):
@@ -278,25 +277,21 @@ def test_results_do_not_depend_on_the_number_of_threads(row: PlaneRow, opt_row: 
     assert all(torch.equal(results[0][key], other[key]) for other in results[1:] for key in results[0])
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@few_optimizers
-@every_count
-def test_bad_gradients_show_in_the_weight(row: PlaneRow, opt_row: OptimizerRow, bad: float) -> None:
-    for on_the_plane in (False, True):
-        runs = both(large(row), opt_row)
-        if on_the_plane:
-            make_equal(runs)
-        for module, opt in runs:
-            for p in module.parameters():
-                p.grad = torch.ones_like(p)
-            module.w0.grad.view(-1)[5] = bad
-            opt.step()
-        have, want = ([w.isfinite() for w in weights(run)] for run in runs)
-        assert all(torch.equal(x, y) for x, y in zip(have, want, strict=True))
+@pairs(row=EVERY_COUNT, opt_row=FEW, bad=[float("nan"), float("inf")], on_the_plane=[False, True])
+def test_bad_gradients_show_in_the_weight(row: PlaneRow, opt_row: OptimizerRow, bad: float, on_the_plane: bool) -> None:
+    runs = both(large(row), opt_row)
+    if on_the_plane:
+        make_equal(runs)
+    for module, opt in runs:
+        for p in module.parameters():
+            p.grad = torch.ones_like(p)
+        module.w0.grad.view(-1)[5] = bad
+        opt.step()
+    have, want = ([w.isfinite() for w in weights(run)] for run in runs)
+    assert all(torch.equal(x, y) for x, y in zip(have, want, strict=True))
 
 
-@few_optimizers
-@every_tie
+@cases(row=TIES, opt_row=FEW)
 def test_whatever_happens_between_steps_is_noticed(row: PlaneRow, opt_row: OptimizerRow) -> None:
     def other_values(run: Run) -> None:
         with torch.no_grad():
@@ -340,8 +335,7 @@ def test_whatever_happens_between_steps_is_noticed(row: PlaneRow, opt_row: Optim
             close(*runs)
 
 
-@few_optimizers
-@every_tie
+@cases(row=TIES, opt_row=FEW)
 def test_scaled_gradients_and_those_that_overflowed(row: PlaneRow, opt_row: OptimizerRow) -> None:
     runs = both(row, opt_row)
     step_alike(runs, 0)

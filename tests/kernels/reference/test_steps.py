@@ -19,9 +19,6 @@ from support.runs import follow, gradients, optimizer
 from support.table import CONSTRAINTS, CPU_BACKENDS, OPTIMIZERS, constrained_parameter, ids
 from support.tolerances import tolerance
 
-torch.set_num_threads(1)
-
-
 every_constraint = pytest.mark.parametrize("row", CONSTRAINTS, ids=ids)
 every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
 every_time_scale = pytest.mark.parametrize("time_scale", ["none", "saturated"])

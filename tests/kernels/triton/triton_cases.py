@@ -44,9 +44,6 @@ from symopt_kernels.triton import selection as triton_select
 
 __all__ = ["poisoned", "pytestmark"]
 
-torch.set_num_threads(1)
-
-
 # ---------------------------------------------------------------------------------------------- one step, every variant
 
 
