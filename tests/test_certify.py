@@ -7,8 +7,6 @@ import torch
 
 import symopt
 
-torch.set_num_threads(1)
-
 TARGET = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
 CRITICAL = 2**0.5  # || (T - T^t) / 2 ||
 

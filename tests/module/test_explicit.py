@@ -21,12 +21,11 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import symopt
-from support.table import CONSTRAINTS, ConstraintRow, ids, tolerance
+from support.table import CONSTRAINTS, ConstraintRow, ids
+from support.tolerances import tolerance
 from symopt.folding.fold import fold
 from symopt.module.explicit import Explicit
 from symopt.module.memory import ReusedMemory
-
-torch.set_num_threads(1)
 
 S, G = symopt.Sparse, symopt.GroupSparse
 ROWS = [
