@@ -17,6 +17,7 @@ from torch import Tensor
 from symopt.constraints import Constraint
 from symopt_kernels.backend import Backend, Request
 from symopt_kernels.native import binding as native
+from symopt_kernels.native.capability import NATIVE
 from symopt_kernels.triton import launch as triton
 
 __all__ = ["BACKENDS", "FUSED", "check_backend", "choose", "explain", "fused_product", "why_not"]
@@ -74,17 +75,12 @@ def _rows(*more: str) -> frozenset[tuple[str, str]]:
     return frozenset((d, r) for d in ("sgd", "adam", "adamw") for r in (*_R, *more))
 
 
-class _Native(_Interim):
-    name, rows, dtypes = "native", _rows(), native.DTYPES
-    unavailable = property(lambda self: native.UNAVAILABLE)
-
-
 class _Triton(_Interim):
     name, rows, dtypes = "triton", _rows("sparse_deep"), triton.DTYPES
     unavailable = property(lambda self: triton.UNAVAILABLE)
 
 
-_BACKENDS = {"native": _Native(), "triton": _Triton()}
+_BACKENDS = {"native": NATIVE, "triton": _Triton()}
 
 
 class Explained(Protocol):
