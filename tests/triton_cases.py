@@ -30,7 +30,7 @@ from table import CONSTRAINTS, OPTIMIZERS, OptimizerRow, constrained_parameter, 
 from test_native import DIRECTIONS, FORMATS, OUTSIDE, STRENGTH, THRESHOLD, Case, Problem
 
 DEVICE = "cpu" if triton_launch.INTERPRETED else "cuda"
-TILES = {"BLOCK": 128, "WIDTHS": (1, 4, 16, 64, 256), "SHARE": 2, "RESIDENT": 8}
+TILES = {"BLOCK": 128, "WIDTHS": (1, 4, 16, 64, 256), "LINES_PER_PROGRAM": 2, "RESIDENT": 8}
 
 torch.set_num_threads(1)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 __all__ = [
     "MIN_IMBALANCE_FACTOR",
+    "SAMPLE",
     "SNAP",
     "imbalance_law",
     "math_dtype",
@@ -24,7 +25,8 @@ SNAP = 1e-6
 MIN_IMBALANCE_FACTOR = 0.98
 """Least factor of the imbalance in one step of its automatic law."""
 
-_SAMPLE = 1024
+SAMPLE = 1024
+"""Decays from which the law takes its quantile, at least."""
 
 
 def math_dtype(w: Tensor) -> torch.dtype:
@@ -65,7 +67,7 @@ def imbalance_law(
     """
     if isinstance(decay, Tensor):
         flat = decay.flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLE)]
+        sample = flat[:: max(1, flat.numel() // SAMPLE)]
         decay = sample.kthvalue(1 + sample.numel() // 10).values
     if saturated:
         size = size.nan_to_num(0.0, 0.0, 0.0)  # a weight that is lost must not take its tensor with it
