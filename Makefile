@@ -37,22 +37,22 @@ test: $(VENV)/test.stamp  ## run all tests and doctests against the installed pa
 	@$(MAKE) -s install
 	$(BIN)/pytest -n 2 $(ARGS)
 
-fuzz: $(VENV)/test.stamp  ## tests/test_fuzz.py on 10 000 new cases (CI has 500 fixed ones)
+fuzz: $(VENV)/test.stamp  ## tests/optim/test_fuzz.py on 10 000 new cases (CI has 500 fixed ones)
 	@$(MAKE) -s install
-	SYMOPT_FUZZ=10000 $(BIN)/pytest tests/test_fuzz.py $(ARGS)
+	SYMOPT_FUZZ=10000 $(BIN)/pytest tests/optim/test_fuzz.py $(ARGS)
 
 soak: $(VENV)/test.stamp  ## 100 000 steps of each optimizer in flat memory (CI has 400)
 	@$(MAKE) -s install
-	SYMOPT_SOAK=100000 $(BIN)/pytest tests/test_processes.py -k memory $(ARGS)
+	SYMOPT_SOAK=100000 $(BIN)/pytest tests/optim/test_processes.py -k memory $(ARGS)
 
 bench: $(VENV)/bench.stamp  ## time the native step against its peers; ARGS="--quick" for a short run
 	@$(MAKE) -s install
 	$(BIN)/python -m benchmarks --json out/bench.json --markdown out/bench.md --plot out/bench.png $(ARGS)
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.steps.gpu
 
 sass: $(VENV)/test.stamp  ## compile the Triton step for GPUs that need not be there and count its instructions
 	@$(MAKE) -s install
-	$(BIN)/python tests/machine_code.py $(ARGS)
+	$(BIN)/python tests/support/machine_code.py $(ARGS)
 
 trainers: $(VENV)/trainers.stamp  ## trainers and export (docs/compatibility.md): Transformers, Accelerate, Lightning, ONNX Runtime, safetensors
 	@$(MAKE) -s install
@@ -79,7 +79,7 @@ sanitize: $(VENV)/test.stamp  ## run the kernel's tests under AddressSanitizer a
 	    -fvisibility=hidden -w -fsanitize=address,undefined -fno-sanitize-recover=all \
 	    kernels/native/native.cpp -o build/sanitize/_native.abi3.so
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	    SYMOPT_NATIVE=$(CURDIR)/build/sanitize $(BIN)/pytest -n 2 tests/test_native.py tests/test_native_mirror.py $(ARGS)
+	    SYMOPT_NATIVE=$(CURDIR)/build/sanitize $(BIN)/pytest -n 2 tests/kernels/native $(ARGS)
 
 lint: $(VENV)/lint.stamp  ## ruff
 	$(BIN)/ruff check .

@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine, memory, report, timing
-from benchmarks.cases import CONSTRAINTS, DTYPES, OPTIMIZERS, Case, Size, cases
-from benchmarks.checks import check_native
-from benchmarks.kernels import KernelResult, run_case
-from benchmarks.peers import PEERS
-from benchmarks.training import FLAGS, NETS, run_training
+from benchmarks import machine, report, timing
+from benchmarks.steps import memory
+from benchmarks.steps.cases import CONSTRAINTS, DTYPES, OPTIMIZERS, Case, Size, cases
+from benchmarks.steps.checks import check_native
+from benchmarks.steps.kernels import KernelResult, run_case
+from benchmarks.steps.peers import PEERS
+from benchmarks.steps.training import FLAGS, NETS, run_training
 from symopt_kernels.native import binding as native
 
 __all__ = ["main"]

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.kernels import KernelResult
+from benchmarks.steps.kernels import KernelResult
+from benchmarks.steps.training import TrainingResult
 from benchmarks.timing import Summary
-from benchmarks.training import TrainingResult
 
 __all__ = ["Results", "fill", "markdown", "plot", "progress", "show"]
 

@@ -17,7 +17,7 @@ import symopt
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from table import OPTIMIZERS, OptimizerRow, ids
+from support.table import OPTIMIZERS, OptimizerRow, ids
 
 optimizers = pytest.mark.parametrize("row", [row for row in OPTIMIZERS if "maximize" not in row.options], ids=ids)
 KINDS = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from symopt_kernels.groups import Groups
 
-__all__ = ["Segment", "ordered", "ranked"]
+__all__ = ["PlaneLayout", "Segment", "ordered", "ranked"]
 
 _TILE = (8, 512)
 """Rows and orbits of a tile at most.  ns per weight and step of a transposed tie on the plane, AdamW, 1024 x 1024 and
@@ -37,6 +37,24 @@ class Segment:
     first: int
     begins: Tensor
     tiles: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PlaneLayout:
+    """A plane as fused kernels see it: weights of one orbit become equal, or means or coordinates vanish."""
+
+    sqrt_dim_per_gate: float
+    """What turns a strength per coordinate into one per gate."""
+    gate_per_orbit: bool = False
+    """Whether every orbit has one gate, instead of the plane."""
+    identical: bool = False
+    """Whether the parameters are the same in shape and order."""
+    segments: list[Segment] | None = None
+    """Orbits that have to be gathered; None: they are the weights of the parameters at one place."""
+    basis: Tensor | None = None
+    """An orthonormal basis of what vanishes, one direction per row."""
+    centred: Groups | None = None
+    """Groups whose means vanish."""
 
 
 def ordered(groups: Groups, shapes: Sequence[tuple[int, ...]]) -> tuple[Groups, list[Segment]]:

@@ -16,8 +16,8 @@ __all__ = ["Part", "Units"]
 class Part:
     """What one parameter has of the units: slice i along ``dim`` belongs to unit ``index[i]``, or to none (-1).
 
-    ``index`` is int64 of shape ``(shape[dim],)``.  ``factor`` is the a_t of ``w_t = a_t * gate * direction_t``: the unit
-    sees ``w_t / a_t``, whose gradient is ``a_t`` times that of ``w_t``.
+    ``index`` is int64 of shape ``(shape[dim],)``.  ``factor`` is the a_t of ``w_t = a_t * gate * direction_t``: the
+    unit sees ``w_t / a_t``, whose gradient is ``a_t`` times that of ``w_t``.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +47,10 @@ class Part:
     def bound(self) -> Tensor:
         """Whether a slice belongs to a unit, :meth:`along` the parameter."""
         return self.along(self.index >= 0)
+
+    def unbound_weights(self, x: Tensor) -> Tensor:
+        """Those of ``x``, shaped as the parameter, in row-major order."""
+        return x[~self.bound().to(x.device).expand(self.shape)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +86,35 @@ class Units:
         """Give every slice of ``part`` the value of its unit, :meth:`Part.along` it; ``unbound`` where it has none."""
         index = part.index.to(v.device)
         return part.along(torch.where(index >= 0, v[index.clamp(min=0)], unbound))
+
+    def flat(self, v: Tensor, unbound: float = 0.0) -> Tensor:
+        """Give every weight of all parts, one after the other, the value of its unit."""
+        return torch.cat([self.expand(v, part, unbound).expand(part.shape).flatten() for part in self.parts])
+
+    def first(self, xs: Sequence[Tensor]) -> Tensor:
+        """One weight of each unit, ``(count,)``, of one tensor per part, shaped as the parameters."""
+        found = xs[0].new_zeros(self.count)
+        for part, x in zip(reversed(self.parts), reversed(xs), strict=True):
+            index, held = part.index.to(x.device), part.index >= 0
+            one = x.movedim(part.dim, 0).reshape(len(index), -1)[:, 0]
+            found = found.index_put((index[held],), one[held])
+        return found
+
+    def pack(self, per_unit: Tensor, xs: Sequence[Tensor]) -> Tensor:
+        """The flat vector of a second moment: ``per_unit``, then the unbound weights of one tensor per part."""
+        return torch.cat([per_unit, *(part.unbound_weights(x) for part, x in zip(self.parts, xs, strict=True))])
+
+    def unpack(self, moment: Tensor, place: int) -> Tensor:
+        """Of such a vector, what belongs to the unbound weights of one part."""
+        begin = self.count + sum(part.unbound for part in self.parts[:place])
+        return moment[begin : begin + self.parts[place].unbound]
+
+    def write_out(self, moment: Tensor, place: int) -> Tensor:
+        """Such a vector for every weight of one part, shaped as its parameter."""
+        part = self.parts[place]
+        full = self.expand(moment[: self.count], part).expand(part.shape).contiguous()
+        full[~part.bound().to(moment.device).expand(part.shape)] = self.unpack(moment, place)
+        return full
 
     def _gather(self, sums: Sequence[Tensor]) -> Tensor:
         total = sums[0].new_zeros(self.count)

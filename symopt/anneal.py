@@ -9,21 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symopt.budgets.pools import Member, pools
-from symopt.budgets.selection import Threshold
-from symopt.constraints import Composed, Constraint
+from symopt.budgets.pools import BudgetedWeight
+from symopt.budgets.schedule import Decision, Scheduled, commit_step, decide, is_due, largest_strength
+from symopt.budgets.state import BUDGET, is_committed
+from symopt.constraints import Composed
 from symopt.constraints.budget import BudgetPlan
+from symopt.constraints.planes.plane import parts
 from symopt.optim import ConstrainedOptimizer
-from symopt.optim.options import is_cut
-from symopt.optim.steppers import stepper
-from symopt_kernels.reference.gauge import math_dtype
+from symopt.optim.binding import Binding
+from symopt.optim.collapse import collapse_steps, metric_scale
+from symopt.optim.own_step import own_step
 
 __all__ = ["Anneal"]
 
 
-GENTLE, SMALL = 0.1, 0.05
-"""The largest decay of a unit outside a budget per step, relative to the metric, where the budget is more than SMALL:
-(1 - .1)**(2 * 20) is 1.5 %.  Smaller ones are met as they are, and half a percent of a ResNet lost 20 points by it."""
 _RATE = 25.0  # exp(-25 k / N) passes SNAP after 55 % of training: the rest settles what is left with zeros permanent
 
 
@@ -101,9 +100,9 @@ class Anneal:
         self.commit = commit
         self.last_step = 0
         self.plan = _plan
-        self._warned: set[int] = set()
+        self._warned: set[Tensor] = set()
         self._dead: set[int] = set()
-        self._seen: dict[int, tuple[Tensor, int, bool]] = {}
+        self._seen: dict[Tensor, tuple[Tensor, int, bool]] = {}
         self._set()
         self._impose()
         self._check()
@@ -117,111 +116,86 @@ class Anneal:
 
     # -- budgets -----------------------------------------------------------------------------------------------------
 
-    def _plan_of(self, constraint: Constraint) -> tuple[BudgetPlan, int]:
-        """The plan of a budget, and the step after which what is outside is cut."""
-        plan = self.plan or constraint.plan
-        return plan, max(1, round((plan.commit if self.commit is None else self.commit) * self.total_steps))
-
-    def _member(self, p: Tensor, name: str, constraint: Constraint) -> Member:
-        state = self.optimizer.state.get(p, {})
-        if own := stepper(constraint):
-            return Member(name, own.sizes(state, p, constraint), constraint, None)
-        return Member(name, state.get("master", p.detach()), constraint, self.optimizer.groups(p, constraint))
-
     @torch.no_grad()
     def _impose(self) -> None:
-        """Give every weight with a budget its strengths and threshold; from the commit on, cut what is outside."""
-        held: dict[Member, tuple[dict[str, Any], Tensor]] = {}
-        for group, p, name, constraint in self.optimizer.constrained():
-            if constraint.budget is None:
+        """Give every weight with a budget its strengths and threshold; from the commit on, prune it."""
+        due: dict[Scheduled, Binding] = {}
+        for group, binding in self.optimizer.bindings():
+            constraint = binding.constraint
+            if constraint is None or constraint.budget is None:
                 continue
-            plan, last = self._plan_of(constraint)
-            due = self.last_step % plan.every == 0 or self.last_step in (1, last)
-            state = self.optimizer.state.get(p, {})
-            if not due or self._is_cut(p, state):
-                continue
-            if own := stepper(constraint):
-                own.align(group, state, p)
-            held[self._member(p, name, constraint)] = group, p
-        for pool in pools(held):
-            plan, last = self._plan_of(pool.members[0].constraint)
-            if self.last_step >= last:
-                for m, outside in zip(pool.members, pool.pruned(), strict=True):
-                    self._cut(held[m][1], m.constraint, m.constraint.units(outside, m.w, m.groups))
-                continue
-            first, full = (last * share / plan.commit for share in (plan.begin, plan.ramp))
-            left = min(1.0, max(0.0, 1 - (self.last_step - first) / (full - first))) ** 3
-            for m, limit in zip(pool.members, pool.thresholds(pool.at(left)), strict=True):
-                self._trim(*held[m], m, pool.share, limit, left)
+            plan = self.plan or constraint.plan
+            state = self.optimizer.state.get(binding.parameters[0], {})
+            last = commit_step(plan, self.total_steps, self.commit)
+            if is_due(plan, self.last_step, last) and not self._is_committed(binding, state):
+                due[self._scheduled(group, binding, state)] = binding
+        for decision in decide(due, self.last_step, self.total_steps, self.commit, self.plan):
+            self._write(due[decision.scheduled], decision)
 
-    def _is_cut(self, p: Tensor, state: dict[str, Any]) -> bool:
-        """:func:`is_cut`, read once: to look at the tensor is to wait for the device."""
-        trim = state.get("budget")
-        if trim is None:
+    def _scheduled(self, group: dict[str, Any], binding: Binding, state: dict[str, Any]) -> Scheduled:
+        constraint, p, direction = binding.constraint, binding.parameters[0], self.optimizer.direction
+        assert constraint is not None
+        groups = binding.groups(state)
+        if (own := own_step(constraint)) is not None:
+            own.align(group, state, p)
+            weight = BudgetedWeight(binding.label, own.sizes(constraint, state, p), constraint, None)
+        else:
+            states = [self.optimizer.state.get(q, {}) for q in binding.parameters]
+            weight = BudgetedWeight(binding.label, binding.stepped_weight(states).detach(), constraint, groups)
+        count, most = sum(q.numel() for q in binding.parameters), None
+        if direction.scaled_by is not None:
+            scale = torch.ones((), device=p.device)
+            if group["time_scale"] == "saturated":
+                scale = metric_scale(binding, group, state)
+            most = largest_strength(constraint, group["lr"], scale, count, weight.units)
+        given = group["strength"] if group["strength"] is not None else constraint.strength
+        return Scheduled(weight, self._unit(binding, weight.units), given, most)
+
+    def _unit(self, binding: Binding, units: int) -> float | Tensor:
+        found = [
+            self.optimizer.direction.strength_unit(p, self.optimizer.state.get(p, {}), units)
+            for p in binding.parameters
+        ]
+        if len(found) == 1:
+            return found[0]
+        squares = [torch.as_tensor(x) ** 2 for x in found]
+        return torch.stack(squares).sum().sqrt() if any(isinstance(x, Tensor) for x in found) else found[0]
+
+    def _is_committed(self, binding: Binding, state: dict[str, Any]) -> bool:
+        """:func:`is_committed`, read once: to look at the tensor is to wait for the device."""
+        stored = state.get(BUDGET)
+        if stored is None:
             return False
-        known = self._seen.get(id(p))
-        if known is None or known[0] is not trim or known[1] != trim._version:
-            known = self._seen[id(p)] = trim, trim._version, is_cut(state)
+        known = self._seen.get(binding.parameters[0])
+        if known is None or known[0] is not stored or known[1] != stored._version:
+            known = self._seen[binding.parameters[0]] = stored, stored._version, is_committed(state)
         return known[2]
 
-    def _trim(self, group: dict[str, Any], p: Tensor, m: Member, share: float, limit: Threshold, left: float) -> None:
-        unit = self._unit(group, p, m)
-        own = group["strength"] if group["strength"] is not None else m.constraint.strength
-        plan, last = self._plan_of(m.constraint)
-        inside = plan.strength_kept * math.log(1 / share) if own is None else own
-        outside = self._outside(group, p, m, plan, unit, share)
-        # A pattern has no threshold that could prune one weight after the other: the strength grows instead.
-        outside = outside * (1 - left) if m.budget.pattern else outside
-        keep = math.exp(-plan.plasticity / last)
-        trim = torch.tensor([0.0, 0.0, 0.0, keep], dtype=torch.float64, device=p.device)
-        trim[0], trim[1], trim[2] = inside * unit, outside, limit
-        self._write(p, trim, cut=False)
-
-    def _write(self, p: Tensor, trim: Tensor, *, cut: bool) -> None:
-        """In place, so that its address stays."""
-        state = self.optimizer.state[p]
-        if "budget" in state:
-            state["budget"].copy_(trim)
+    def _write(self, binding: Binding, decision: Decision) -> None:
+        """State in place, so that its address stays."""
+        p, constraint = binding.parameters[0], binding.constraint
+        assert constraint is not None
+        states = [self.optimizer.state[q] for q in binding.parameters]
+        if decision.pruned is not None:
+            if (own := own_step(constraint)) is not None:
+                own.prune(states[0], p, decision.pruned)
+            else:
+                weight = decision.scheduled.weight
+                pruned = constraint.units(decision.pruned, weight.w, weight.groups)
+                for q, state, mask in zip(binding.parameters, states, parts(pruned, binding.parameters), strict=True):
+                    for w in (q, state.get("master")):
+                        if w is not None:
+                            w.masked_fill_(mask, 0.0)
+            if "imbalance" in states[0]:
+                states[0]["imbalance"].zero_()
+        numbers = decision.state.tensor(p.device)
+        if BUDGET in states[0]:
+            states[0][BUDGET].copy_(numbers)
         else:
-            state["budget"] = trim
-        self._seen[id(p)] = state["budget"], state["budget"]._version, cut
-
-    def _unit(self, group: dict[str, Any], p: Tensor, m: Member) -> float | Tensor:
-        """What a strength of 1 means: 1 with Adam's preconditioner, without it the rms of the gradient."""
-        if "betas" in group:
-            return 1.0
-        grad = p.grad if p.grad is not None else self.optimizer.state[p].get("momentum_buffer")
-        if grad is None:
-            return 0.0
-        rms = grad.detach().to(math_dtype(p)).square().mean().sqrt()
-        return rms * math.sqrt(p.numel() / m.units)
-
-    def _outside(
-        self, group: dict[str, Any], p: Tensor, m: Member, plan: BudgetPlan, unit: float | Tensor, share: float
-    ) -> float | Tensor:
-        """The strength outside a budget."""
-        outside = plan.strength_pruned * unit
-        if m.budget.pattern or m.constraint.is_matrix or share <= SMALL or "betas" not in group:
-            return outside
-        # Units without a gradient fill a large budget, and do not come back: what drifts over the threshold must be
-        # alive when the next selection looks.
-        scale = torch.ones(())
-        if group["time_scale"] == "saturated":
-            scale = _metric_scale(self.optimizer, group, p, m.constraint)
-        rate = torch.as_tensor(group["lr"]) * math.sqrt(p.numel() / m.units)
-        return torch.as_tensor(outside, device=p.device).minimum((GENTLE * scale / rate).to(p.device))
-
-    def _cut(self, p: Tensor, constraint: Constraint, gone: Tensor) -> None:
-        state = self.optimizer.state[p]
-        if own := stepper(constraint):
-            own.cut(state, p, gone)
-        else:
-            for w in (p, state.get("master")):
-                if w is not None:
-                    w.masked_fill_(gone, 0.0)
-        self._write(p, torch.tensor([0.0, 0.0, -1.0, 0.0], dtype=torch.float64, device=p.device), cut=True)
-        if "imbalance" in state:
-            state["imbalance"].zero_()
+            for state in states:
+                state[BUDGET] = numbers
+        stored = states[0][BUDGET]
+        self._seen[p] = stored, stored._version, decision.pruned is not None
 
     def step(self) -> None:
         """Call once after every ``optimizer.step()``."""
@@ -231,9 +205,9 @@ class Anneal:
         self._set()
         self._impose()
         if self.last_step % max(1, self.total_steps // 20) == 0:
-            self._mourn()
+            self._warn_dead_tensors()
 
-    def _mourn(self) -> None:
+    def _warn_dead_tensors(self) -> None:
         """Warn once of every weight that has become zero for good, all of it."""
         for _, p, name, _ in self.optimizer.constrained():
             imbalance = self.optimizer.state.get(p, {}).get("imbalance")
@@ -257,26 +231,29 @@ class Anneal:
         self._set()
 
     def _check(self) -> None:
-        for group, p, name, constraint in self.optimizer.constrained():
-            if id(p) in self._warned or self.optimizer.members(p)[0] is not p:
-                continue  # one warning for all members of a joint constraint
+        for group, binding in self.optimizer.bindings():
+            p, name, constraint = binding.parameters[0], binding.names[0], binding.constraint
+            assert constraint is not None
+            if p in self._warned:
+                continue
+            direction, state = self.optimizer.direction, self.optimizer.state.get(p, {})
             lr = max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
             rule = {**group, "lr": lr}
             active = self.total_steps if self.commit is None else self.commit * self.total_steps
-            budget = constraint.budget is not None
+            budget, own, decoupled = constraint.budget is not None, None, None
             if budget:  # what leaves the budget last has from the end of the ramp to the commit
-                plan, last = self._plan_of(constraint)
+                plan = self.plan or constraint.plan
+                last = commit_step(plan, self.total_steps, self.commit)
                 active = max(1, round(last * (1 - plan.ramp / plan.commit)))
-                unit = float(self._unit(group, p, self._member(p, name, constraint)))
+                unit = float(self._scheduled(group, binding, state).unit)
                 if unit == 0:
                     continue  # SGD before its first gradient
-                rule |= {"decoupled_weight_decay": True, "strength": plan.strength_pruned * unit}
-            needed = collapse_steps(self.optimizer, rule, p, constraint)
+                own, decoupled = plan.strength_pruned * unit, True
+            needed = collapse_steps(binding, direction, rule, state, strength=own, decoupled=decoupled)
             if needed is None or needed <= active:
                 continue
-            self._warned.add(id(p))
-            state = self.optimizer.state.get(p, {})
-            factor, strength = needed / active, float(self.optimizer.strength(group, constraint, state))
+            self._warned.add(p)
+            factor, strength = needed / active, float(binding.strength(direction, group, state))
             listed = isinstance(constraint, Composed)  # its strength multiplies those in the list
             if budget and not math.isinf(factor):
                 fix = f"use lr >= {lr * factor:.2g} or {math.ceil(self.total_steps * factor)} steps"
@@ -298,39 +275,3 @@ class Anneal:
                 f"zero without a gradient; {fix}",
                 stacklevel=3,
             )
-
-
-def _metric_scale(optimizer: ConstrainedOptimizer, group: dict[str, Any], p: Tensor, constraint: Constraint) -> Tensor:
-    """The state's, or before the first step what it will be."""
-    state = optimizer.state.get(p, {})
-    if "metric_scale" in state:
-        return state["metric_scale"]  # type: ignore[no-any-return]
-    groups, w = optimizer.groups(p, constraint), optimizer.weight(p).float()
-    return constraint.start(w, group["imbalance"], groups)[1]
-
-
-@torch.no_grad()
-def collapse_steps(
-    optimizer: ConstrainedOptimizer, group: dict[str, Any], p: torch.Tensor, constraint: Any
-) -> float | None:
-    """Steps at the current rate until the median live unit of ``p`` is zero if no gradient holds it.
-
-    None while the preconditioner or an automatic strength is unknown (before the first step), 0 if nothing lives.
-    """
-    gain = optimizer.gain(group, p, constraint)
-    if gain is None:
-        return None
-    state = optimizer.state.get(p, {})
-    strength = optimizer.strength(group, constraint, state)
-    if math.isnan(strength):
-        return None
-    groups, w = optimizer.groups(p, constraint), optimizer.weight(p).float()
-    scale = _metric_scale(optimizer, group, p, constraint)
-    size = constraint.size(w, groups)
-    live = size > 0
-    if not bool(live.any()):
-        return 0.0
-    charge = torch.as_tensor(constraint.strength_multiplier(w, decoupled=optimizer.decoupled(group))).flatten()
-    rate = constraint.per_unit(group["lr"] * strength * torch.as_tensor(gain).flatten() * charge, w)
-    need = constraint.collapse(size, scale, saturated=group["time_scale"] == "saturated") / rate
-    return float(need[live].median())

@@ -7,17 +7,17 @@ does.  ``triton`` is the same on GPUs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import takewhile
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from symopt.constraints import Constraint
-from symopt.constraints.planes.orbits import OrbitPlane
-from symopt_kernels.groups import Groups
+from symopt_kernels.backend import Backend, Request
 from symopt_kernels.native import binding as native
-from symopt_kernels.triton import launch as triton_launch
+from symopt_kernels.triton import launch as triton
 
 __all__ = ["BACKENDS", "FUSED", "check_backend", "choose", "explain", "fused_product", "why_not"]
 
@@ -28,8 +28,62 @@ FUSED = BACKENDS[:-1]
 """Those that step unconstrained tensors too, if asked for by name."""
 
 
-LARGEST_ORBIT = 64
-"""Weights of an orbit, on average, that a thread of the Triton step goes through one after the other, at most."""
+_R = ("plain", "sparse", "nm", "sparse_free", "group", "orbit", "centred", "basis")
+
+
+class _Interim(Backend):
+    def refuses(self, request: Request) -> str | None:
+        for p in request.weights:
+            reason = self._one(request, p)
+            if reason:
+                return reason
+        return None
+
+    def _one(self, request: Request, p: Tensor) -> str | None:
+        groups, backend = request.groups if len(request.weights) == 1 else None, self.name
+        all_groups = request.groups
+        plane = request.retraction in ("orbit", "centred", "basis")
+        if backend == "native" and p.device.type != "cpu":
+            return f"it runs on CPUs, the tensor is on {p.device}"
+        if backend == "triton" and p.device.type != ("cpu" if triton.INTERPRETED else "cuda"):
+            return f"it runs on GPUs, the tensor is on {p.device}"
+        if plane and not p.is_contiguous():
+            return f"strides {p.stride()} of shape {tuple(p.shape)} are not those of a contiguous tensor"
+        pattern = request.pattern
+        if pattern and p.stride(1) != 1:
+            return f"the {pattern[0]}:{pattern[1]} neighbours do not lie side by side (channels_last would place them so)"
+        if pattern and backend == "triton" and pattern[1] not in triton.PATTERNS:
+            return f"it knows N:M with M in {triton.PATTERNS}, not {pattern[0]}:{pattern[1]}"
+        gathered = request.retraction == "orbit" and all_groups is not None and all_groups.index is not None
+        if gathered and p.numel() >= 2**31:
+            return f"its index of equal weights ends at 2**31, the tensor has {p.numel()}"
+        if gathered and backend == "triton" and groups is not None and p.numel() > 64 * groups.count:
+            return f"orbits of more than {64} weights leave a GPU too few to step side by side"
+        if backend == "triton" and not gathered and groups is not None and groups.index is not None:
+            return "it knows groups that are a view of the weight, not an index map"
+        if p.data_ptr() % p.element_size():
+            return "the tensor's memory is not aligned to its element size"
+        if native.layout(p) is None:
+            return f"strides {p.stride()} of shape {tuple(p.shape)} are not those of a dense tensor"
+        if groups is not None and native.layout(p, groups) is None:
+            return f"strides {p.stride()} interleave the groups in memory"
+        return None
+
+
+def _rows(*more: str) -> frozenset[tuple[str, str]]:
+    return frozenset((d, r) for d in ("sgd", "adam", "adamw") for r in (*_R, *more))
+
+
+_BACKENDS = {
+    "native": _Interim("native", _rows(), native.DTYPES, native.UNAVAILABLE),
+    "triton": _Interim("triton", _rows("sparse_deep"), triton.DTYPES, triton.UNAVAILABLE),
+}
+
+
+class Explained(Protocol):
+    """What :func:`explain` needs of an optimizer."""
+
+    def backends(self) -> Iterable[tuple[str, str, dict[str, str | None]]]: ...
 
 
 def check_backend(owner: str, backend: object) -> None:
@@ -38,54 +92,17 @@ def check_backend(owner: str, backend: object) -> None:
         raise ValueError(f"{owner}: backend must be None or one of {BACKENDS}, got {backend!r}")
 
 
-def why_not(
-    backend: str, p: Tensor, constraint: Constraint | None, groups: Groups | None, *, differentiable: bool = False
-) -> str | None:
-    """Why ``backend`` cannot step ``p``, or None if it can.  ``constraint=None`` asks for an unconstrained tensor."""
+def why_not(backend: str, request: Request) -> str | None:
+    """Why ``backend`` cannot step what is requested, or None if it can."""
     if backend == "reference":
         return None
-    kernel: Any = native if backend == "native" else triton_launch
-    unavailable: str | None = kernel.UNAVAILABLE
-    if unavailable is not None:
-        return unavailable
-    if type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return f"a {type(p).__name__} wraps its memory"
-    if backend == "native" and p.device.type != "cpu":
-        return f"it runs on CPUs, the tensor is on {p.device}"
-    if backend == "triton" and p.device.type != ("cpu" if triton_launch.INTERPRETED else "cuda"):
-        return f"it runs on GPUs, the tensor is on {p.device}"
-    if p.dtype not in kernel.DTYPES:
-        return f"it knows {', '.join(str(d).removeprefix('torch.') for d in kernel.DTYPES)}, not {p.dtype}"
-    if differentiable:
-        return "differentiable=True needs a step that autograd can follow"
-    if constraint is not None and (reason := constraint.no_kernel(backend)):
-        return reason
-    if constraint is not None and constraint.is_plane and not p.is_contiguous():
-        return f"strides {p.stride()} of shape {tuple(p.shape)} are not those of a contiguous tensor"
-    if (pattern := constraint and constraint.budget and constraint.budget.pattern) and p.stride(1) != 1:
-        return f"the {pattern[0]}:{pattern[1]} neighbours do not lie side by side (channels_last would place them so)"
-    if pattern and backend == "triton" and pattern[1] not in triton_launch.PATTERNS:
-        return f"it knows N:M with M in {triton_launch.PATTERNS}, not {pattern[0]}:{pattern[1]}"
-    gathered = isinstance(constraint, OrbitPlane) and not constraint.parameters_identical
-    if gathered and p.numel() >= 2**31:
-        return f"its index of equal weights ends at 2**31, the tensor has {p.numel()}"
-    if gathered and backend == "triton" and groups is not None and p.numel() > LARGEST_ORBIT * groups.count:
-        return f"orbits of more than {LARGEST_ORBIT} weights leave a GPU too few to step side by side"
-    if backend == "triton" and not gathered and groups is not None and groups.index is not None:
-        return "it knows groups that are a view of the weight, not an index map"
-    if p.data_ptr() % p.element_size():
-        return "the tensor's memory is not aligned to its element size"
-    if native.layout(p) is None:
-        return f"strides {p.stride()} of shape {tuple(p.shape)} are not those of a dense tensor"
-    if groups is not None and native.layout(p, groups) is None:
-        return f"strides {p.stride()} interleave the groups in memory"
-    return None
+    return _BACKENDS[backend].why_not(request)
 
 
 def fused_product(constraint: Constraint, tensors: tuple[Tensor, ...]) -> bool:
     """Whether the fused product of explicit mode knows these factors (and the gradient of their product)."""
     first = tensors[0]
-    if not constraint.name.startswith("sparse") or why_not("triton", first, None, None) is not None:
+    if not constraint.is_product or why_not("triton", Request("sgd", "plain", (first,))) is not None:
         return False
     same = all(t.stride() == first.stride() and t.dtype == first.dtype and t.shape == first.shape for t in tensors)
     return same and not torch._C._are_functorch_transforms_active()
@@ -100,7 +117,7 @@ def choose(requested: str | None, name: str, reasons: dict[str, str | None]) -> 
     return requested
 
 
-def explain(optimizer: Any) -> str:
+def explain(optimizer: Explained) -> str:
     """Say which backend each tensor of a symopt optimizer gets, and why not a better one.
 
     Unconstrained tensors take torch's own code (``foreach`` and ``fused`` mean what they mean there), unless the group

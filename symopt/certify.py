@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from symopt.anneal import collapse_steps
 from symopt.constraints import Constraint
 from symopt.constraints.planes.plane import flat, parts
-from symopt.module import annotation
-from symopt.module.constrain import bundles
-from symopt.optim import ConstrainedOptimizer
+from symopt.module.constrain import bindings
+from symopt.optim import ConstrainedOptimizer, registry
+from symopt.optim.binding import Binding
+from symopt.optim.collapse import collapse_steps
+from symopt.optim.direction import Direction, Options, State
 
 __all__ = ["Certificate", "Certificates", "certify", "critical_strength"]
 
@@ -111,10 +112,15 @@ def certify(model: nn.Module, opt: ConstrainedOptimizer, closure: Closure, sampl
     if not isinstance(opt, ConstrainedOptimizer):
         raise TypeError(f"certify: opt must be a symopt optimizer, got {type(opt).__name__}")
     held = _held("certify", model)
-    owners = {id(p): (group, constraint) for group, p, _, constraint in opt.constrained()}
+    owners = {p: (group, binding) for group, binding in opt.bindings() for p in binding.parameters}
     for names, params, _ in held:
-        if any(id(p) not in owners for p in params):
+        if any(p not in owners for p in params):
             raise ValueError(f"certify: {', '.join(names)} is in no group of opt; pass the optimizer that trains it")
+        if opt.direction.decoupled(owners[params[0]][0]) and opt.direction.scaled_by != "gradient":
+            raise ValueError(
+                f"certify: the strength of {type(opt).__name__} is compared with its updates, not with a gradient that "
+                "could be certified; train with symopt.SGD, Adam or AdamW to certify"
+            )
     here = _gradients("certify", closure, held, samples)
     away = any(float(c.violation(flat(params).detach())) > 0 for _, params, c in held if c.is_plane)
     there = here
@@ -123,8 +129,8 @@ def certify(model: nn.Module, opt: ConstrainedOptimizer, closure: Closure, sampl
             there = _gradients("certify", closure, held, samples)
     rows = []
     for i, (names, params, constraint) in enumerate(held):
-        group = owners[id(params[0])][0]
-        rows.append(_row(opt, group, names, params, constraint, [g[i] for g in here], [g[i] for g in there]))
+        group, binding = owners[params[0]]
+        rows.append(_row(opt, group, names, binding, constraint, [g[i] for g in here], [g[i] for g in there]))
     return Certificates(tuple(rows))
 
 
@@ -161,7 +167,7 @@ def critical_strength(model: nn.Module, closure: Closure, samples: int = 1, step
         raise ValueError("critical_strength: the model has no fixed plane; Sparse and GroupSparse choose their own")
     others = [p for p in model.parameters() if p.requires_grad]
     evaluating = _Evaluating()
-    annotation.register_owner(evaluating)  # nobody trains these weights here, so nobody has to impose anything
+    registry.register_owner(evaluating)  # nobody trains these weights here, so nobody has to impose anything
     with _folded(held, others):
         if steps:
             _descend(closure, held, others, steps)
@@ -194,7 +200,7 @@ def _held(owner: str, model: nn.Module) -> Held:
     if not isinstance(given, nn.Module):
         raise TypeError(f"{owner}: model must be a torch.nn.Module, got {type(model).__name__}")
     named = dict(model.named_parameters(remove_duplicate=False))
-    rows = bundles(model)
+    rows = bindings(model)
     if missing := [name for names, _ in rows for name in names if name not in named]:
         raise ValueError(f"{owner}: {missing[0]} is constrained in explicit mode, which this does not look into")
     return [(names, tuple(named[name] for name in names), constraint) for names, constraint in rows]
@@ -297,20 +303,20 @@ def _row(
     opt: ConstrainedOptimizer,
     group: dict[str, Any],
     names: tuple[str, ...],
-    params: tuple[nn.Parameter, ...],
+    binding: Binding,
     constraint: Constraint,
     here: list[Tensor],
     there: list[Tensor],
 ) -> Certificate:
-    p, w, state = params[0], flat(params).detach(), opt.state.get(params[0], {})
+    w, state, direction = binding.weight(), opt.state.get(binding.parameters[0], {}), opt.direction
     sizes = constraint.size(w)
-    here, there = ([_seen(opt, group, p, constraint, g) for g in grads] for grads in (here, there))
+    here, there = ([_seen(binding, direction, group, state, g) for g in grads] for grads in (here, there))
     critical, error = _jackknife(constraint, there, sizes)
     interval = None if len(there) == 1 else (max(0.0, critical - 1.96 * error), critical + 1.96 * error)
-    residual, strength = float(constraint.violation(w)), float(opt.strength(group, constraint, state))
+    residual, strength = float(constraint.violation(w)), float(binding.strength(direction, group, state))
     on = residual <= constraint.rounding(w) and (constraint.is_plane or bool((sizes == 0).any()))
     most = critical if interval is None else interval[1]
-    steps = collapse_steps(opt, group, p, constraint)
+    steps = collapse_steps(binding, direction, group, state)
     if on and constraint.is_plane:
         steps = 0.0
     elif steps is not None:
@@ -346,14 +352,19 @@ def _row(
     )
 
 
-def _seen(opt: ConstrainedOptimizer, group: dict[str, Any], p: Tensor, constraint: Constraint, grad: Tensor) -> Tensor:
+def _seen(binding: Binding, direction: Direction, options: Options, state: State, grad: Tensor) -> Tensor:
     """The gradient as the strength meets it: with AdamW behind its preconditioner and per coordinate."""
-    gain = opt.preconditioner(group, p) if opt.decoupled(group) else None
-    if gain is None:
+    scale = binding.preconditioner(direction, options, state) if direction.decoupled(options) else None
+    if scale is None:
         return grad
-    groups = opt.groups(p, constraint)
-    unit = 1.0 if groups is None else groups.size(grad).sqrt()
-    scaled = gain / (unit * torch.as_tensor(constraint.strength_multiplier(grad, decoupled=True)))
+    assert binding.constraint is not None
+    size = binding.size(state)
+    unit = 1.0 if size is None else size.sqrt()
+    multiplier = torch.as_tensor(binding.constraint.strength_multiplier(grad, decoupled=True))
+    if binding.units is not None:
+        return grad * binding.units.flat(scale[: binding.units.count] / (unit * multiplier))
+    groups = binding.groups(state)
+    scaled = scale / (unit * multiplier)
     return grad * scaled if groups is None else groups.scale(scaled.expand(groups.count), grad)
 
 

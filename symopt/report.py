@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from symopt.anneal import collapse_steps
+from symopt.budgets.state import BUDGET, BudgetState, is_committed
 from symopt.constraints import Constraint
 from symopt.constraints.planes.plane import flat
 from symopt.folding.fold import fold
-from symopt.module import annotation
-from symopt.module.constrain import bundles, constraints, free
+from symopt.module.constrain import bindings, constraints, free
 from symopt.module.explicit import plain_state_dict
-from symopt.optim import ConstrainedOptimizer
-from symopt.optim.options import is_cut
+from symopt.optim import ConstrainedOptimizer, registry
+from symopt.optim.binding import Binding
+from symopt.optim.collapse import collapse_steps
 
 __all__ = ["Report", "Row", "report"]
 
@@ -175,10 +175,11 @@ def report(
     named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     composed = {name: w for name, w in plain_state_dict(model).items() if name in bound and name not in named}
     named |= composed  # explicit mode: what the factors make
-    live = {id(p): (group, p, c) for group, p, _, c in optimizer.constrained()} if optimizer is not None else {}
+    found = [] if optimizer is None else optimizer.bindings()
+    live = {id(p): (group, binding) for group, binding in found for p in binding.parameters}
     rows = tuple(
         _row(name, named[name], flat(tuple(named[n] for n in names)), c, optimizer, live.get(id(named[name])))
-        for names, c in bundles(model)
+        for names, c in bindings(model)
         for name in names
     )
     small = fold(model, example_inputs)
@@ -199,20 +200,21 @@ def _row(
     w: torch.Tensor,
     constraint: Constraint,
     optimizer: ConstrainedOptimizer | None,
-    entry: Any,
+    stepped: tuple[dict[str, Any], Binding] | None,
 ) -> Row:
-    """``w`` is what the constraint sees: ``p``, or all members of a joint one."""
+    """``w`` is what the constraint sees: ``p``, or all parameters that it binds; ``stepped`` is how it is stepped."""
     strength = imbalance = steps = None
-    committed = bool(entry and entry[0]["committed"])
-    if optimizer is not None and entry is not None:
-        group = entry[0]
-        strength = float(optimizer.strength(group, constraint, optimizer.state.get(p, {})))
-        steps = collapse_steps(optimizer, group, p, constraint)
+    committed = False
+    if optimizer is not None and stepped is not None:
+        group, binding = stepped
         state = optimizer.state.get(p, {})
+        committed = group["committed"]
+        strength = float(binding.strength(optimizer.direction, group, state))
+        steps = collapse_steps(binding, optimizer.direction, group, state)
         imbalance = float(state["imbalance"]) if "imbalance" in state else None
-        if "budget" in state:  # a budget: the strength of what is inside, and no collapse to wait for
-            strength, steps = float(state["budget"][0]), None
-            committed = is_cut(state)
+        if BUDGET in state:  # the strength of what is kept, and no collapse to wait for
+            strength, steps = float(BudgetState.read(state, state[BUDGET]).strength_kept), None
+            committed = is_committed(state)
     size = constraint.size(w)
     return Row(
         name=name,
@@ -232,7 +234,7 @@ def _row(
 
 def _count(model: nn.Module, composed: dict[str, Any] | None = None) -> int:
     """Parameters, with a composed weight in place of its factors."""
-    factors = annotation.factors()
+    factors = registry.factors()
     own = sum(p.numel() for p in model.parameters() if id(p) not in factors)
     return own + sum(int(w.numel()) for w in (composed or {}).values())
 

@@ -28,17 +28,16 @@ PACKAGES = (symopt, symopt_kernels)
 LAYERS = (
     "symopt_kernels",
     "symopt.constraints",
-    "symopt.module.annotation symopt.backends symopt.budgets.selection symopt.budgets",
+    "symopt.backends symopt.budgets.selection symopt.budgets",
     "symopt.optim",
     "symopt.anneal",
-    "symopt.module.explicit",
-    "symopt.module.patterns symopt.constrain",
+    "symopt.module",
     "symopt.recipes",
-    "symopt.folding symopt.fold",
+    "symopt.folding",
     "symopt.report symopt.certify",
     "symopt",
 )
-TOP = "explicit binding constrain recipes fold folding report certify"
+TOP = "module recipes folding report certify"
 KNOW_MODULES = [f"symopt.{name}" for name in TOP.split()]
 REQUIRED = "constrain release Sparse GroupSparse SGD Adam AdamW Anneal fold resize report".split()
 
@@ -97,7 +96,7 @@ def layer(name: str) -> int:
 
 def test_all_sources_are_seen() -> None:
     assert {"symopt", "symopt.optim.base", "symopt.constraints.sparse", "symopt_kernels.reference"} <= SOURCES.keys()
-    assert "symopt.module.annotation" in ours("symopt.optim.base") and "symopt.optim.base" in ours("symopt.optim.adam")
+    assert "symopt.optim.registry" in ours("symopt.optim.base") and "symopt.optim.base" in ours("symopt.optim.adam")
 
 
 @modules

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import symopt
+from support.table import OPTIMIZERS, OptimizerRow, ids
 from symopt.folding.fold import fold, resize
 from symopt.report import report
-from table import OPTIMIZERS, OptimizerRow, ids
 
 S, G = symopt.Sparse, symopt.GroupSparse
 

@@ -10,8 +10,8 @@ from skglm import GroupLasso
 from sklearn.linear_model import Lasso
 
 import symopt
+from support.table import tolerance
 from symopt import recipes
-from table import tolerance
 
 torch.set_num_threads(1)
 

@@ -4,15 +4,15 @@ from collections import Counter
 
 import pytest
 import torch
+from test_steps import follow
 
 import symopt
+from support.table import CONSTRAINTS, MATRICES, OPTIMIZERS, PLANES, tolerance
 from symopt.constraints import CONSTRAINTS as PUBLIC_CONSTRAINTS
 from symopt.optim import OPTIMIZERS as PUBLIC_OPTIMIZERS
 from symopt.optim import ConstrainedOptimizer
 from symopt_kernels.reference import directions, elementwise
 from symopt_kernels.reference import group as group_kernel
-from table import CONSTRAINTS, MATRICES, OPTIMIZERS, PLANES, tolerance
-from test_steps import follow
 
 
 def exported(base):

@@ -6,17 +6,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "MIN_IMBALANCE_FACTOR",
-    "SAMPLE",
-    "SNAP",
-    "imbalance_law",
-    "math_dtype",
-    "partial_products",
-    "product",
-    "sum_of_products",
-    "sum_of_squares",
-    "time_scale",
-    "weight_scale",
+    *("AUTO_STRENGTH_MARGIN", "CRITICAL_EMA", "CRITICAL_FLOOR", "MIN_IMBALANCE_FACTOR", "SAMPLE", "SNAP"),
+    *("imbalance_law", "math_dtype", "next_imbalance", "partial_products", "product", "sum_of_products", "sum_of_squares"),
+    *("time_scale", "weight_scale"),
 ]
 
 SNAP = 1e-6
@@ -26,7 +18,17 @@ MIN_IMBALANCE_FACTOR = 0.98
 """Least factor of the imbalance in one step of its automatic law."""
 
 SAMPLE = 1024
-"""Decays from which the law takes its quantile, at least."""
+"""Units from which the law of the imbalance takes its quantile, at least."""
+
+AUTO_STRENGTH_MARGIN = 2.0
+"""An automatic strength is this times the running estimate of the critical one."""
+
+CRITICAL_EMA = 0.999
+"""Factor per step by which the running estimate forgets: as slowly as Adam's second moment, or the strength behind it
+would fade with the gradient before the plane is reached."""
+
+CRITICAL_FLOOR = 0.25
+"""Least estimate, in units of a typical gradient, for a plane that no gradient leaves."""
 
 
 def math_dtype(w: Tensor) -> torch.dtype:
@@ -101,3 +103,19 @@ def sum_of_squares(parts: list[Tensor]) -> Tensor:
 def sum_of_products(parts: Tensor) -> Tensor:
     """Derivative of the product of ``parts + m`` in m, at 0: the sum over i of the product of all others."""
     return torch.stack(partial_products(tuple(parts))).sum(0)
+
+
+def next_imbalance(
+    imbalance: Tensor,
+    factor: Tensor | float | None,
+    decay: Tensor | float,
+    metric_scale: Tensor,
+    size: Tensor,
+    *,
+    saturated: bool = True,
+) -> Tensor:
+    """The imbalance times a given ``factor``, 0 below ``SNAP * metric_scale``; by :func:`imbalance_law` without one."""
+    if factor is None:
+        return imbalance_law(imbalance, decay, metric_scale, size, saturated=saturated)
+    new = imbalance * factor
+    return torch.where(new <= SNAP * metric_scale, 0.0, new)

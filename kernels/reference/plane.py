@@ -13,20 +13,9 @@ import torch
 from torch import Tensor
 
 from symopt_kernels.groups import Groups
-from symopt_kernels.reference.gauge import SNAP, time_scale
+from symopt_kernels.reference.gauge import CRITICAL_EMA, CRITICAL_FLOOR, SNAP, time_scale
 
-__all__ = ["AUTO_STRENGTH_MARGIN", "CRITICAL_EMA", "CRITICAL_FLOOR", "gate_decay", "needed", "plane_step"]
-
-AUTO_STRENGTH_MARGIN = 2.0
-"""An automatic strength is this times the running estimate of the critical one."""
-
-CRITICAL_EMA = 0.999
-"""Factor per step by which the running estimate forgets: as slowly as Adam's second moment, or the strength behind it
-would fade with the gradient before the plane is reached."""
-
-CRITICAL_FLOOR = 0.25
-"""Least estimate, in units of a typical gradient, for a plane that no gradient leaves."""
-
+__all__ = ["gate_decay", "needed", "plane_step"]
 
 def needed(running: Tensor, critical: Tensor, typical: Tensor) -> Tensor:
     """The running estimate of the critical strength: the largest of about the last thousand steps.

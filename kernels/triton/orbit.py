@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from symopt_kernels.reference import plane
+from symopt_kernels.reference import gauge
 from symopt_kernels.triton.constants import LARGEST, SNAP, TINY, StepConstants, prepare
 from symopt_kernels.triton.elementwise import time_scale
 from symopt_kernels.triton.group_tiles import reload_line
@@ -44,9 +44,9 @@ from symopt_kernels.triton.table import GATE_NUMBERS as _GATE_NUMBERS
 
 __all__ = ["move_orbits", "snap_orbits", "survey_orbits"]
 
-AUTO_STRENGTH_MARGIN = tl.constexpr(plane.AUTO_STRENGTH_MARGIN)
-CRITICAL_EMA = tl.constexpr(plane.CRITICAL_EMA)
-CRITICAL_FLOOR = tl.constexpr(plane.CRITICAL_FLOOR)
+AUTO_STRENGTH_MARGIN = tl.constexpr(gauge.AUTO_STRENGTH_MARGIN)
+CRITICAL_EMA = tl.constexpr(gauge.CRITICAL_EMA)
+CRITICAL_FLOOR = tl.constexpr(gauge.CRITICAL_FLOOR)
 LANES = tl.constexpr(1024)
 
 # Where in memory the numbers of the one gate of a plane lie: 1 - its factor, t * decay, its shift, lr * strength,

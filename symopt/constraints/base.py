@@ -15,7 +15,9 @@ from torch import Tensor
 
 from symopt.constraints.budget import Budget, BudgetPlan
 from symopt_kernels.groups import Groups
+from symopt_kernels.orbits import PlaneLayout
 from symopt_kernels.reference.gauge import SNAP, weight_scale
+from symopt_kernels.units import Units
 
 __all__ = ["Constraint", "Factors", "Outs", "check_depth", "check_number", "heavy_factor", "light_factor"]
 
@@ -40,8 +42,8 @@ class Constraint(ABC):
     ``out`` is memory to write to, as in torch: a tensor for ``compose``, one or None per factor for ``pullback``.
     """
 
-    name: ClassVar[str]
-    """Name of the kernel row."""
+    retraction: ClassVar[str]
+    """Name under which fused backends list its step; one that none lists is stepped by the reference."""
 
     strength: float | None
     """Decay of the factors; None is :meth:`default_strength`."""
@@ -63,6 +65,12 @@ class Constraint(ABC):
 
     plan: ClassVar[BudgetPlan] = BudgetPlan()
     """How its budget is imposed."""
+
+    is_product: ClassVar[bool] = False
+    """Whether ``compose`` is the elementwise product of factors of the weight's shape."""
+
+    uniform_strength: ClassVar[bool] = True
+    """Whether :meth:`strength_multiplier` is 1."""
 
     is_matrix: ClassVar[bool] = False
     """Whether a weight is a product of two matrices, which ``thin`` gives, and not of factors of its own shape."""
@@ -136,10 +144,18 @@ class Constraint(ABC):
         """The map from weights to groups as a tensor, where no view of the weight can express it."""
         return None
 
-    def no_kernel(self, backend: str) -> str | None:
-        """Why only the reference can step this constraint, or None: kernels have the rows ``name`` at depth 2."""
-        deep = backend == "triton" and self.name == "sparse"
-        return None if self.depth == 2 or deep else f"depth {self.depth} has no fused kernel"
+    @property
+    def spanning_units(self) -> Units | None:
+        """Units that span several parameters, of a constraint that has been bound to such; else None."""
+        return None
+
+    def plane_layout(self, like: Tensor) -> PlaneLayout | None:
+        """How a fused kernel sees a plane; None of other constraints."""
+        return None
+
+    def one_sided(self, w: Tensor) -> bool:
+        """Whether its mirrors multiply the matrix ``w`` from one side: reflections of rows, or of columns."""
+        return False
 
     def strength_multiplier(self, w: Tensor, *, decoupled: bool) -> Tensor | float:
         """Relative strength of every unit; not 1 only where several constraints share a weight."""
@@ -168,6 +184,10 @@ class Constraint(ABC):
     def budget(self) -> Budget | None:
         """How many units may live, or None where the strength decides."""
         return None
+
+    def shared_budget(self) -> Constraint:
+        """Weights for which this is equal share a budget whose scope is not a tensor."""
+        return self
 
     def pruned(self, w: Tensor, threshold: Tensor | float, groups: Groups | None) -> Tensor:
         """Which units have no place in the budget: those up to the threshold; one truth value per unit, flat."""

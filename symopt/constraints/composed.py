@@ -35,7 +35,8 @@ class Composed(Constraint):
         TypeError, ValueError: for fewer than two parts, other constraints, or groups given by an index tensor.
     """
 
-    name: ClassVar[str] = "sparse"
+    retraction: ClassVar[str] = "composed"
+    uniform_strength: ClassVar[bool] = False
 
     parts: tuple[Constraint, ...]
     strength: float | None = None
@@ -58,9 +59,6 @@ class Composed(Constraint):
         for part in self.parts:
             part.bind(name, w)
         return self
-
-    def no_kernel(self, backend: str) -> str | None:
-        return "a list of constraints has no fused kernel"
 
     def strength_multiplier(self, w: Tensor, *, decoupled: bool) -> Tensor:
         total = torch.zeros_like(w)

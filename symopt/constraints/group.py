@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -70,7 +70,10 @@ class GroupSparse(Constraint):
         tensor(5.)
     """
 
-    name: ClassVar[str] = "group"
+    @property
+    def retraction(self) -> str:  # type: ignore[override]
+        """By depth."""
+        return "group" if self.depth == 2 else "group_deep"
 
     groups: str | Tensor | Callable[[Tensor], Tensor]
     strength: float | None = None
@@ -123,6 +126,10 @@ class GroupSparse(Constraint):
     @property
     def budget(self) -> Budget | None:
         return None if self.keep is None else Budget(self.keep, self.scope, positions=self.positions or 1)
+
+    def shared_budget(self) -> Constraint:
+        """Without ``positions``: how often a weight is applied is its own affair, not the budget's."""
+        return replace(self, positions=None)
 
     def bind(self, name: str, w: Tensor) -> Constraint:
         index = self.index(w, name)

@@ -65,7 +65,7 @@ class LowRank(Constraint):
                 [0., 4.]])
     """
 
-    name: ClassVar[str] = "lowrank"
+    retraction: ClassVar[str] = "lowrank"
     carries_factors: ClassVar[bool] = True
     is_matrix: ClassVar[bool] = True
     # Directions show early, once what is learned stands out of the random start, and want long training at the end.
@@ -116,9 +116,6 @@ class LowRank(Constraint):
                 "initialise it first, with a small random matrix if it shall start near zero"
             )
         return self
-
-    def no_kernel(self, backend: str) -> str | None:
-        return "LowRank is products of matrices, which torch's own library does"
 
     # -- geometry ----------------------------------------------------------------------------------------------------
 

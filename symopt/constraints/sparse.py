@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -88,10 +88,14 @@ class Sparse(Constraint):
             if self.density is not None:
                 raise ValueError("Sparse: density and pattern are two budgets for one weight; give one of them")
 
+    is_product: ClassVar[bool] = True
+
     @property
-    def name(self) -> str:  # type: ignore[override]
-        """Name of the kernel row."""
-        return "sparse_free" if self.gauge == "free" else "sparse"
+    def retraction(self) -> str:  # type: ignore[override]
+        """By gauge, depth and pattern."""
+        if self.pattern is not None:
+            return "nm"
+        return ("sparse_free" if self.gauge == "free" else "sparse") + ("" if self.depth == 2 else "_deep")
 
     @property
     def carries_factors(self) -> bool:  # type: ignore[override]

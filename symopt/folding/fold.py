@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from symopt.budgets.pools import Member, pools
+from symopt.budgets.pools import BudgetedWeight, pools
 from symopt.constraints.planes.plane import flat, parts
 from symopt.folding.analysis import Opaque, Traced, analyse, same_graph, shapes_of, trace
 from symopt.folding.surgery import carry_out, cut_to, sizes_of
 from symopt.folding.thin import Thin, make_thin, split_layers
-from symopt.module.constrain import bundles, release
+from symopt.module.constrain import bindings, release
 
 __all__ = ["fold", "resize"]
 
@@ -162,7 +162,7 @@ def _plain(model: M) -> tuple[M, dict[str, int], dict[str, Thin], int]:
     A budget of zeros cuts weights, one of ranks singular values; both are counted where they were not zero.
     """
     plain = copy.deepcopy(model)
-    bound = bundles(plain)
+    bound = bindings(plain)
     release(plain)
     cut: dict[str, int] = {}
     with torch.no_grad():
@@ -184,8 +184,8 @@ def _plain(model: M) -> tuple[M, dict[str, int], dict[str, Thin], int]:
             for names, c in bound
             if c.budget is not None and names[0] not in low
         ]
-        for pool in pools(Member(n, w, c, c.partition(w)) for n, w, c in single):
-            for m, outside in zip(pool.members, pool.pruned(), strict=True):
+        for pool in pools(BudgetedWeight(n, w, c, c.partition(w)) for n, w, c in single):
+            for m, outside in zip(pool.weights, pool.pruned(), strict=True):
                 gone = m.constraint.units(outside, m.w, m.groups)
                 cut[m.name] = int((gone & (m.w != 0)).sum())
                 m.w.masked_fill_(gone, 0.0)

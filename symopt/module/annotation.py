@@ -1,143 +1,141 @@
-"""Where constraints are written down, so that no constrained weight silently becomes a plain one.
+"""Where constraints are written down, so that no constrained weight silently becomes an unconstrained one.
 
-An :class:`Annotation` hangs on the module that owns the weights and names them; it survives ``deepcopy``, pickling,
-``.to()``, sharding and everything else that replaces Parameter objects, because it is looked up by what the module
-holds *now*.  Optimizers ask :func:`constraints_by_parameter`; forward passes are watched by :class:`Guard`.
+A :class:`Binding` hangs on every module that owns one of its parameters and names them there; it survives ``deepcopy``,
+pickling, ``.to()``, sharding and everything else that replaces Parameter objects, because it looks up what the module
+holds *now*.  Optimizers find it through :mod:`symopt.optim.registry`; forward passes are watched by :class:`Guard`.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-import weakref
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from symopt.constraints import Constraint
+from symopt.optim import registry
 
-__all__ = [
-    "ATTRIBUTE",
-    "Annotation",
-    "Bond",
-    "Factored",
-    "Guard",
-    "Owner",
-    "bonds_by_parameter",
-    "constraints_by_parameter",
-    "epoch",
-    "factors",
-    "forget",
-    "register_owner",
-]
+__all__ = ["Binding", "Factored", "Guard", "annotated", "watch"]
 
-ATTRIBUTE = "_symopt_annotation"
+_ATTRIBUTE = "_symopt_annotations"
 
 
-class Owner(Protocol):
-    """What this file needs of an optimizer: the parameters it steps, and a way to drop one's constraint."""
+@final
+class Binding:
+    """A constraint and the parameters it binds, in its order: parameter i is ``owners[i].<attributes[i]>``."""
 
-    def owns(self, param: Tensor) -> bool: ...
+    def __init__(
+        self,
+        constraint: Constraint,
+        names: tuple[str, ...],
+        owners: tuple[nn.Module, ...],
+        attributes: tuple[str, ...],
+    ) -> None:
+        self.constraint, self.owners, self.attributes = constraint, owners, attributes
+        self.names = names
+        """As seen from the module that was constrained, for messages."""
+        self.warned: set[int] = set()
 
-    def forget(self, param: Tensor) -> None: ...
-
-
-_annotations: weakref.WeakSet[Annotation] = weakref.WeakSet()
-_factored: weakref.WeakSet[Factored] = weakref.WeakSet()
-_owners: weakref.WeakSet[Any] = weakref.WeakSet()
-_epoch = 0
-
-
-class Bond:
-    """Several parameters under one joint constraint, in its order; each is looked up by what its module holds now."""
-
-    def __init__(self, places: list[tuple[Annotation, str]]) -> None:
-        self.places = places
-
-    def parameters(self) -> tuple[Tensor | None, ...]:
-        return tuple(annotation.module._parameters.get(name) for annotation, name in self.places)
-
-    def names(self) -> tuple[str, ...]:
-        """As seen from the module that was constrained."""
-        return tuple(annotation.full[name] for annotation, name in self.places)
-
-
-class Annotation:
-    """The constraints of one module's own parameters, by name; ``module`` is the module they belong to."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        self.constraints: dict[str, Constraint] = {}
-        self.bonds: dict[str, Bond] = {}
-        self.full: dict[str, str] = {}
-        """Names as seen from the module that was constrained, for messages."""
-        self.warned: set[str] = set()
-        self._register()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, warned=set())  # a copy is another model
-        self._register()
+        registry.add(self)
 
-    def _register(self) -> None:
-        global _epoch
-        _epoch += 1
-        _annotations.add(self)
+    def annotate(self) -> None:
+        """Write this on the modules, where optimizers find it."""
+        for i, (owner, attribute) in enumerate(zip(self.owners, self.attributes, strict=True)):
+            vars(owner).setdefault(_ATTRIBUTE, {})[attribute] = (self, i)
+            watch(owner)
+        registry.add(self)
 
-    def set(self, name: str, constraint: Constraint, full: str) -> None:
-        self.constraints[name], self.full[name] = constraint, full
-        self._register()
+    def release(self) -> None:
+        """Take it off again."""
+        for owner, attribute in zip(self.owners, self.attributes, strict=True):
+            written = vars(owner).get(_ATTRIBUTE, {})
+            written.pop(attribute, None)
+            if not written:
+                vars(owner).pop(_ATTRIBUTE, None)
+        registry.remove(self)
 
-    def parameters(self) -> Iterator[tuple[str, Tensor | None, Constraint]]:
-        """Name, the parameter of that name now (None if the module no longer has one), constraint."""
-        for name, constraint in self.constraints.items():
-            yield name, self.module._parameters.get(name), constraint
+    def parameter(self, i: int) -> Tensor | None:
+        """Parameter i as it is now; None if its module no longer has it."""
+        return self.owners[i]._parameters.get(self.attributes[i])
+
+    def bound(self) -> registry.Bound:
+        """All parameters as they are now."""
+        found = [(name, self.parameter(i)) for i, name in enumerate(self.names)]
+        return registry.Bound(
+            self.constraint,
+            tuple(name for name, param in found if param is not None),
+            tuple(param for _, param in found if param is not None),
+            tuple(name for name, param in found if param is None),
+        )
 
 
+def annotated(module: nn.Module) -> Iterator[tuple[str, Binding, int]]:
+    """Attribute, binding and place in it of every constrained parameter of ``module`` itself."""
+    for attribute, (binding, i) in vars(module).get(_ATTRIBUTE, {}).items():
+        yield attribute, binding, i
+
+
+@final
 class Factored:
-    """Marks the parameters of ``factors`` (a module) as factors of an explicit constraint, for as long as it lives."""
+    """Marks the parameters of ``holder`` as factors of an explicit constraint, for as long as it lives."""
 
-    def __init__(self, factors: Any) -> None:
-        self.factors = factors
-        _factored.add(self)
+    def __init__(self, holder: nn.Module) -> None:
+        self.holder = holder
+        registry.add_factors(self)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        _factored.add(self)
+        registry.add_factors(self)
+
+    def factors(self) -> list[Tensor]:
+        """The factors."""
+        return [p for p in self.holder._parameters.values() if p is not None]
 
 
+@final
 class Guard:
     """Forward pre-hook: warns once if a constrained weight is being trained and no symopt optimizer owns it."""
 
     def __init__(self) -> None:
-        self.seen: tuple[Any, ...] = ()
+        self.seen: tuple[int, ...] = ()
 
     def __reduce__(self) -> tuple[type[Guard], tuple[()]]:
         return Guard, ()  # a copy of the module watches for itself
 
-    def __call__(self, module: Any, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: object) -> None:
         if torch.compiler.is_compiling() or not module.training or not torch.is_grad_enabled():
             return
-        now = (_epoch, *map(id, _owners))  # looked at again only when a constraint or an optimizer came or went
+        optimizers = registry.owners()
+        now = (registry.epoch(), *map(id, optimizers))
         if now == self.seen:
-            return
+            return  # no constraint and no optimizer came or went since the last look
         self.seen = now
-        loose = []
+        unowned = []
         for prefix, sub in module.named_modules():
-            annotation = sub.__dict__.get(ATTRIBUTE)
-            for name, param, _ in annotation.parameters() if annotation else ():
-                owned = param is not None and any(owner.owns(param) for owner in _owners)
-                if not owned and name not in annotation.warned:
-                    annotation.warned.add(name)
-                    loose.append(f"{prefix}.{name}" if prefix else name)
-        if loose:
+            for name, binding, i in annotated(sub):
+                param = binding.parameter(i)
+                owned = param is not None and any(optimizer.owns(param) for optimizer in optimizers)
+                if not owned and i not in binding.warned:
+                    binding.warned.add(i)
+                    unowned.append(f"{prefix}.{name}" if prefix else name)
+        if unowned:
             warnings.warn(
                 f"constrained weights are being trained but belong to no symopt optimizer, so nothing imposes their "
-                f"constraint: {', '.join(loose)}. Train with symopt.SGD, Adam or AdamW on this very module, or remove "
-                "the constraints with symopt.release(module).",
+                f"constraint: {', '.join(unowned)}. Train with symopt.SGD, Adam or AdamW on this very module, or "
+                "remove the constraints with symopt.release(module).",
                 stacklevel=_callers_level(),
             )
+
+
+def watch(module: nn.Module) -> None:
+    """Register a :class:`Guard` on ``module``, once."""
+    if not any(isinstance(hook, Guard) for hook in module._forward_pre_hooks.values()):
+        module.register_forward_pre_hook(Guard())
 
 
 def _callers_level() -> int:
@@ -146,46 +144,3 @@ def _callers_level() -> int:
     while frame.f_back is not None and frame.f_code.co_name in ("_wrapped_call_impl", "_call_impl", "inner"):
         frame, level = frame.f_back, level + 1
     return level
-
-
-def constraints_by_parameter() -> dict[int, tuple[str, Constraint]]:
-    """``id(parameter) -> (name, constraint)`` for every annotated parameter alive."""
-    return {
-        id(param): (annotation.full[name], constraint)
-        for annotation in _annotations
-        for name, param, constraint in annotation.parameters()
-        if param is not None
-    }
-
-
-def bonds_by_parameter() -> dict[int, Bond]:
-    """``id(parameter) -> bond`` for every parameter alive that shares a joint constraint with others."""
-    found = {}
-    for annotation in _annotations:
-        for name, param, _ in annotation.parameters():
-            if param is not None and name in annotation.bonds:
-                found[id(param)] = annotation.bonds[name]
-    return found
-
-
-def factors() -> set[int]:
-    """``id`` of every parameter that is a factor of an explicit constraint."""
-    return {id(p) for mark in _factored for p in mark.factors._parameters.values()}
-
-
-def epoch() -> int:
-    """Changes whenever an annotation does; a cached lookup is valid while this number stays."""
-    return _epoch
-
-
-def forget(param: Tensor) -> None:
-    """Tell every optimizer that ``param`` is free again."""
-    global _epoch
-    _epoch += 1
-    for owner in list(_owners):
-        owner.forget(param)
-
-
-def register_owner(owner: Owner) -> None:
-    """Count ``owner`` among the optimizers that :class:`Guard` asks, for as long as it lives."""
-    _owners.add(owner)

@@ -7,21 +7,20 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, overload
 
-import torch
 from torch import nn
 
 from symopt.constraints import Composed, Constraint
-from symopt.module import annotation
-from symopt.module.annotation import ATTRIBUTE, Annotation, Bond, Guard
-from symopt.module.explicit import Explicit, attach, check_init, detach, explicit
-from symopt.module.patterns import Bound, Patterns, Rows, checked, match
+from symopt.module.annotation import Binding, Guard, annotated, watch
+from symopt.module.explicit import Explicit, attach, detach, explicit
+from symopt.module.factors import check_init
+from symopt.module.patterns import Patterns, Rows, checked, match
 
-__all__ = ["bundles", "constrain", "constraints", "free", "param_groups", "release"]
+__all__ = ["bindings", "constrain", "constraints", "free", "param_groups", "release"]
 
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
-Bind = Callable[[nn.Module, Bound], None]
+Bind = Callable[[nn.Module, list[Binding]], None]
 
 
 @overload
@@ -112,27 +111,10 @@ def release(module: M) -> M:
         >>> symopt.constraints(symopt.release(net))
         {}
     """
-    inside = set(map(id, _module("release", module).modules()))
-    for _, places in _bonds(module):
-        for found, name in places:
-            if id(found.module) not in inside:
-                raise ValueError(
-                    f"release: {found.full[name]} outside of this module shares a constraint with a weight inside; "
-                    "release the module that holds both"
-                )
-    for name, _, how in _explicit(module):
-        if how.together is not None and not all(id(chain) in inside for chain in how.together.chains):
-            raise ValueError(
-                f"release: {name} shares an explicit constraint with a weight outside of this module; release the "
-                "module that holds both"
-            )
+    _check_whole(_module("release", module), "release the module that holds both")
+    for binding in _bindings(module):
+        binding.release()
     for sub in module.modules():
-        found = sub.__dict__.pop(ATTRIBUTE, None)
-        if found is not None:
-            freed = [param for _, param, _ in found.parameters() if param is not None]
-            found.constraints, found.bonds = {}, {}
-            for param in freed:
-                annotation.forget(param)
         for key, hook in list(sub._forward_pre_hooks.items()):
             if isinstance(hook, Guard):
                 del sub._forward_pre_hooks[key]
@@ -151,39 +133,34 @@ def constraints(module: nn.Module) -> dict[str, Constraint]:
         >>> symopt.constraints(symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Sparse(0.1)}))
         {'weight': Sparse(strength=0.1)}
     """
-    rows = {name: constraint for name, _, constraint in _annotated(_module("constraints", module))}
+    rows = {name: binding.constraint for name, binding, _ in _annotated(_module("constraints", module))}
     return rows | {name: how.constraint for name, _, how in _explicit(module)}
 
 
 def free(module: nn.Module) -> list[str]:
     """Names of the parameters of ``module`` that no constraint binds."""
-    bound = {id(param) for _, param, _ in _annotated(_module("free", module))}
+    bound = {id(binding.parameter(i)) for _, binding, i in _annotated(_module("free", module))}
     bound |= {id(factor) for _, holder, _ in _explicit(module) for factor in holder.parameters(recurse=False)}
     return [name for name, p in module.named_parameters() if id(p) not in bound]
 
 
-def bundles(module: nn.Module) -> list[tuple[tuple[str, ...], Constraint]]:
-    """What each constraint under ``module`` binds, as :func:`constraints` names it: one parameter or several."""
-    names = {id(param): name for name, param, _ in _annotated(module) if param is not None}
-    bonds, rows = annotation.bonds_by_parameter(), dict[tuple[str, ...], Constraint]()
-    for name, param, constraint in _annotated(module):
-        bond = bonds.get(id(param))
-        held = (param,) if bond is None else bond.parameters()
-        if bond is not None and any(id(p) not in names for p in held):
-            raise ValueError(
-                f"{name} shares a constraint with weights outside of this module ({', '.join(bond.names())}); pass the "
-                "module that holds them all"
-            )
-        rows[tuple(names.get(id(p), name) for p in held)] = constraint
-    explicitly = {id(holder): name for name, holder, _ in _explicit(module)}
-    for name, holder, how in _explicit(module):
-        chains = [holder] if how.together is None else how.together.chains
-        if any(id(chain) not in explicitly for chain in chains):
-            raise ValueError(
-                f"{name} shares an explicit constraint with weights outside of this module; pass the module that holds "
-                "them all"
-            )
-        rows[tuple(explicitly[id(chain)] for chain in chains)] = how.constraint
+def bindings(module: nn.Module) -> list[tuple[tuple[str, ...], Constraint]]:
+    """Every constraint under ``module``, with the parameters it binds in its order, as :func:`constraints` names them.
+
+    Raises:
+        ValueError: if one binds parameters outside of ``module``, too.
+    """
+    _check_whole(module, "pass the module that holds them all")
+    rows = dict[tuple[str, ...], Constraint]()
+    # A tensor that has several names has several bindings: it gets the last name, and one row.
+    names = {id(binding.parameter(i)): name for name, binding, i in _annotated(module)}
+    for binding in _bindings(module):
+        rows[tuple(names[id(p)] for p in binding.bound().parameters)] = binding.constraint
+    factorised = list(_explicit(module))
+    explicitly = {id(holder): name for name, holder, _ in factorised}
+    for _, holder, how in factorised:
+        holders = [holder] if how.shared is None else how.shared.holders
+        rows[tuple(explicitly[id(h)] for h in holders)] = how.constraint
     return list(rows.items())
 
 
@@ -207,9 +184,11 @@ def param_groups(module: nn.Module) -> list[dict[str, Any]]:
         >>> [(len(g["params"]), g.get("weight_decay")) for g in symopt.param_groups(net)]
         [(2, 0.3), (1, None)]
     """
-    of = {id(param): constraint for _, param, constraint in _annotated(_module("param_groups", module))}
+    of = {id(binding.parameter(i)): binding.constraint for _, binding, i in _annotated(_module("param_groups", module))}
     factors = {
-        id(p): (how.constraint, i) for _, h, how in _explicit(module) for i, p in enumerate(h.parameters(recurse=False))
+        id(p): (how.constraint, i)
+        for _, holder, how in _explicit(module)
+        for i, p in zip(how.indices(), holder.parameters(recurse=False), strict=False)
     }
     by_constraint: dict[tuple[Constraint | None, bool], list[tuple[str, nn.Parameter]]] = {}
     still: list[tuple[str, nn.Parameter]] = []
@@ -243,18 +222,29 @@ def _module(function: str, module: M) -> M:
     return module
 
 
-def _annotated(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None, Constraint]]:
+def _annotated(module: nn.Module) -> Iterator[tuple[str, Binding, int]]:
+    """Qualified name of every parameter constrained in optimizer mode, its binding, its place in that."""
     for prefix, sub in module.named_modules():
-        found = sub.__dict__.get(ATTRIBUTE)
-        for name, param, constraint in found.parameters() if found else ():
-            yield f"{prefix}.{name}" if prefix else name, param, constraint
+        for name, binding, i in annotated(sub):
+            yield f"{prefix}.{name}" if prefix else name, binding, i
 
 
-def _bonds(module: nn.Module) -> Iterator[tuple[str, list[tuple[Annotation, str]]]]:
-    for prefix, sub in module.named_modules():
-        found = sub.__dict__.get(ATTRIBUTE)
-        for name, bond in found.bonds.items() if found else ():
-            yield f"{prefix}.{name}" if prefix else name, bond.places
+def _bindings(module: nn.Module) -> list[Binding]:
+    """Every binding that a parameter of ``module`` is in, once."""
+    return list({id(binding): binding for _, binding, _ in _annotated(module)}.values())
+
+
+def _check_whole(module: nn.Module, advice: str) -> None:
+    """Raise if a constraint inside of ``module`` binds parameters outside of it, too."""
+    inside = set(map(id, module.modules()))
+    for binding in _bindings(module):
+        within = [id(owner) in inside for owner in binding.owners]
+        if not all(within):
+            name, other = binding.names[within.index(True)], binding.names[within.index(False)]
+            raise ValueError(f"{name} shares a constraint with {other}, which is outside of this module; {advice}")
+    for name, _, how in _explicit(module):
+        if how.shared is not None and any(id(holder) not in inside for holder in how.shared.holders):
+            raise ValueError(f"{name} shares an explicit constraint with weights outside of this module; {advice}")
 
 
 def _explicit(module: nn.Module) -> Iterator[tuple[str, nn.Module, Explicit]]:
@@ -265,9 +255,8 @@ def _explicit(module: nn.Module) -> Iterator[tuple[str, nn.Module, Explicit]]:
 
 
 def _apply(module: nn.Module, rows: Rows, bind: Bind) -> None:
-    bound = match(module, rows)
-    if bound:
-        bind(module, bound)
+    if found := match(module, rows):
+        bind(module, found)
 
 
 def _decorate(rows: Rows, bind: Bind, target: Any) -> Any:
@@ -298,27 +287,16 @@ def _decorate(rows: Rows, bind: Bind, target: Any) -> Any:
     )
 
 
-def _annotate(module: nn.Module, bound: Bound) -> None:
-    for held, constraint in bound:
-        places = []
-        for full, sub, name in held:
-            found = sub.__dict__.get(ATTRIBUTE)
-            if found is None:
-                found = sub.__dict__[ATTRIBUTE] = Annotation(sub)
-            found.set(name, constraint, full)
-            places.append((found, name))
-            _watch(sub)
-        if len(places) > 1:
-            bond = Bond(places)
-            for found, name in places:
-                found.bonds[name] = bond
-    _watch(module)
+def _annotate(module: nn.Module, found: list[Binding]) -> None:
+    for binding in found:
+        binding.annotate()
+    watch(module)
 
 
-def _factorise(init: str | float, module: nn.Module, bound: Bound) -> None:
+def _factorise(init: str | float, module: nn.Module, found: list[Binding]) -> None:
     names: dict[int, str] = {}
-    for held, constraint in bound:
-        full = held[0][0]
+    for binding in found:
+        constraint, full = binding.constraint, binding.names[0]
         if constraint.is_plane and isinstance(init, str) and init not in ("imbalanced", "balanced"):
             raise ValueError(
                 f"constrain: init={init!r} is no gauge of {constraint}; use 'imbalanced', 'balanced' or a number"
@@ -328,8 +306,8 @@ def _factorise(init: str | float, module: nn.Module, bound: Bound) -> None:
                 f"constrain: {full}: an automatic strength is symopt's optimizers' own; give {constraint} a strength, "
                 "or use mode='optimizer'"
             )
-        for own, sub, name in held:
-            other = names.setdefault(id(sub._parameters[name]), own)
+        for i, own in enumerate(binding.names):
+            other = names.setdefault(id(binding.parameter(i)), own)
             if other != own:
                 raise ValueError(
                     f"constrain: {other} and {own} are one tensor under several names, which mode='explicit' cannot "
@@ -344,10 +322,5 @@ def _factorise(init: str | float, module: nn.Module, bound: Bound) -> None:
                 f"constrain: {full} has a list of constraints, whose strength differs from weight to weight, so weight "
                 "decay on factors cannot impose it; use mode='optimizer'"
             )
-    for held, constraint in bound:
-        attach([(sub, name) for _, sub, name in held], constraint, init)
-
-
-def _watch(module: nn.Module) -> None:
-    if not any(isinstance(hook, Guard) for hook in module._forward_pre_hooks.values()):
-        module.register_forward_pre_hook(Guard())
+    for binding in found:
+        attach(binding, init)

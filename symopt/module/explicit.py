@@ -7,10 +7,10 @@ package need neither.  It is also the oracle they are tested against.
 
 from __future__ import annotations
 
-import math
+import itertools
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,24 @@ from torch.nn.utils import parametrize
 
 from symopt.backends import fused_product
 from symopt.constraints import Constraint
-from symopt.constraints.base import check_number
 from symopt.constraints.planes.plane import flat
-from symopt.module.annotation import Factored
+from symopt.module.annotation import Binding, Factored
+from symopt.module.factors import factors_of, keeps_weight
 
-__all__ = ["INITS", "Explicit", "attach", "check_init", "detach", "explicit", "plain_state_dict"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-INITS = ("imbalanced", "balanced", "gates", "independent", "matched")
+__all__ = ["Explicit", "SharedFactors", "attach", "detach", "explicit", "plain_state_dict"]
+
+
+class _Context(Protocol):
+    """What autograd keeps of a call of :class:`_Compose`."""
+
+    constraint: Constraint
+    pool: _Pool
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 class _Compose(torch.autograd.Function):
@@ -41,13 +52,15 @@ class _Compose(torch.autograd.Function):
         return constraint.compose(factors, pool.like(factors[-1]))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(
+        ctx: _Context, inputs: tuple[Constraint, _Pool, Unpack[tuple[Tensor, ...]]], output: Tensor
+    ) -> None:
         ctx.constraint, ctx.pool, *factors = inputs
         ctx.save_for_backward(*factors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        factors: tuple[Tensor, ...] = ctx.saved_tensors
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        factors = ctx.saved_tensors
         double = torch.is_grad_enabled()  # create_graph: the pull-back must itself be differentiable
         if not double and fused_product(ctx.constraint, (*factors, grads[0])):
             from symopt_kernels.triton import product as triton_explicit
@@ -94,169 +107,133 @@ def _counts_references(x: Tensor) -> bool:
     return plain and hasattr(torch._C, "_storage_Use_Count")
 
 
-class Together:
-    """What a constraint over several parameters shares in explicit mode.
+@final
+class SharedFactors:
+    """The factors of a constraint over several parameters, which are those of their flat vector.
 
-    Each parameter holds its part of every factor of their flat vector that has an entry per weight; other factors are
-    the first one's.  Every weight needs the factors of all, so each knows where the others' are.
+    A factor with one entry per weight is stored in parts, each with the parameter it belongs to; any other (the gates
+    of units that span several parameters) is stored with the first parameter.  So every parameter needs the factors of
+    all, and this knows where they are.
     """
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        self.weights: tuple[Tensor, ...] | None = tuple(w.detach() for w in weights)  # until all have factors
+    def __init__(self, constraint: Constraint, weights: Sequence[Tensor], init: str | float) -> None:
+        self.constraint, self.init = constraint, init
         self.shapes = [w.shape for w in weights]
-        self.cut: list[bool] = []
-        """Which factors are held in parts."""
-        self.chains: list[nn.Module] = []
-        """In the constraint's order, what holds each one's factors."""
+        self.holders: list[nn.Module] = []
+        """In the constraint's order, what holds the factors stored with each parameter."""
+        factors = factors_of(constraint, flat(weights), init)
+        self.in_parts = [factor.shape == (sum(w.numel() for w in weights),) for factor in factors]
+        self.initial: list[tuple[Tensor, ...]] = self.stored(factors)
+        """Of each parameter that has no holder yet, its factors."""
+
+    def indices(self, i: int) -> list[int]:
+        """Which factors are stored with parameter i, whole or in part."""
+        return [k for k, in_parts in enumerate(self.in_parts) if in_parts or i == 0]
+
+    def stored(self, factors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """What is stored with each parameter, of the factors of all."""
+        split = [self.split(f) if in_parts else () for f, in_parts in zip(factors, self.in_parts, strict=True)]
+        return [
+            tuple(split[k][i] if self.in_parts[k] else factors[k] for k in self.indices(i))
+            for i in range(len(self.shapes))
+        ]
+
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """The flat vector of all, as one tensor per parameter."""
+        pieces = whole.flatten().split([shape.numel() for shape in self.shapes])
+        return tuple(piece.reshape(shape) for piece, shape in zip(pieces, self.shapes, strict=True))
 
     def factors(self) -> tuple[Tensor, ...]:
         """Those of the flat vector of all weights."""
-        own: list[Any] = [iter(chain._parameters.values()) for chain in self.chains]
-        return tuple(flat([next(factors) for factors in own]) if cut else next(own[0]) for cut in self.cut)
-
-    def part(self, whole: Tensor, place: int) -> Tensor:
-        """What belongs to one member."""
-        part: Tensor = whole.split([shape.numel() for shape in self.shapes])[place]
-        return part.reshape(self.shapes[place])
-
-    def split(self, place: int, weight: Tensor, constraint: Constraint, init: str | float) -> tuple[Tensor, ...]:
-        """Factors of one member that takes this weight, while the others stay; all are written."""
-        held = [*(self.weights if self.weights is not None else (chain() for chain in self.chains))]
-        held[place] = weight
-        whole = flat(held)
-        factors = factors_of(constraint, whole, init)
-        self.cut = [factor.shape == whole.shape for factor in factors]
-        pieces = [
-            tuple(self.part(f, i) if cut else f for f, cut in zip(factors, self.cut, strict=True) if cut or i == 0)
-            for i in range(len(held))
+        stored = [
+            dict(zip(self.indices(i), h.parameters(recurse=False), strict=True)) for i, h in enumerate(self.holders)
         ]
-        for chain, values in zip(self.chains, pieces, strict=True) if self.weights is None else ():
-            for factor, value in zip(chain._parameters.values(), values, strict=True):
-                assert factor is not None
+        return tuple(
+            flat([mine[k] for mine in stored]) if in_parts else stored[0][k] for k, in_parts in enumerate(self.in_parts)
+        )
+
+    def assign(self, i: int, weight: Tensor) -> tuple[Tensor, ...]:
+        """Give parameter i this weight while the others keep theirs, by new factors; returns those stored with i."""
+        weights = list(self.split(self.constraint.compose(self.factors())))
+        weights[i] = weight
+        stored = self.stored(factors_of(self.constraint, flat(weights), self.init))
+        for holder, values in zip(self.holders, stored, strict=True):
+            for factor, value in zip(holder.parameters(recurse=False), values, strict=True):
                 factor.copy_(value)
-        return pieces[place]
+        return stored[i]
 
 
+@final
 class Explicit(nn.Module):
     """The parametrization that :func:`symopt.constrain` registers with ``mode="explicit"``.
 
     Args:
         constraint: gives ``compose``, ``split`` and ``pullback``.
         init: how a weight becomes factors, see :func:`symopt.constrain`.
-        together: what is constrained along with this weight, in whose order it has a ``place``.
+        shared: the factors of a constraint over several parameters, of which this one is number ``place``.
     """
 
     def __init__(
         self,
         constraint: Constraint,
         init: str | float = "imbalanced",
-        together: Together | None = None,
+        shared: SharedFactors | None = None,
         place: int = 0,
     ) -> None:
         super().__init__()
-        self.constraint, self.init, self.together, self.place = constraint, init, together, place
+        self.constraint, self.init, self.shared, self.place = constraint, init, shared, place
         self._pool = _Pool(constraint.depth + 1)
 
     def forward(self, *factors: Tensor) -> Tensor:
         """Factors -> effective weight."""
-        if self.together is not None:
-            factors = self.together.factors()
+        if self.shared is not None:
+            factors = self.shared.factors()
         weight: Tensor
         if torch.compiler.is_compiling():  # the compiler fuses it, and breaks the graph at a Function
             weight = self.constraint.compose(factors)
         else:
             weight = _Compose.apply(self.constraint, self._pool, *factors)  # type: ignore[no-untyped-call]
-        if self.together is not None:
-            weight = self.together.part(weight, self.place)
-        return weight
+        return weight if self.shared is None else self.shared.split(weight)[self.place]
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Effective weight -> factors; for inits that keep the weight, ``forward`` of the result is ``weight``."""
         weight = weight.detach()
-        if self.together is None:
+        if self.shared is None:
             found = factors_of(self.constraint, weight, self.init)
+        elif len(self.shared.holders) < len(self.shared.shapes):  # while parametrizations are registered
+            found = self.shared.initial[self.place]
         else:
-            found = self.together.split(self.place, weight, self.constraint, self.init)
+            found = self.shared.assign(self.place, weight)
         return tuple(f.clone() for f in found)
+
+    def indices(self) -> Iterable[int]:
+        """Which of the constraint's factors are stored with this parameter, in the order they are stored in."""
+        return itertools.count() if self.shared is None else self.shared.indices(self.place)
 
     def extra_repr(self) -> str:
         """The constraint and its init."""
         return f"{self.constraint}, init={self.init!r}"
 
 
-def check_init(init: object) -> None:
-    """Raise unless ``init`` is one of :data:`INITS` or an imbalance >= 0."""
-    if isinstance(init, (int, float)) and not isinstance(init, bool):
-        check_number("constrain", "init", init)
-    elif init not in INITS:
-        raise ValueError(f"constrain: init must be a number >= 0 or one of {', '.join(map(repr, INITS))}, got {init!r}")
-
-
-def factors_of(constraint: Constraint, weight: Tensor, init: str | float) -> tuple[Tensor, ...]:
-    """Factors of ``weight`` by one of :data:`INITS`, or with the imbalance given as a number."""
-    if not isinstance(init, str):
-        return constraint.split(weight, float(init))
-    if init == "balanced":
-        return constraint.split(weight)
-    if init == "imbalanced":
-        return constraint.split(weight, constraint.imbalance(weight, 1.0))
-    if constraint.is_matrix:
-        raise ValueError(
-            f"constrain: init={init!r} draws factors of the weight's own shape, which those of {constraint} are not; "
-            "use 'imbalanced', 'balanced' or a number"
-        )
-    balanced = constraint.split(weight)
-    gates = balanced[:-1]
-    if init == "gates":
-        return (*(torch.ones_like(g) for g in gates), weight.clone())
-    size = weight.square().mean().sqrt()
-    if not bool(size > 0):
-        raise ValueError(f"constrain: init={init!r} draws factors of the weight's size, which is 0; use 'gates'")
-    if init == "independent":
-        # Every factor has the law of the weight itself, as if each were a freshly initialised layer.
-        return (*(torch.randn_like(g) * size for g in gates), weight.clone())
-    # "matched": the product has the weight's variance; truncation keeps both tails of the product in check.
-    depth = len(balanced)
-    root = size ** (1 / depth)
-    return tuple(_truncated(f, root) for f in balanced)
-
-
-def _truncated(like: Tensor, std: Tensor) -> Tensor:
-    """Normal, magnitude between .1 and 2 standard deviations, then rescaled to the standard deviation asked for."""
-    lo, hi = (0.5 * (1 + math.erf(z / math.sqrt(2))) for z in (0.1, 2.0))
-    magnitude = torch.special.ndtri(lo + (hi - lo) * torch.rand_like(like))
-    signed = torch.where(torch.rand_like(like) < 0.5, -magnitude, magnitude)
-    return signed * (std / _TRUNCATED_STD)
-
-
-def _second_moment(a: float, b: float) -> float:
-    """Of a standard normal whose magnitude is kept between ``a`` and ``b``."""
-    low, high = (z * math.exp(-z * z / 2) / math.sqrt(2 * math.pi) for z in (a, b))
-    mass = 0.5 * (math.erf(b / math.sqrt(2)) - math.erf(a / math.sqrt(2)))
-    return 1 - (high - low) / mass
-
-
-_TRUNCATED_STD = math.sqrt(_second_moment(0.1, 2.0))
-
-
 # ------------------------------------------------------------------------------------- attaching to a module, and back
 
 
-def attach(places: Sequence[tuple[nn.Module, str]], constraint: Constraint, init: str | float) -> None:
-    """Register parametrizations on each ``module.<name>``; a plain ``state_dict`` can still be loaded."""
-    weights = [module._parameters[name] for module, name in places]
-    together = Together(weights) if len(places) > 1 else None  # type: ignore[arg-type]
-    for place, (module, name) in enumerate(places):
-        how = Explicit(constraint, init, together, place)
-        parametrize.register_parametrization(module, name, how, unsafe=together is not None)  # it needs the others
-        factors: Any = module.parametrizations[name]  # type: ignore[index]
-        vars(factors)["_symopt_factored"] = Factored(factors)
-        module.register_load_state_dict_pre_hook(_Splitter(name))
-        if together is not None:
-            together.chains.append(factors)
-    if together is not None:
-        together.weights = None
+def attach(binding: Binding, init: str | float) -> None:
+    """Register a parametrization on every parameter; a plain ``state_dict`` can still be loaded."""
+    weights = [w.detach() for w in binding.bound().parameters]
+    shared = SharedFactors(binding.constraint, weights, init) if len(weights) > 1 else None
+    for i, (module, name) in enumerate(zip(binding.owners, binding.attributes, strict=True)):
+        # Unsafe: no check of the result by torch, because it needs the factors of the parameters that come later.
+        how = Explicit(binding.constraint, init, shared, i)
+        parametrize.register_parametrization(module, name, how, unsafe=shared is not None)
+        holder = _holders(module)[name]
+        vars(holder)["_symopt_factored"] = Factored(holder)
+        module.register_load_state_dict_pre_hook(_LoadPlain(name))
+        if shared is not None:
+            shared.holders.append(holder)
+    if shared is not None:
+        shared.initial = []
 
 
 def detach(module: nn.Module) -> None:
@@ -268,7 +245,7 @@ def detach(module: nn.Module) -> None:
         shared = type(module)
         module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
     for name in names:
-        trained = any(p.requires_grad for p in module.parametrizations[name].parameters())  # type: ignore[index, union-attr]
+        trained = any(p.requires_grad for p in _holders(module)[name].parameters())
         with torch.enable_grad():
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         # torch leaves a buffer where the composed weight needs no gradient.
@@ -278,38 +255,44 @@ def detach(module: nn.Module) -> None:
         hooks = module._load_state_dict_pre_hooks
         for key, hook in list(hooks.items()):
             inner = getattr(hook, "hook", hook)
-            if isinstance(inner, _Splitter) and inner.name == name:
+            if isinstance(inner, _LoadPlain) and inner.name == name:
                 del hooks[key]
+
+
+def _holders(module: nn.Module) -> dict[str, nn.Module]:
+    """By name of the parameter, what holds the factors of each parametrized one of ``module`` itself."""
+    holders = module._modules.get("parametrizations")
+    return dict(holders.items()) if isinstance(holders, nn.ModuleDict) else {}
 
 
 def explicit(module: nn.Module) -> list[tuple[str, nn.Module, Explicit]]:
     """Name, holder of the factors and parametrization of every explicitly constrained tensor of ``module`` itself."""
-    chains = module._modules.get("parametrizations")
-    if not isinstance(chains, nn.ModuleDict):
-        return []
-    return [(name, chain, p) for name, chain in chains.items() for p in chain.children() if isinstance(p, Explicit)]
+    holders = _holders(module).items()
+    return [(name, holder, p) for name, holder in holders for p in holder.children() if isinstance(p, Explicit)]
 
 
-class _Splitter:
+@final
+class _LoadPlain:
     """Load hook: turns the plain key ``weight`` of a ``state_dict`` into the keys of its factors."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    def __call__(self, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
         plain = state_dict.pop(prefix + self.name, None)
         if plain is None:
             return
-        ((holder, how),) = [(chain, p) for name, chain, p in explicit(module) if name == self.name]
+        ((holder, how),) = [(holder, p) for name, holder, p in explicit(module) if name == self.name]
         plain = plain.to(next(holder.parameters()).dtype)  # split in the precision the factors have
-        if how.together is not None and plain.shape == how.together.shapes[how.place]:
+        found: tuple[Tensor, ...]
+        if how.shared is None:
+            found = factors_of(how.constraint, plain, how.init if keeps_weight(how.init) else "imbalanced")
+        elif plain.shape == how.shared.shapes[how.place]:
             how.right_inverse(plain)
-            found = tuple(p.detach() for p in holder.parameters())  # which the other members' hooks still write to
-        elif how.together is not None:
+            # The Parameters themselves: the hooks of the other parameters still write to them.
+            found = tuple(p.detach() for p in holder.parameters())
+        else:
             found = (plain,)  # torch says what does not fit
-        else:  # inits that draw factors would change the weight
-            drawn = how.init in ("independent", "matched")
-            found = factors_of(how.constraint, plain, "imbalanced" if drawn else how.init)
         for i, factor in enumerate(found):
             state_dict[f"{prefix}parametrizations.{self.name}.original{i}"] = factor
 

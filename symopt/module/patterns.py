@@ -10,16 +10,15 @@ import torch
 from torch import nn
 
 from symopt.constraints import Composed, Constraint, GroupSparse
-from symopt.module import annotation
+from symopt.module.annotation import Binding
+from symopt.optim import registry
 
-__all__ = ["Bound", "Patterns", "Place", "Rows", "checked", "match"]
+__all__ = ["Patterns", "Rows", "checked", "match"]
 
 Patterns = Mapping[str | tuple[str, ...], Constraint | list[Constraint] | None]
 Rows = list[tuple[tuple[str, ...], Constraint | None]]
-Place = tuple[str, nn.Module, str]
-"""Qualified name of a parameter, its owner, its name there."""
-Bound = list[tuple[tuple[Place, ...], Constraint]]
-"""Constraints and what they bind: one parameter, or all of a joint one."""
+Named = tuple[str, nn.Module, str, nn.Parameter]
+"""A parameter: qualified name, the module that owns it, its name there, itself."""
 
 
 def checked(patterns: Any) -> Rows:
@@ -42,19 +41,20 @@ def checked(patterns: Any) -> Rows:
     return rows
 
 
-def match(module: nn.Module, rows: Rows) -> Bound:
+def match(module: nn.Module, rows: Rows) -> list[Binding]:
     """What ``rows`` bind in ``module``; everything is checked first, so that an error leaves the module as it was."""
-    places: list[tuple[str, nn.Module, str, nn.Parameter]] = []
-    for prefix, sub in module.named_modules():
-        for name, p in sub.named_parameters(recurse=False):
-            places.append((f"{prefix}.{name}" if prefix else name, sub, name, p))
+    parameters = [
+        (f"{prefix}.{name}" if prefix else name, sub, name, p)
+        for prefix, sub in module.named_modules()
+        for name, p in sub.named_parameters(recurse=False)
+    ]
     chosen: dict[int, tuple[str, Constraint | None]] = {}
-    bound: Bound = []
-    together: dict[int, list[tuple[int, Place]]] = {}
-    # Looked up once: both walk everything that is annotated.
-    factors, known = annotation.factors(), annotation.constraints_by_parameter()
+    found: list[Binding] = []
+    shared: dict[int, list[tuple[int, Named]]] = {}
+    # Looked up once: both walk every constraint there is.
+    factors, known = registry.factors(), registry.bound()
     hits = [dict.fromkeys(keys, 0) for keys, _ in rows]
-    for full, sub, name, p in places:
+    for full, sub, name, p in parameters:
         row, key = _first_match(full, p, rows)
         if key is None:
             continue
@@ -73,27 +73,31 @@ def match(module: nn.Module, rows: Rows) -> Bound:
             _check_free(full, p, factors, known)
             _check(full, sub, p, constraint)
             if constraint.binds_many:
-                together.setdefault(row, []).append((rows[row][0].index(key), (full, sub, name)))
+                shared.setdefault(row, []).append((rows[row][0].index(key), (full, sub, name, p)))
             else:
-                bound.append((((full, sub, name),), constraint.bind(full, p)))
+                found.append(Binding(constraint.bind(full, p), (full,), (sub,), (name,)))
     for (_, value), counts in zip(rows, hits, strict=True):
         for key, n in counts.items():
             if n == 0:
-                raise ValueError(_nothing(key, value, places))
-    for row, members in together.items():
-        members.sort(key=lambda member: member[0])  # in the order of the key
-        held = tuple(place for _, place in members)
-        weights = [sub.get_parameter(name) for _, sub, name in held]
-        joint = rows[row][1]
-        assert joint is not None
-        for (full, *_), w in zip(held, weights, strict=True):
-            if (w.dtype, w.device) != (weights[0].dtype, weights[0].device):
-                raise ValueError(
-                    f"constrain: {full} is {w.dtype} on {w.device}, {held[0][0]} {weights[0].dtype} on "
-                    f"{weights[0].device}; a joint constraint needs one of each"
-                )
-        bound.append((held, joint.bind_all(tuple(full for full, *_ in held), tuple(w.detach() for w in weights))))
-    return bound
+                raise ValueError(_nothing(key, value, parameters))
+    for row, ranked in shared.items():
+        several = rows[row][1]
+        assert several is not None
+        found.append(_bind_all(several, [named for _, named in sorted(ranked, key=lambda r: r[0])]))
+    return found
+
+
+def _bind_all(constraint: Constraint, parameters: list[Named]) -> Binding:
+    """One constraint on several parameters, in the order of the key."""
+    names, owners, attributes, weights = zip(*parameters, strict=True)
+    first: nn.Parameter = weights[0]
+    for full, _, _, w in parameters:
+        if (w.dtype, w.device) != (first.dtype, first.device):
+            raise ValueError(
+                f"constrain: {full} is {w.dtype} on {w.device}, {names[0]} {first.dtype} on {first.device}; "
+                "a joint constraint needs one of each"
+            )
+    return Binding(constraint.bind_all(names, tuple(w.detach() for w in weights)), names, owners, attributes)
 
 
 def _matrix(p: nn.Parameter) -> bool:
@@ -112,11 +116,11 @@ def _first_match(name: str, p: nn.Parameter, rows: Rows) -> tuple[int, str | Non
     return -1, None
 
 
-def _nothing(key: str, value: Constraint | None, places: list[tuple[str, nn.Module, str, nn.Parameter]]) -> str:
-    matched = [full for full, _, _, p in places if full == key or (_wild(key) and fnmatchcase(full, key))]
-    small = [full for full, _, _, p in places if full in matched and not _matrix(p)]
+def _nothing(key: str, value: Constraint | None, parameters: list[Named]) -> str:
+    matched = [full for full, _, _, p in parameters if full == key or (_wild(key) and fnmatchcase(full, key))]
+    small = [full for full, _, _, p in parameters if full in matched and not _matrix(p)]
     if not matched:
-        names = ", ".join(full for full, *_ in places[:8]) + (", ..." if len(places) > 8 else "")
+        names = ", ".join(full for full, *_ in parameters[:8]) + (", ..." if len(parameters) > 8 else "")
         return f"constrain: pattern {key!r} matches no parameter; there are: {names or 'none'}"
     if value is not None and len(small) == len(matched):
         return (
@@ -127,13 +131,13 @@ def _nothing(key: str, value: Constraint | None, places: list[tuple[str, nn.Modu
     return f"constrain: pattern {key!r} binds nothing: earlier patterns already bind {before}; put it first"
 
 
-def _check_free(full: str, p: nn.Parameter, factors: set[int], known: dict[int, tuple[str, Constraint]]) -> None:
+def _check_free(full: str, p: nn.Parameter, factors: set[int], known: dict[int, registry.Bound]) -> None:
     if id(p) in factors:
         raise ValueError(
             f"constrain: {full} is a factor of an explicit constraint already; call symopt.release(module) first"
         )
     if id(p) in known:
-        name, constraint = known[id(p)]
+        name, constraint = known[id(p)].name(p), known[id(p)].constraint
         alias = "" if name == full else f" under the name {name}"
         raise ValueError(
             f"constrain: {full} is already constrained by {constraint}{alias}; call symopt.release(module) first"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
@@ -10,85 +11,76 @@ from torch.optim.adam import adam as torch_adam
 
 from symopt.constraints import Constraint
 from symopt.optim.base import ConstrainedOptimizer
-from symopt.optim.options import shared_moment
-from symopt.optim.steppers import stepper
-from symopt_kernels.groups import Groups
+from symopt.optim.direction import Direction, Moment, Moments, Options, State
 from symopt_kernels.reference import directions
-from symopt_kernels.reference.gauge import math_dtype
 
 __all__ = ["Adam", "AdamW"]
 
 
-class _AdamBase(ConstrainedOptimizer):
-    """Abstract: everything but the torch class behind it and whether the strength is decoupled."""
+@final
+class AdamDirection(Direction):
+    """``torch.optim.Adam``'s, on the gradient of the effective weight; AdamW's is the same with a decoupled strength."""
 
-    def _check_supported(self, name: str, group: dict[str, Any], constraint: Constraint) -> None:
-        if group["capturable"] and constraint.is_matrix:
+    table = (
+        Moment("exp_avg", "first"),
+        Moment("exp_avg_sq", "second", per_unit=True),
+        Moment("max_exp_avg_sq", "peak", per_unit=True),
+    )
+    counts_steps = True
+    scaled_by = "gradient"
+    switches = ("amsgrad", "decoupled_weight_decay")
+
+    def row(self, options: Options) -> str:
+        return "adamw" if self.decoupled(options) else "adam"
+
+    def moments(self, options: Options) -> tuple[Moment, ...]:
+        return self.table if options["amsgrad"] else self.table[:2]
+
+    def decoupled(self, options: Options) -> bool:
+        return bool(options["decoupled_weight_decay"])
+
+    def settings(self, options: Options) -> dict[str, float | bool]:
+        beta1, beta2 = (float(beta) for beta in options["betas"])
+        return {"beta1": beta1, "beta2": beta2, "eps": options["eps"]}
+
+    def check(self, name: str, options: Options, constraint: Constraint) -> None:
+        if options["capturable"] and constraint.is_matrix:
             raise ValueError(
                 f"{name}: {type(constraint).__name__} drops columns while it trains, and a captured graph has fixed "
                 "shapes; use capturable=False, or leave it out of symopt.constrain"
             )
 
-    def gain(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> Tensor | float | None:
-        if own := stepper(constraint):
-            return own.gain(self, group, p, constraint)  # type: ignore[no-any-return]
-        groups = self.groups(p, constraint)
-        if self.decoupled(group):
-            return 1.0 if groups is None else groups.size(p.detach()).sqrt()
-        return self.preconditioner(group, p)
+    def lead(self, options: Options, state: State, grad: Tensor) -> tuple[Tensor, Moments]:
+        step = state["step"] if options["capturable"] else state["step"].item()
+        lead, exp_avg = directions.adam_lead(grad, state["exp_avg"], step=step, beta1=options["betas"][0])
+        return lead, {"exp_avg": exp_avg}
 
-    def preconditioner(self, group: dict[str, Any], p: Tensor) -> Tensor | None:
-        state = self.state.get(p, {})
+    def scale(self, options: Options, state: State, mean_square: Tensor) -> tuple[Tensor, Moments]:
+        step, amsgrad = state["step"] if options["capturable"] else state["step"].item(), options["amsgrad"]
+        scale, exp_avg_sq, peak = directions.adam_scale(
+            mean_square,
+            state["exp_avg_sq"],
+            state["max_exp_avg_sq"] if amsgrad else None,
+            step=step,
+            beta2=options["betas"][1],
+            eps=options["eps"],
+        )
+        return scale, {"exp_avg_sq": exp_avg_sq} | ({} if peak is None else {"max_exp_avg_sq": peak})
+
+    def preconditioner(
+        self, options: Options, state: State, average: Callable[[Tensor], Tensor] = lambda moment: moment
+    ) -> Tensor | None:
         if "exp_avg_sq" not in state or not state["step"]:
             return None
-        peak = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        constraint = self._constraint(p)
-        groups = None if constraint is None or len(self.members(p)) > 1 else self.groups(p, constraint)
-        if groups is not None and peak.shape == p.shape != (groups.count,):
-            peak = shared_moment(peak, groups)  # as loaded, until the first step
-        return 1 / ((peak / (1 - group["betas"][1] ** state["step"])).sqrt() + group["eps"])  # type: ignore[no-any-return]
+        peak = average(state["max_exp_avg_sq" if options["amsgrad"] else "exp_avg_sq"])
+        found: Tensor = 1 / ((peak / (1 - options["betas"][1] ** state["step"])).sqrt() + options["eps"])
+        return found
 
-    def _init_moments(self, group: dict[str, Any], state: dict[str, Any], p: Tensor, groups: Groups | None) -> None:
-        dtype = math_dtype(p)
-        if "step" not in state:
-            wide = torch.get_default_dtype() == torch.float64  # as torch's, which must not be half precision
-            device = p.device if group["capturable"] or group["fused"] else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
-        if "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-        for key in self._moments(group)[1:]:
-            if key not in state:
-                like: dict[str, Any] = {"dtype": dtype, "device": p.device}
-                state[key] = torch.zeros_like(p, **like) if groups is None else torch.zeros(groups.count, **like)
 
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+class _AdamBase(ConstrainedOptimizer):
+    """Abstract: everything but the torch class behind it."""
 
-    def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        direction = "adamw" if self.decoupled(group) else "adam"
-        return {"direction": direction, "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
-
-    def _direction(
-        self, group: dict[str, Any], state: dict[str, Any], w: Tensor, grad: Tensor, groups: Groups | None
-    ) -> tuple[Tensor, Tensor | float]:
-        direction = directions.adamw if self.decoupled(group) else directions.adam
-        state["step"] += 1
-        update, gain, *moments = direction(
-            grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state["max_exp_avg_sq"] if group["amsgrad"] else None,
-            step=state["step"] if group["capturable"] else state["step"].item(),
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            groups=groups,
-        )
-        for key, value in zip(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), moments, strict=True):
-            if value is not None:
-                self._update(group, state, key, value)
-        return update, gain
+    direction = AdamDirection()
 
     def _graph_check(self) -> None:
         """torch's own error if a CUDA graph is captured without ``capturable``; the method's name depends on torch."""
@@ -205,9 +197,6 @@ class Adam(_AdamBase, torch.optim.Adam):
             backend=backend,
         )
 
-    def decoupled(self, group: dict[str, Any]) -> bool:
-        return bool(group["decoupled_weight_decay"])
-
 
 @final
 class AdamW(_AdamBase, torch.optim.AdamW):
@@ -278,6 +267,3 @@ class AdamW(_AdamBase, torch.optim.AdamW):
             imbalance=imbalance,
             backend=backend,
         )
-
-    def decoupled(self, group: dict[str, Any]) -> bool:
-        return True

@@ -1,23 +1,130 @@
-"""What a loaded state must look like: said before anything of the optimizer is touched."""
+"""Checkpoints: what is written out, what a loaded state must look like, and what is restored from it.
+
+Everything is checked before anything of the optimizer is touched.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from symopt.optim.options import OWN_STATE, TRIM, check_group
+from symopt.budgets.state import BUDGET, BudgetState
+from symopt.optim.binding import Binding
+from symopt.optim.direction import Direction, Options, State
+from symopt.optim.options import DEFAULTS, check_group
+from symopt.optim.own_step import own_step
+from symopt.optim.state import OWN_STATE
 
-__all__ = ["check"]
+__all__ = ["Loading", "loading", "release", "writing_out"]
 
-_SHARED = ("exp_avg_sq", "max_exp_avg_sq")
-_MOMENTS = ("exp_avg", *_SHARED, "momentum_buffer")
 _LEAST = {"step": 0.0, "imbalance": 0.0, "critical": 0.0, "metric_scale": torch.finfo(torch.float32).tiny}
 
+BindingOf = Callable[[Tensor], Binding]
 
-def check(optimizer: Any, loaded: Any) -> None:
+
+# -- writing ------------------------------------------------------------------------------------------------------------
+
+
+def per_weight(binding: Binding, direction: Direction, state: State, p: Tensor) -> dict[str, Tensor]:
+    """Moments of ``p`` that are not kept per weight, as torch.optim would have them."""
+    if binding.constraint is None:
+        return {}
+    own = own_step(binding.constraint)
+    return binding.per_weight(direction, state, p) if own is None else own.per_weight(direction, state, p)
+
+
+@contextmanager
+def writing_out(optimizer: torch.optim.Optimizer, binding: BindingOf, direction: Direction) -> Iterator[None]:
+    """While this lasts, ``state_dict`` has every moment per weight."""
+
+    def write_out(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, p in enumerate(params):
+            if index in packed["state"]:
+                found = per_weight(binding(p), direction, optimizer.state[p], p)
+                packed["state"][index] = {**packed["state"][index], **found}
+
+    # First of the hooks, so that a user's hook sees what is saved and has the last word.
+    handle = optimizer.register_state_dict_post_hook(write_out, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def release(binding: Binding, direction: Direction, state: State, p: Tensor) -> None:
+    """Make of the state of a constrained parameter that of an unconstrained one."""
+    assert binding.constraint is not None
+    own, plain = own_step(binding.constraint), per_weight(binding, direction, state, p)
+    for key in list(state):
+        if key in OWN_STATE or key.startswith("factor_") or (own is not None and own.owns(key)):
+            del state[key]
+    state.update(plain)
+    for key, value in state.items():
+        if key != "step" and isinstance(value, Tensor):
+            state[key] = value.to(p.dtype)
+    if binding.several and isinstance(state.get("step"), Tensor):
+        state["step"] = state["step"].clone()  # from now on every parameter counts for itself
+
+
+# -- loading ------------------------------------------------------------------------------------------------------------
+
+
+@final
+class Loading:
+    """A ``load_state_dict`` under way."""
+
+    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
+        self._options = [{key: group[key] for key in DEFAULTS} for group in param_groups]
+        self.final: dict[str, Any] = {}
+        """What the last pre-hook leaves, which is what gets loaded."""
+
+    def restore(self, param_groups: list[dict[str, Any]], states: dict[Tensor, State], binding: BindingOf) -> None:
+        """Bring back what torch has lost.
+
+        torch casts float state to the parameter's dtype, which costs an fp32 state of bf16 weights its last bits
+        (pytorch #43706).
+        """
+        for group, saved, before in zip(param_groups, self.final["param_groups"], self._options, strict=True):
+            group.update({key: value for key, value in before.items() if key not in saved})
+            for i, p in zip(saved["params"], group["params"], strict=True):
+                constrained = binding(p).constraint is not None
+                for key, value in self.final["state"].get(i, {}).items():
+                    if key == "step" and isinstance(value, Tensor):
+                        states[p][key] = states[p][key].clone()  # torch keeps the checkpoint's own tensor
+                    elif constrained and key == "group_index" and value.is_floating_point():
+                        del states[p][key]  # torch.optim saved it as floats; it is made anew
+                    elif constrained and isinstance(value, Tensor):
+                        states[p][key] = value.detach().to(device=p.device, copy=True)
+                    elif constrained and value is None:
+                        states[p].pop(key)
+
+
+@contextmanager
+def loading(
+    optimizer: torch.optim.Optimizer, binding: BindingOf, direction: Direction, state_dict: object
+) -> Iterator[Loading]:
+    """While this lasts, what torch is about to load is checked first, and noted."""
+    if not isinstance(state_dict, dict):
+        check(optimizer, binding, direction, state_dict)
+    found = Loading(optimizer.param_groups)
+
+    def keep(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+        check(optimizer, binding, direction, loaded)
+        found.final.update(loaded)
+
+    handle = optimizer.register_load_state_dict_pre_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def check(optimizer: torch.optim.Optimizer, binding: BindingOf, direction: Direction, loaded: object) -> None:
     """Raise unless ``loaded`` is the state of such an optimizer over such parameters.
 
     What torch checks (numbers of groups and of their parameters) is left to torch, which touches nothing before.
@@ -38,8 +145,9 @@ def check(optimizer: Any, loaded: Any) -> None:
             state, where = loaded["state"].get(i, {}), f"{owner}: state of parameter {i}"
             if not isinstance(state, Mapping):
                 raise ValueError(f"{where} is a {type(state).__name__}, must be a dict")
-            _check_state(where, optimizer, p, dict(state))
-            _check_kind(where, optimizer, {**group, **saved}, p, dict(state))
+            current = optimizer.state.get(p, {})
+            _check_state(where, binding(p), direction, current, p, state)
+            _check_kind(f"{where} holds", type(optimizer).__name__, direction, {**group, **saved}, p, state)
 
 
 def _check_options(where: str, defaults: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -67,11 +175,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_state(where: str, optimizer: Any, p: Tensor, state: dict[str, Any]) -> None:
-    constraint = optimizer._constraint(p)
-    groups = None if constraint is None else optimizer.groups(p, constraint)
+def _check_state(
+    where: str, binding: Binding, direction: Direction, current: State, p: Tensor, state: Mapping[str, Any]
+) -> None:
+    moments = {moment.key: moment for moment in direction.table}
+    count = binding.moment_count(current) if binding.constraint is not None else None
     for key, value in state.items():
-        if value is None or key not in (*_LEAST, *_MOMENTS, *OWN_STATE):
+        if value is None or key not in (*_LEAST, *moments, *OWN_STATE):
             continue  # torch's "none yet", and what users keep there themselves
         if key in _LEAST and _is_number(value):
             if float(value) < _LEAST[key]:
@@ -79,10 +189,10 @@ def _check_state(where: str, optimizer: Any, p: Tensor, state: dict[str, Any]) -
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{where}: {key} is a {type(value).__name__}, must be a tensor")
-        if key == "budget":
-            fits = value.shape == (len(TRIM),) and value.is_floating_point()
-        elif constraint is not None and key in _SHARED:
-            fits = value.shape == p.shape or value.numel() == (1 if groups is None else groups.count)
+        if key == BUDGET:
+            fits = BudgetState.fits(value)
+        elif binding.constraint is not None and key in moments and moments[key].per_unit:
+            fits = value.shape == p.shape or value.numel() == (1 if count is None else count)
         else:
             fits = key not in _LEAST and value.shape == p.shape and (p.is_complex() or not value.is_complex())
         if not fits or value.layout is not torch.strided:
@@ -92,11 +202,14 @@ def _check_state(where: str, optimizer: Any, p: Tensor, state: dict[str, Any]) -
             raise ValueError(f"{where}: group_index must number the groups of {p.numel()} weights from 0")
 
 
-def _check_kind(where: str, optimizer: Any, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
+def _check_kind(
+    where: str, owner: str, direction: Direction, options: Options, p: Tensor, state: Mapping[str, Any]
+) -> None:
     """Raise for what another optimizer remembers: torch would use none of it, and save it for ever."""
     foreign = [k for k, v in state.items() if isinstance(v, Tensor) and v.shape == p.shape and k not in OWN_STATE]
-    if p.dim() and foreign and not any(key in state for key in (*optimizer._moments(group), "factor_0", "imbalance")):
+    own = (*(moment.key for moment in direction.moments(options)), "factor_0", "imbalance")
+    if p.dim() and foreign and not any(key in state for key in own):
         raise ValueError(
-            f"{where} holds {', '.join(foreign)} and nothing that {type(optimizer).__name__} remembers: another "
+            f"{where} {', '.join(foreign)} and nothing that {owner} remembers: another "
             "optimizer's checkpoint? Go on without it; the weights are in the module's state"
         )

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from symopt.backends import check_backend
 from symopt.constraints.base import check_number
-from symopt_kernels.groups import Groups
 
-__all__ = ["DEFAULTS", "OWN_STATE", "TRIM", "check_group", "is_cut", "shared_moment"]
+__all__ = ["DEFAULTS", "check_group"]
 
 DEFAULTS: dict[str, Any] = {
     "strength": None,
@@ -21,25 +20,6 @@ DEFAULTS: dict[str, Any] = {
     "imbalance_factor": None,
     "committed": False,
 }
-
-
-OWN_STATE = ("imbalance", "metric_scale", "master", "group_index", "budget", "critical")
-
-TRIM = ("strength_kept", "strength_pruned", "threshold", "imbalance_factor")
-"""What the state tensor ``trim`` of a weight with a budget holds, in float64: the strengths of the units that have a
-place in the budget and of those that have none, the size up to which they have none (negative: all have one), and the
-factor of the imbalance per step."""
-
-
-def is_cut(state: dict[str, Any]) -> bool:
-    """Whether what is outside a weight's budget has been cut, so that its support is final."""
-    return "budget" in state and float(state["budget"][TRIM.index("imbalance_factor")]) == 0
-
-
-def shared_moment(per_weight: Tensor, groups: Groups) -> Tensor:
-    """Mean over each group, exact where all its members are equal (so that saving and loading changes no bit)."""
-    first = groups.first(per_weight)
-    return first + groups.sum(per_weight - groups.expand(first).reshape(per_weight.shape)) / groups.size(per_weight)
 
 
 def check_group(group: dict[str, Any], owner: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, final
 
 import torch
@@ -10,10 +11,54 @@ from torch.optim.sgd import sgd as torch_sgd
 
 from symopt.constraints import Constraint
 from symopt.optim.base import ConstrainedOptimizer
-from symopt_kernels.groups import Groups
+from symopt.optim.direction import Direction, Moment, Moments, Options, State
 from symopt_kernels.reference import directions
+from symopt_kernels.reference.gauge import math_dtype
 
 __all__ = ["SGD"]
+
+
+@final
+class SGDDirection(Direction):
+    """``torch.optim.SGD``'s: gradient, momentum, dampening, Nesterov."""
+
+    table = (Moment("momentum_buffer", "first", lazy=True),)
+    switches = ("momentum",)
+
+    def row(self, options: Options) -> str:
+        return "sgd"
+
+    def moments(self, options: Options) -> tuple[Moment, ...]:
+        return self.table if options["momentum"] else ()
+
+    def decoupled(self, options: Options) -> bool:
+        return False
+
+    def settings(self, options: Options) -> dict[str, float | bool]:
+        return {key: options[key] for key in ("momentum", "dampening", "nesterov")}
+
+    def check(self, name: str, options: Options, constraint: Constraint) -> None:
+        if options["momentum"] >= 1:
+            raise ValueError(f"{name}: momentum must be < 1 for a constrained parameter, got {options['momentum']}")
+
+    def lead(self, options: Options, state: State, grad: Tensor) -> tuple[Tensor, Moments]:
+        lead, buffer = directions.sgd_lead(
+            grad, state.get("momentum_buffer"), **{key: options[key] for key in ("momentum", "dampening", "nesterov")}
+        )
+        return lead, {} if buffer is None else {"momentum_buffer": buffer}
+
+    def gain(
+        self, options: Options, scale: Tensor | float, size: Tensor | None, *, decoupled: bool
+    ) -> Tensor | float:
+        """As much as momentum amplifies a constant gradient, so that fixed points do not depend on it."""
+        return directions.amplification(float(options["momentum"]), float(options["dampening"]))
+
+    def strength_unit(self, p: Tensor, state: State, units: int) -> float | Tensor:
+        """The root mean square of the gradient, per unit; 0 before a first one."""
+        grad = p.grad if p.grad is not None else state.get("momentum_buffer")
+        if not isinstance(grad, Tensor):
+            return 0.0
+        return grad.detach().to(math_dtype(p)).square().mean().sqrt() * math.sqrt(p.numel() / units)
 
 
 @final
@@ -47,6 +92,8 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
         >>> net.weight.detach().abs().max()
         tensor(0.)
     """
+
+    direction = SGDDirection()
 
     def __init__(
         self,
@@ -83,42 +130,6 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
             backend=backend,
         )
 
-    def decoupled(self, group: dict[str, Any]) -> bool:
-        return False
-
-    def gain(self, group: dict[str, Any], p: Tensor, constraint: Constraint) -> float:
-        return float((1 - group["dampening"]) / (1 - group["momentum"])) if group["momentum"] else 1.0
-
-    def preconditioner(self, group: dict[str, Any], p: Tensor) -> None:
-        return None
-
-    def _check_supported(self, name: str, group: dict[str, Any], constraint: Constraint) -> None:
-        if group["momentum"] >= 1:
-            raise ValueError(f"{name}: momentum must be < 1 for a constrained parameter, got {group['momentum']}")
-
-    def _init_moments(self, group: dict[str, Any], state: dict[str, Any], p: Tensor, groups: Groups | None) -> None:
-        pass  # torch's first momentum is the first gradient itself
-
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] else ()
-
-    def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {"direction": "sgd", **{key: group[key] for key in ("momentum", "dampening", "nesterov")}}
-
-    def _direction(
-        self, group: dict[str, Any], state: dict[str, Any], w: Tensor, grad: Tensor, groups: Groups | None
-    ) -> tuple[Tensor, float]:
-        update, gain, buffer = directions.sgd(
-            grad,
-            state.get("momentum_buffer"),
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-        )
-        if buffer is not None:
-            state["momentum_buffer"] = buffer
-        return update, gain
-
     def _step_plain(self, group: dict[str, Any]) -> None:
         params: list[Tensor] = []
         grads: list[Tensor] = []
@@ -138,7 +149,7 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
         if group["momentum"] != 0:
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
-        elif any(constraint is not None for constraint in self._bound.values()):
+        elif self.has_constraints:
             # torch's distributed checkpoints want state for all parameters or for none.
             for p in params:
                 self.state.setdefault(p, {})

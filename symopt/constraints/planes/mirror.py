@@ -72,6 +72,13 @@ class Mirror(Plane):
 
     binds_many: ClassVar[bool] = True
 
+    @property
+    def retraction(self) -> str:  # type: ignore[override]
+        """By what the plane is given as, and by form."""
+        if self.basis is None:
+            return "plane"
+        return "basis" if self._gate else "coordinates"
+
     project: Callable[..., Any] | None = None
     strength: float | None = None
     basis: Tensor | None = field(default=None, kw_only=True)
@@ -197,11 +204,6 @@ class Mirror(Plane):
 
     def rows(self, like: Tensor) -> Tensor | None:
         return None if self.basis is None else self.basis.detach().T.to(like)
-
-    def no_kernel(self, backend: str) -> str | None:
-        if self.basis is not None:
-            return None if self._gate else "of the forms of Mirror only the gate has a fused kernel"
-        return super().no_kernel(backend)
 
     def _coordinates(self, x: Tensor) -> Tensor:
         z = self.coordinates(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,6 +22,8 @@ def labelled(labels: Tensor) -> Groups:
 
 class OrbitPlane(Plane):
     """Abstract: weights of one orbit are equal; P replaces each by its orbit's mean, exactly where they are."""
+
+    retraction: ClassVar[str] = "orbit"
 
     @abstractmethod
     def orbits(self, shape: tuple[int, ...]) -> Groups:
@@ -54,9 +56,6 @@ class OrbitPlane(Plane):
 
     def segments(self, w: Tensor) -> list[Segment] | None:
         return self._ordered(tuple(w.shape))[1]
-
-    def no_kernel(self, backend: str) -> str | None:
-        return None
 
     def onto(self, x: Tensor) -> Tensor:
         groups, sizes = self._known(x)

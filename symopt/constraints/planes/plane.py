@@ -12,7 +12,7 @@ from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors, Outs, heavy_factor
 from symopt_kernels.groups import Groups
-from symopt_kernels.orbits import Segment
+from symopt_kernels.orbits import PlaneLayout, Segment
 from symopt_kernels.reference import plane as kernel
 
 __all__ = ["Plane", "flat", "parts", "whole"]
@@ -46,7 +46,8 @@ class Plane(Constraint):
     P.  Where the gate is not one number for the whole plane, they override :meth:`gates`.
     """
 
-    name: ClassVar[str] = "mirror"
+    retraction: ClassVar[str] = "plane"
+    uniform_strength: ClassVar[bool] = False
     is_plane: ClassVar[bool] = True
     free_factors: ClassVar[int] = 1
     centred: ClassVar[bool] = False
@@ -103,6 +104,17 @@ class Plane(Constraint):
     def rows(self, like: Tensor) -> Tensor | None:
         """An orthonormal basis of what is off the plane for a fused kernel, one direction per row; or None."""
         return None
+
+    def plane_layout(self, like: Tensor) -> PlaneLayout:
+        root = self.sqrt_dim_per_gate(like)
+        return PlaneLayout(
+            sqrt_dim_per_gate=float(root.max()) if isinstance(root, Tensor) else root,
+            gate_per_orbit=self.gate_per_orbit,
+            identical=self.parameters_identical,
+            segments=self.segments(like),
+            basis=self.rows(like),
+            centred=self.partition(like) if self.centred else None,
+        )
 
     # -- strength ----------------------------------------------------------------------------------------------------
 
@@ -216,6 +228,3 @@ class Plane(Constraint):
     def rounding(self, w: Tensor) -> float:
         """Largest :meth:`violation` of a weight that lies on the plane as exactly as its precision can say."""
         return 64 * torch.finfo(w.dtype).eps
-
-    def no_kernel(self, backend: str) -> str | None:
-        return "of planes only those of equal weights, of zero means and those with a basis have a fused kernel"

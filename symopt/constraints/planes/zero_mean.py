@@ -38,6 +38,7 @@ class ZeroMean(Plane):
                 [ 0.,  0.]])
     """
 
+    retraction: ClassVar[str] = "centred"
     centred: ClassVar[bool] = True
 
     strength: float | None = None
@@ -78,5 +79,5 @@ class ZeroMean(Plane):
     def codimension(self, w: Tensor) -> float:
         return float(self.partition(w).count)
 
-    def no_kernel(self, backend: str) -> str | None:
-        return None
+    def one_sided(self, w: Tensor) -> bool:
+        return w.dim() == 2 and len(self.partition(w).dims) == 1

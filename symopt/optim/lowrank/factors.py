@@ -6,13 +6,12 @@ State is ``factor_u`` (m x r), ``factor_v`` (n x r), their moments ``factor_u_ex
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from symopt.constraints import LowRank
+from symopt.constraints import Constraint, LowRank
+from symopt.optim.direction import Options, State
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import lowrank as kernel
 from symopt_kernels.reference.gauge import SNAP, math_dtype
@@ -24,12 +23,12 @@ _probes = WeakTensorKeyDictionary()
 """factor_u -> the weight it last composed, seen through one vector: cheap to compare with the weight of now."""
 
 
-def pair(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def pair(state: State) -> tuple[Tensor, Tensor]:
     """U and V."""
     return state["factor_u"], state["factor_v"]
 
 
-def moments(state: dict[str, Any], side: str) -> dict[str, Tensor]:
+def moments(state: State, side: str) -> dict[str, Tensor]:
     """The state of one factor under torch's keys."""
     prefix = f"factor_{side}_"
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -47,14 +46,16 @@ def _probe(p: Tensor) -> Tensor:
     return matrix @ x
 
 
-def sizes(state: dict[str, Any], p: Tensor, c: LowRank) -> Tensor:
+def sizes(state: State, p: Tensor, c: Constraint) -> Tensor:
     """Size of every singular direction, zeros for those that are gone, as many as the smaller side of W has."""
     side = min(p.shape[0], p[0].numel())
-    found = kernel.column_sizes(*pair(state)) if "factor_u" in state else c.size(p.detach())[: c.max_rank]
+    found = c.size(p.detach())[: c.max_rank] if isinstance(c, LowRank) else p.new_zeros(0)
+    if "factor_u" in state:
+        found = kernel.column_sizes(*pair(state))
     return torch.cat([found, found.new_zeros(side - len(found))])
 
 
-def holds(state: dict[str, Any], p: Tensor, matrix: Tensor) -> bool:
+def holds(state: State, p: Tensor, matrix: Tensor) -> bool:
     """Whether the factors still compose to the weight, up to rounding."""
     u, v = pair(state)
     if u.shape[0] != matrix.shape[0] or v.shape[0] != matrix.shape[1] or u.shape[1] != v.shape[1]:
@@ -69,14 +70,14 @@ def holds(state: dict[str, Any], p: Tensor, matrix: Tensor) -> bool:
     return bool(((matrix - made).abs() <= slack).all())
 
 
-def write(state: dict[str, Any], p: Tensor) -> None:
+def write(state: State, p: Tensor) -> None:
     """Give the weight the value of its factors."""
     u, v = pair(state)
     p.copy_((u @ v.mT).reshape(p.shape))
     _probes[u] = _probe(p)
 
 
-def turn(state: dict[str, Any], balance: bool, before: tuple[Tensor, Tensor] | None) -> None:
+def turn(state: State, balance: bool, before: tuple[Tensor, Tensor] | None) -> None:
     """Turn columns into singular directions; seen from where the last step began, drop those that still shrink to 0."""
     u, v, turn_u, turn_v = kernel.align(*pair(state), balance=balance)
     size = kernel.column_sizes(u, v)
@@ -90,7 +91,7 @@ def turn(state: dict[str, Any], balance: bool, before: tuple[Tensor, Tensor] | N
         _keep(state, ~dead)
 
 
-def move(state: dict[str, Any], new: tuple[Tensor, Tensor], for_u: Tensor, for_v: Tensor) -> None:
+def move(state: State, new: tuple[Tensor, Tensor], for_u: Tensor, for_v: Tensor) -> None:
     """Take other factors, and moments along: what V pulled back times ``for_u`` is what the new V would have."""
     for side, turn, old, now in (("u", for_u, "factor_v", new[1]), ("v", for_v, "factor_u", new[0])):
         ratio = kernel.scale_of(state[old]) / kernel.scale_of(now)
@@ -100,21 +101,21 @@ def move(state: dict[str, Any], new: tuple[Tensor, Tensor], for_u: Tensor, for_v
     state["factor_u"], state["factor_v"] = new
 
 
-def _keep(state: dict[str, Any], live: Tensor) -> None:
+def _keep(state: State, live: Tensor) -> None:
     """Drop all other columns."""
     eye = torch.eye(len(live), dtype=state["factor_u"].dtype, device=live.device)[:, live]
     u, v = pair(state)
     move(state, (u[:, live].contiguous(), v[:, live].contiguous()), eye, eye)
 
 
-def align(group: dict[str, Any], state: dict[str, Any], p: Tensor) -> None:
+def align(group: Options, state: State, p: Tensor) -> None:
     """Singular directions as of now, for a budget that is about to choose among them."""
     if "factor_u" in state and float(state["factor_age"]) > 0 and not group["differentiable"]:
         turn(state, group["time_scale"] == "saturated", None)
         write(state, p)
 
 
-def cut(state: dict[str, Any], p: Tensor, gone: Tensor) -> None:
+def cut(state: State, p: Tensor, gone: Tensor) -> None:
     """Drop the directions that are outside the budget."""
     if "factor_u" in state:
         _keep(state, ~gone[: state["factor_u"].shape[1]])

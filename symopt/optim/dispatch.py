@@ -1,0 +1,133 @@
+"""Which backend steps which binding, and the call of a fused kernel for all of a param group that it steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symopt.backends import BACKENDS, FUSED, check_backend, choose, why_not
+from symopt.optim.binding import Binding
+from symopt.optim.direction import Direction, Options, State
+from symopt.optim.fused import FusedStep, step_fused
+from symopt.optim.membership import Members
+from symopt.optim.reference_step import step as step_reference
+from symopt.optim.slot import Slot
+from symopt.optim.state import fit_plain
+from symopt_kernels.backend import Request
+
+__all__ = ["Slots", "explained", "step_group", "zeros"]
+
+Slots = dict[Tensor, "Slot | FusedStep"]
+"""First parameter of a binding -> what its last step looked up."""
+
+
+def reasons(binding: Binding, direction: Direction, options: Options, state: State) -> dict[str, str | None]:
+    """Per backend why it cannot step a binding, or None."""
+    constraint = binding.constraint
+    budget = None if constraint is None else constraint.budget
+    request = Request(
+        direction=direction.row(options),
+        retraction="plain" if constraint is None else constraint.retraction,
+        weights=binding.parameters,
+        groups=binding.groups(state),
+        units=binding.units,
+        pattern=None if budget is None else budget.pattern,
+        depth=2 if constraint is None else constraint.depth,
+        differentiable=bool(options.get("differentiable", False)),
+    )
+    return {backend: why_not(backend, request) for backend in BACKENDS}
+
+
+def step_group(
+    members: Members,
+    direction: Direction,
+    options: Options,
+    states: Mapping[Tensor, State],
+    slots: Slots,
+    step_plain: Callable[[dict[str, Any]], None],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """One step of a param group: its unconstrained parameters by ``step_plain``, unless a fused backend is named."""
+    fused = options["backend"] in FUSED
+    bindings = members.bindings + members.unconstrained if fused else members.bindings
+    plain = [] if fused else [b.parameters[0] for b in members.unconstrained if b.parameters[0].grad is not None]
+    reference: list[Slot] = []
+    native_steps: list[FusedStep] = []
+    triton_steps: list[FusedStep] = []
+    # What a slot depends on, beside state.
+    key = (options["backend"], options.get("differentiable", False), options["strength"] is None)
+    key += tuple(map(options.get, direction.switches))
+    for binding in bindings:
+        if not _has_gradient(binding):
+            continue
+        found = slots.get(binding.parameters[0])
+        slot = found.slot if isinstance(found, FusedStep) else found
+        if found is None or slot is None or slot.binding is not binding or not slot.holds(states, key):
+            found = slots[binding.parameters[0]] = _looked_up(binding, direction, options, states, key)
+        if isinstance(found, Slot):
+            reference.append(found)
+        else:
+            (native_steps if found.slot.backend == "native" else triton_steps).append(found)
+    # The kernels on the device look at found_inf themselves; for all others the host has to wait for it.
+    if (native_steps or reference or plain) and (found_inf is None or not bool(found_inf)):
+        if plain:
+            for p in plain:
+                fit_plain(states.get(p, {}), p)
+            step_plain(options)
+        for slot in reference:
+            step_reference(slot, options, grad_scale)
+        if native_steps:
+            step_fused("native", native_steps, direction, options, grad_scale, None)
+    if triton_steps:
+        step_fused("triton", triton_steps, direction, options, grad_scale, found_inf)
+
+
+def explained(
+    binding: Binding, p: Tensor, direction: Direction, options: Options, state: State
+) -> tuple[str, str, dict[str, str | None]]:
+    """Name, backend and, per backend, why not that one, of a parameter."""
+    name = binding.name(p)
+    if binding.constraint is None and options["backend"] not in FUSED:
+        return name, "torch", {"no constraint": None}
+    found = reasons(binding, direction, options, state)
+    return name, choose(options["backend"], name, found), found
+
+
+def zeros(step: Slot | FusedStep | None, p: Tensor) -> int:
+    """Exact zeros of ``p``, as its last step counted them or counted now."""
+    counted = step.zeros(p) if isinstance(step, FusedStep) else None
+    return int((p == 0).sum()) if counted is None else counted
+
+
+def _has_gradient(binding: Binding) -> bool:
+    """Whether any of its parameters has one; raises for a layout that no step knows."""
+    found = False
+    for i, p in enumerate(binding.parameters):
+        if p.grad is None:
+            continue
+        found = True
+        if p.grad.layout is not torch.strided:
+            fix = "leave backend at None" if binding.constraint is None else "leave it out of symopt.constrain"
+            raise RuntimeError(
+                f"{binding.names[i]}: sparse gradients are not supported here; use sparse=False or {fix}"
+            )
+    return found
+
+
+def _looked_up(
+    binding: Binding, direction: Direction, options: Options, states: Mapping[Tensor, State], key: object
+) -> Slot | FusedStep:
+    check_backend(binding.label, options["backend"])
+    own = [states[p] for p in binding.parameters]
+    backend = choose(options["backend"], binding.label, reasons(binding, direction, options, own[0]))
+    slot = Slot(binding, direction, options, own, backend, key)
+    if backend == "reference":
+        return slot
+    try:
+        return FusedStep(slot, options)
+    except ValueError as error:
+        raise ValueError(f"{binding.label}: {error}") from None

@@ -1,0 +1,130 @@
+"""Membership: which binding each parameter of an optimizer belongs to, looked up again when a constraint changes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor
+
+from symopt.optim import registry
+from symopt.optim.binding import Binding
+from symopt.optim.direction import Direction, Options
+
+__all__ = ["Members", "Membership"]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Members:
+    """The parameters of one param group, as they were when this was looked up."""
+
+    owner: str
+    """Name of the optimizer, for messages."""
+    params: tuple[Tensor, ...]
+    bindings: tuple[Binding, ...]
+    """Constrained parameters, each binding once."""
+    unconstrained: tuple[Binding, ...]
+    """One for each of the others."""
+
+
+@final
+class Membership:
+    """Parameter -> binding, for all param groups of one optimizer."""
+
+    def __init__(self, owner: str, direction: Direction, bindings: dict[Tensor, Binding] | None = None) -> None:
+        self.owner, self.direction = owner, direction
+        self.bindings: dict[Tensor, Binding] = {} if bindings is None else bindings
+        """Of every parameter, also of unconstrained ones."""
+        self._groups: dict[int, Members] = {}
+        self._epoch = -1
+
+    @property
+    def complete(self) -> bool:
+        """Whether parameters have been looked up at all."""
+        return self._epoch >= 0
+
+    @property
+    def current(self) -> bool:
+        """Whether no constraint has come or gone since."""
+        return self._epoch == registry.epoch()
+
+    def look_up(self, param_groups: Iterable[dict[str, Any]]) -> None:
+        """Ask the registry again; parameters that it no longer knows keep the constraint they had.
+
+        Raises:
+            ValueError: if a parameter is a factor of explicit mode, cannot be stepped under its constraint, or shares
+                it with one that is in no param group or another.
+        """
+        known, factors = registry.bound(), registry.factors()
+        found: dict[Tensor, Binding] = {}
+        groups: dict[int, Members] = {}
+        for group in param_groups:
+            names = group.get("param_names", ["a parameter"] * len(group["params"]))
+            own: dict[int, Binding] = {}
+            for p, name in zip(group["params"], names, strict=True):
+                if id(p) in factors:
+                    raise ValueError(
+                        f"{self.owner}: the parameters hold factors of an explicit constraint, which this "
+                        "optimizer would constrain twice; use torch.optim with symopt.param_groups(model), or "
+                        "constrain(..., mode='optimizer')"
+                    )
+                binding = found.get(p) or self._binding(p, name, known.get(id(p)))
+                if binding.constraint is not None:
+                    self._check(binding, group, p, known.get(id(p)))
+                for q in binding.parameters:
+                    found[q] = binding
+                own[id(binding)] = binding
+            bound = tuple(b for b in own.values() if b.constraint is not None)
+            rest = tuple(b for b in own.values() if b.constraint is None)
+            groups[id(group)] = Members(self.owner, tuple(group["params"]), bound, rest)
+        self.bindings, self._groups, self._epoch = found, groups, registry.epoch()
+
+    def of(self, group: dict[str, Any]) -> Members | None:
+        """Those of a param group; None if they have to be looked up again."""
+        epoch, members, params = registry.epoch(), self._groups.get(id(group)), group["params"]
+        if members is None or self._epoch != epoch or len(params) != len(members.params):
+            return None
+        return members if all(map(operator.is_, params, members.params)) else None
+
+    def _binding(self, p: Tensor, name: str, bound: registry.Bound | None) -> Binding:
+        before = self.bindings.get(p)
+        if bound is None:
+            return Binding(None, (name,), (p,)) if before is None else before
+        same = before is not None and before.constraint is bound.constraint and before.names == bound.names
+        if same and before is not None and all(map(operator.is_, before.parameters, bound.parameters)):
+            return before
+        return Binding(bound.constraint, bound.names, bound.parameters)
+
+    def _check(self, binding: Binding, group: Options, p: Tensor, bound: registry.Bound | None) -> None:
+        """Raise if the group cannot step the binding."""
+        constraint, direction = binding.constraint, self.direction
+        assert constraint is not None
+        name = binding.name(p)
+        direction.check(name, group, constraint)
+        if direction.sided and not constraint.one_sided(p):
+            raise ValueError(
+                f"{name}: {self.owner} orthogonalises the update of the whole matrix, which only commutes with "
+                f"reflections of whole rows or columns, and {constraint} is none; constrain rows, columns or heads, or "
+                "use symopt.AdamW for this parameter"
+            )
+        lacking = [
+            other
+            for other, q in zip(binding.names, binding.parameters, strict=True)
+            if not any(q is r for r in group["params"])
+        ]
+        lacking += [] if bound is None else list(bound.missing)
+        if lacking:
+            raise ValueError(
+                f"{self.owner}: {name} shares a constraint with {lacking[0]}, which is not in its param group; give "
+                "both to one group, as symopt.param_groups(model) does"
+            )
+
+    def forget(self, p: Tensor) -> None:
+        """Treat a parameter as unconstrained from now on."""
+        binding = self.bindings[p]
+        name = binding.name(p)
+        self.bindings[p] = Binding(None, (name,), (p,))
+        self._groups.clear()

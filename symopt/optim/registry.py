@@ -1,0 +1,127 @@
+"""What optimizers ask: which constraint binds a parameter now, which parameters are factors, who trains what.
+
+Modules are not known here.  Whatever writes constraints down is a :class:`Source`; it is asked anew at every look-up,
+because modules replace their Parameter objects (``deepcopy``, ``.to()``, sharding).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, final
+
+from torch import Tensor
+
+from symopt.constraints import Constraint
+
+__all__ = [
+    "Bound",
+    "FactorSource",
+    "Owner",
+    "Source",
+    "add",
+    "add_factors",
+    "bound",
+    "epoch",
+    "factors",
+    "forget",
+    "owners",
+    "register_owner",
+    "remove",
+]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A constraint and the parameters it binds now, in its order."""
+
+    constraint: Constraint
+    names: tuple[str, ...]
+    """One per parameter, as seen from the module that was constrained."""
+    parameters: tuple[Tensor, ...]
+    missing: tuple[str, ...] = ()
+    """Names of parameters that the constraint binds but their modules no longer have."""
+
+    def name(self, param: Tensor) -> str:
+        """The name of one of its parameters."""
+        return next(name for name, p in zip(self.names, self.parameters, strict=True) if p is param)
+
+
+class Source(Protocol):
+    """Where a constraint is written down."""
+
+    def bound(self) -> Bound: ...
+
+
+class FactorSource(Protocol):
+    """Where the factors of an explicit constraint are."""
+
+    def factors(self) -> Iterable[Tensor]: ...
+
+
+class Owner(Protocol):
+    """An optimizer: the parameters it steps, and a way to drop the constraint of one."""
+
+    def owns(self, param: Tensor) -> bool: ...
+
+    def forget(self, param: Tensor) -> None: ...
+
+
+_sources: weakref.WeakSet[Source] = weakref.WeakSet()
+_factor_sources: weakref.WeakSet[FactorSource] = weakref.WeakSet()
+_owners: weakref.WeakSet[Owner] = weakref.WeakSet()
+_epoch = 0
+
+
+def add(source: Source) -> None:
+    """Count the constraint of ``source``, for as long as it lives or until :func:`remove`."""
+    global _epoch
+    _epoch += 1
+    _sources.add(source)
+
+
+def remove(source: Source) -> None:
+    """The constraint of ``source`` no longer binds its parameters."""
+    _sources.discard(source)
+    for param in source.bound().parameters:
+        forget(param)
+
+
+def add_factors(source: FactorSource) -> None:
+    """Count the parameters of ``source`` as factors, for as long as it lives."""
+    _factor_sources.add(source)
+
+
+def register_owner(owner: Owner) -> None:
+    """Count ``owner`` among the :func:`owners`, for as long as it lives."""
+    _owners.add(owner)
+
+
+def bound() -> dict[int, Bound]:
+    """``id(parameter)`` -> what binds it, for every constrained parameter."""
+    return {id(param): row for row in [source.bound() for source in _sources] for param in row.parameters}
+
+
+def factors() -> set[int]:
+    """``id`` of every parameter that is a factor of an explicit constraint."""
+    return {id(param) for source in _factor_sources for param in source.factors()}
+
+
+def owners() -> list[Owner]:
+    """The optimizers that exist."""
+    return list(_owners)
+
+
+def epoch() -> int:
+    """Changes whenever a constraint comes or goes; what was looked up stays right while this number does."""
+    return _epoch
+
+
+def forget(param: Tensor) -> None:
+    """Tell every optimizer that no constraint binds ``param`` any more."""
+    global _epoch
+    _epoch += 1
+    for owner in owners():
+        owner.forget(param)

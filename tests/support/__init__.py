@@ -1,0 +1,1 @@
+"""What the tests share: the rows of the table, tolerances with their reasons, oracles, runs side by side."""
