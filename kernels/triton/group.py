@@ -144,7 +144,7 @@ def step_groups(
 
     if lines == 1:  # everything stays in registers
         at, mask = line_offsets(table, row, tile, 0, DTYPE, R, C, P, ALIGNED)
-        w, u, gg, uu, uw, ww = survey_line(
+        w, _, u, gg, uu, uw, ww = survey_line(
             table, per_step, row, at, mask, direction, grad_factor, LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV,
             R, C, P, ALIGNED,
         )  # fmt: skip
@@ -160,7 +160,7 @@ def step_groups(
             uw, ww = tl.zeros((G,), tl.float32), tl.zeros((G,), tl.float32)
             for line in range(begin, end):
                 at, mask = line_offsets(table, row, tile, line, DTYPE, R, C, P, ALIGNED)
-                _, _, a, b, c, d = survey_line(
+                _, _, _, a, b, c, d = survey_line(
                     table, per_step, row, at, mask, direction, grad_factor, LEAD, DTYPE, MASTER, ADAPTIVE, MOMENTUM,
                     NESTEROV, R, C, P, ALIGNED,
                 )  # fmt: skip

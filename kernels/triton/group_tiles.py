@@ -73,13 +73,13 @@ def survey_line(
     LEAD: tl.constexpr, DTYPE: tl.constexpr, MASTER: tl.constexpr, ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Advance the moments of a line; return weight, update (up to a factor per group) and their four sums."""
+    """Advance the moments of a line; return weight, gradient, update (up to a factor per group), four sums."""
     w = load_weight(table, row, at, mask, DTYPE, MASTER, ALIGNED)
     g = load_grad(table, per_step, row, at, mask, w, grad_factor, 0.0, DTYPE, False, ALIGNED)
     u = LEAD(table, row, at, mask, g, direction, MOMENTUM, NESTEROV, ALIGNED)
     uu, uw, ww = per_group(u * u, R, C, P), per_group(u * w, R, C, P), per_group(w * w, R, C, P)
     gg = per_group(g * g, R, C, P) if ADAPTIVE else uu
-    return w, u, gg, uu, uw, ww
+    return w, g, u, gg, uu, uw, ww
 
 
 @triton.jit

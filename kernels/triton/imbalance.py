@@ -23,7 +23,27 @@ from symopt_kernels.triton.memory import (
     field_i32,
 )
 
-__all__ = ["count_step", "decay_imbalance", "finish"]
+__all__ = ["count_step", "count_zeros", "decay_imbalance", "finish", "reduce_partial"]
+
+
+@triton.jit
+def reduce_partial(partial, begin, count, MOST: tl.constexpr = False):
+    """Partial sums of programs added up, or the largest of them, always in one order."""
+    lane, lanes = tl.arange(0, SAMPLE), tl.zeros((SAMPLE,), tl.float32)
+    for i in range(0, count, SAMPLE):
+        more = tl.load(partial + begin + i + lane, mask=i + lane < count, other=0.0, cache_modifier=".cg")
+        lanes = tl.maximum(lanes, more) if MOST else lanes + more
+    return tl.max(lanes, 0) if MOST else tl.sum(lanes, 0)
+
+
+@triton.jit
+def count_zeros(table, row, partial, zeros):
+    """The zeros of a row from those of its programs."""
+    begin, count = field_i32(table, row, BEGIN), field_i32(table, row, COUNT)
+    lane, none = tl.arange(0, SAMPLE), tl.zeros((SAMPLE,), tl.int64)
+    for i in range(0, count, SAMPLE):
+        none += tl.load(partial + begin + i + lane, mask=i + lane < count, other=0.0, cache_modifier=".cg").to(tl.int64)
+    tl.store(zeros + row, tl.sum(none, 0))
 
 
 @triton.jit
@@ -84,19 +104,10 @@ def finish(
     MOMENTUM: tl.constexpr, TALLY: tl.constexpr, SATURATED: tl.constexpr,
 ):  # fmt: skip
     """Runs once per parameter, in whichever program is its last: zeros, ``reference.imbalance_law``, the step count."""
-    begin, count = field_i32(table, row, BEGIN), field_i32(table, row, COUNT)
-    lane = tl.arange(0, SAMPLE)
     if TALLY:
-        sums, squares = tl.zeros((SAMPLE,), tl.float32), tl.zeros((SAMPLE,), tl.float32)
-        none = tl.zeros((SAMPLE,), tl.int64)
-        for i in range(0, count, SAMPLE):
-            at, mask = begin + i + lane, i + lane < count
-            sums += tl.load(partial + at, mask=mask, other=0.0, cache_modifier=".cg")
-            squares += tl.load(partial + programs + at, mask=mask, other=0.0, cache_modifier=".cg")
-            none += tl.load(partial + 2 * programs + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.int64)
-        tl.store(zeros + row, tl.sum(none, 0))
+        begin, count = field_i32(table, row, BEGIN), field_i32(table, row, COUNT)
+        size, square = reduce_partial(partial, begin, count), reduce_partial(partial + programs, begin, count)
+        count_zeros(table, row, partial + 2 * programs, zeros)
         if IMBALANCE_LAW:
-            decay_imbalance(
-                table, row, constants, direction, gain, tl.sum(sums, 0), tl.sum(squares, 0), COUPLED, PEAK, SATURATED
-            )
+            decay_imbalance(table, row, constants, direction, gain, size, square, COUPLED, PEAK, SATURATED)
     count_step(table, row, arrived, direction, ADAPTIVE, MOMENTUM)

@@ -6,7 +6,7 @@ Nothing is ever read back from the device, and Triton itself is imported by the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from symopt_kernels.triton import table
 from symopt_kernels.triton.launch_plan import Bucket, LaunchPlan, gradients_aligned
 from symopt_kernels.triton.table import INTERPRETED, UNAVAILABLE, Entry, fill, tile
 from symopt_kernels.triton.table_planes import PlaneEntry, fill_plane
+from symopt_kernels.triton.table_units import UnitsEntry, fill_units
 
 __all__ = [
     "DTYPES",
@@ -26,8 +27,10 @@ __all__ = [
     "Entry",
     "Launch",
     "PlaneEntry",
+    "UnitsEntry",
     "fill",
     "fill_plane",
+    "fill_units",
     "launches",
     "step",
     "tile",
@@ -57,11 +60,12 @@ def launches(
     saturated: bool = True,
     weight_decay: bool = False,
     stochastic: bool = False,
+    hooked: bool = False,
 ) -> list[Launch]:
-    """What steps a bucket: launches one after the other."""
+    """What steps a bucket: launches one after the other.  ``hooked``: sums of units are reduced in between."""
     import triton.language as tl
 
-    from symopt_kernels.triton import coordinates, directions, elementwise, elementwise_step, group, orbit
+    from symopt_kernels.triton import coordinates, directions, elementwise, elementwise_step, group, group_units, orbit
 
     retraction, dtype, master, peak, first, budgeted, form = key
     adaptive = direction != "sgd"
@@ -86,13 +90,26 @@ def launches(
     if torch.version.hip is None:
         options["maxnreg"] = 128  # ptxas 12.9 otherwise sometimes spills 8 bytes to get by with 64
 
-    def launch(kernel: Any, **changed: Any) -> Launch:
-        return Launch(kernel, {k: v for k, v in fixed.items() if k in kernel.arg_names}, options | changed)
+    def launch(kernel: Any, grid: Any = "all", **changed: Any) -> Launch:
+        return Launch(kernel, {k: v for k, v in fixed.items() if k in kernel.arg_names}, options | changed, grid)
 
     if retraction == "group":
         r, c, p, aligned = form
         fixed |= {"R": r, "C": c, "P": p, "ALIGNED": aligned}
         return [launch(group.step_groups, num_warps=max(1, min(8, r * c // 256)))]
+    if retraction == "units":
+        surveys, moves = [], []
+        for shape in form:
+            r, c, p, unbound, aligned = shape
+            fixed |= {"R": r, "C": c, "P": p, "UNBOUND": unbound, "ALIGNED": aligned}
+            warps = max(1, min(8, r * c // 256))
+            surveys.append(launch(group_units.survey_units, grid=shape, num_warps=warps))
+            moves.append(launch(group_units.move_units, grid=shape, num_warps=warps))
+        combines = []
+        for add, decide in ((True, False), (False, True)) if hooked else ((True, True),):
+            fixed |= {"ADD": add, "DECIDE": decide, "LANES": table.UNITS}
+            combines.append(launch(group_units.combine_units, grid="combine", num_warps=4))
+        return [*surveys, *combines, *moves]
     if retraction == "orbit":
         two_copies, gate_per_orbit, automatic, gathered, aligned = form
         if (gate_per_orbit or gathered) and "maxnreg" in options:  # moments, weights, their copies, places in registers
@@ -145,11 +162,15 @@ def step(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     seed: int | None = None,
+    combine: Callable[[Tensor], None] | None = None,
 ) -> None:
-    """``native.step`` on the device: one launch per bucket (of planes up to three), and the host waits for nothing.
+    """``native.step`` on the device: one launch per bucket, or one per phase, and the host waits for nothing.
 
     ``lr`` and an entry's strength (``strength_kept``) may be fp32 tensors on the device, read when the kernel runs.
     With a ``seed``, bf16 weights without an fp32 copy are rounded stochastically; give every step another one.
+
+    ``combine`` is called for every :class:`UnitsEntry` between survey and move, with the fp32 tensor ``(4, count)`` of
+    the sums ``gg, mm, mw, ww`` on the device, to reduce it in place over other processes.
     """
     from symopt_kernels.triton.constants import LaunchSettings
 
@@ -187,8 +208,12 @@ def step(
             saturated=saturated,
             weight_decay=weight_decay != 0,
             stochastic=seed is not None,
+            hooked=combine is not None,
         ):
             _run(launch, bucket, settings, 0 if seed is None else seed)
+            if combine is not None and launch.fixed.get("DECIDE") is False:
+                for entry in bucket.entries:
+                    combine(bucket.unit_sums(entry))
 
 
 def _run(launch: Launch, bucket: Bucket, given: Any, seed: int) -> None:

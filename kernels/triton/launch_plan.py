@@ -30,15 +30,15 @@ class Bucket:
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         device = entries[0].device
-        self.rows = [row for entry in entries for row in entry.table_rows]
+        self.entries, self.rows = list(entries), [row for entry in entries for row in entry.table_rows]
         owners: dict[Any, array[int]] = {}
         counters, scratch, main = 0, 0, 0
         for entry in entries:
             rows = list(entry.table_rows)
-            for row in rows:
-                row.fields["main"] = main
             f = rows[0].fields
-            f |= {"begin": len(owners.get("all", ())), "scratch": scratch, "counters": counters}
+            f |= {"begin": len(owners.get("all", ())), "counters": counters}
+            for row in rows:
+                row.fields |= {name: scratch + at for name, at in row.scratch_fields.items()} | {"main": main}
             for grid, row, begin, count in entry.work:
                 programs = owners.setdefault(grid, array("i"))
                 row.fields[begin] = len(programs)
@@ -62,6 +62,16 @@ class Bucket:
         self._host: Tensor | None = None
         for i, row in enumerate(self.rows):
             row.counted = self.zeros, i
+
+    @property
+    def forms(self) -> tuple[Any, ...]:
+        """Shapes of tiles that have launches of their own."""
+        return tuple(sorted(name for name in self.grids if isinstance(name, tuple)))
+
+    def unit_sums(self, entry: Entry) -> Tensor:
+        """Where the survey leaves the sums of an entry's units, ``(4, count)``."""
+        f = entry.table_rows[0].fields
+        return self.scratch[f["unit_sums"] :][: 4 * f["units"]].view(4, f["units"])
 
     def send(self) -> None:
         """Gradients and strengths to the device, if they differ from what lies on it."""
@@ -93,7 +103,10 @@ class LaunchPlan:
             if key[0] in ("group", "orbit", "centred", "basis"):
                 form = (*form, bool(entry.fields["aligned"]) and all(gradients_aligned([entry])))
             found.setdefault((entry.device, (*key, form)), []).append(entry)
-        self.buckets = [(key, Bucket(members)) for (_, key), members in found.items()]
+        self.buckets: list[tuple[tuple[Any, ...], Bucket]] = []
+        for (_, key), together in found.items():
+            bucket = Bucket(together)
+            self.buckets.append(((*key[:-1], bucket.forms) if key[0] == "units" else key, bucket))
 
 
 def gradients_aligned(entries: Sequence[Entry]) -> list[bool]:

@@ -17,7 +17,7 @@ from symopt_kernels.reference import gauge
 from symopt_kernels.triton.constants import LARGEST, SNAP, TINY, StepConstants, prepare
 from symopt_kernels.triton.elementwise import time_scale
 from symopt_kernels.triton.group_tiles import reload_line
-from symopt_kernels.triton.imbalance import count_step, decay_imbalance
+from symopt_kernels.triton.imbalance import count_step, decay_imbalance, reduce_partial
 from symopt_kernels.triton.memory import (
     BEGIN,
     COUNT,
@@ -47,22 +47,11 @@ __all__ = ["move_orbits", "snap_orbits", "survey_orbits"]
 AUTO_STRENGTH_MARGIN = tl.constexpr(gauge.AUTO_STRENGTH_MARGIN)
 CRITICAL_EMA = tl.constexpr(gauge.CRITICAL_EMA)
 CRITICAL_FLOOR = tl.constexpr(gauge.CRITICAL_FLOOR)
-LANES = tl.constexpr(1024)
 
 # Where in memory the numbers of the one gate of a plane lie: 1 - its factor, t * decay, its shift, lr * strength,
 # whether the plane attracts and whether it was reached.
 GATE_NUMBERS = tl.constexpr(_GATE_NUMBERS)
 GATE_CHANGE, RATE, SHIFT, DECAY, ATTRACTS, SNAPPED = (tl.constexpr(i) for i in range(6))
-
-
-@triton.jit
-def reduce_partial(partial, begin, count, MOST: tl.constexpr = False):
-    """Partial sums of a plane added up, or the largest of them, always in one order."""
-    lane, lanes = tl.arange(0, LANES), tl.zeros((LANES,), tl.float32)
-    for i in range(0, count, LANES):
-        more = tl.load(partial + begin + i + lane, mask=i + lane < count, other=0.0, cache_modifier=".cg")
-        lanes = tl.maximum(lanes, more) if MOST else lanes + more
-    return tl.max(lanes, 0) if MOST else tl.sum(lanes, 0)
 
 
 @triton.jit

@@ -22,7 +22,10 @@ from symopt_kernels.reference.gauge import SAMPLE
 if TYPE_CHECKING:
     from symopt_kernels.triton.launch_plan import LaunchPlan
 
-__all__ = ["FIELDS", "INTERPRETED", "UNAVAILABLE", "Entry", "bits", "fill", "fill_tiles", "tile", "unavailable"]
+__all__ = [
+    *("FIELDS", "INTERPRETED", "UNAVAILABLE", "Entry"),
+    *("bits", "fill", "fill_samples", "fill_state", "fill_tiles", "tile", "unavailable"),
+]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's interpreter runs the kernels on CPU tensors: for tests, thousands of times slower."""
@@ -56,6 +59,7 @@ BLOCK = 2048  # weights of a program: 8 to each of 256 threads, which are 128 bi
 WIDTHS = (1, 16, 128, 1024, 4096)  # columns that one group may take up in a tile
 LINES_PER_PROGRAM = 16  # that one program surveys before it moves them; more are cut into parts
 RESIDENT = 2048  # programs that run at a time on a large GPU, about: so far ahead of the moves does the survey go
+UNITS = 128  # that one program combines
 PARTIAL_SUMS = 8  # of a program, at most
 GATE_NUMBERS = 8  # that a plane with one gate has in memory
 
@@ -64,6 +68,8 @@ FIELDS = (
     *("budget", "has_momentum", "numel", "rows", "groups", "run", "pattern_n", "aligned", "begin", "count"),
     *("stride", "samples", "tiles", "parts", "lines", "lag", "scratch", "counters", "critical", "sqrt_dim"),
     *("weights", "main", "tensors", "places", "first_orbit"),
+    *("units", "parameters", "unit_of", "unit_begins", "unit_slices", "unit_sizes", "unit_sums", "factor_squared"),
+    *("first_unbound", "unbound_slices", "law_gain", "combine_begin", "combine_count"),
 )
 """Columns of the table, all int64: addresses, the shape of the groups as ``native.layout`` has it, and how programs
 share the work: ``count`` of them from ``begin`` on; groups in ``tiles`` of ``lines`` blocks, each cut into ``parts``;
@@ -72,7 +78,11 @@ second moments, ``stride`` apart.
 
 A plane of ``weights`` in all has a row for each of its tensors, the first of which is ``main``; ``sqrt_dim`` is an fp32
 number by its bits.  Where its orbits are gathered, each segment of ``numel`` orbits with ``rows`` copies has a row too,
-whose ``tensors``, ``places`` and ``first_orbit`` are those of an ``orbits.Segment``."""
+whose ``tensors``, ``places`` and ``first_orbit`` are those of an ``orbits.Segment``.
+
+Units have a row for each of their ``parameters``, of ``groups`` slices each: ``unit_of`` is the unit of every slice (or
+-1 - its place among the ``unbound_slices``), ``unit_slices`` from ``unit_begins[i]`` on are those of unit i.  The first
+row also says how many ``units`` there are and where their sizes and sums lie; ``combine_count`` programs combine."""
 
 _STATE = {"peak": "max_exp_avg_sq", "second": "exp_avg_sq"}
 _STATE |= {k: k for k in ("master", "factor_0", "factor_1", "imbalance", "metric_scale", "step", "budget")}
@@ -94,6 +104,8 @@ class Entry:
         self.has_momentum: Tensor | None = None
         self.scratch = 0
         """fp32 numbers that its programs leave for one another."""
+        self.scratch_fields = {"scratch": 0}
+        """Fields that say where in that memory something begins."""
 
     @property
     def table_rows(self) -> Sequence[Entry]:
