@@ -74,10 +74,17 @@ def _rows(*more: str) -> frozenset[tuple[str, str]]:
     return frozenset((d, r) for d in ("sgd", "adam", "adamw") for r in (*_R, *more))
 
 
-_BACKENDS = {
-    "native": _Interim("native", _rows(), native.DTYPES, native.UNAVAILABLE),
-    "triton": _Interim("triton", _rows("sparse_deep"), triton.DTYPES, triton.UNAVAILABLE),
-}
+class _Native(_Interim):
+    name, rows, dtypes = "native", _rows(), native.DTYPES
+    unavailable = property(lambda self: native.UNAVAILABLE)
+
+
+class _Triton(_Interim):
+    name, rows, dtypes = "triton", _rows("sparse_deep"), triton.DTYPES
+    unavailable = property(lambda self: triton.UNAVAILABLE)
+
+
+_BACKENDS = {"native": _Native(), "triton": _Triton()}
 
 
 class Explained(Protocol):

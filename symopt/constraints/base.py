@@ -136,6 +136,10 @@ class Constraint(ABC):
         """:meth:`bind` of a joint constraint: one for all; with several weights its verbs see them as a flat vector."""
         raise TypeError(f"{self} binds one parameter at a time")
 
+    def selects(self, name: str) -> bool | None:
+        """Whether it is meant for parameter ``name``, whatever its shape; None: the patterns alone decide."""
+        return None
+
     def partition(self, w: Tensor, index: Tensor | None = None) -> Groups | None:
         """The orbits that share one second moment and one zero; None where every weight is its own."""
         return None

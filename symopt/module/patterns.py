@@ -111,7 +111,10 @@ def _wild(key: str) -> bool:
 def _first_match(name: str, p: nn.Parameter, rows: Rows) -> tuple[int, str | None]:
     for i, (keys, value) in enumerate(rows):
         for key in keys:
-            if name == key or (_wild(key) and fnmatchcase(name, key) and (value is None or _matrix(p))):
+            selected = None if value is None else value.selects(name)
+            if selected is False:
+                continue
+            if name == key or (_wild(key) and fnmatchcase(name, key) and (value is None or selected or _matrix(p))):
                 return i, key
     return -1, None
 

@@ -88,6 +88,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         """Look every parameter's constraint up again."""
         self._membership.look_up(self.param_groups)
         self._slots.clear()
+        self.params = list(self._membership.bindings)
 
     def bindings(self) -> Iterator[tuple[dict[str, Any], Binding]]:
         """Param group and binding of everything that is constrained."""
@@ -219,6 +220,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         if bindings is not None:  # unpickled or deep-copied
             self._loading, self._slots = None, {}
             self._membership = membership.Membership(type(self).__name__, self.direction, bindings)
+            self.params = [p for group in self.param_groups for p in group["params"]]
             self.number = compiled.register(self)
             registry.register_owner(self)
         if self._loading is not None:

@@ -36,7 +36,8 @@ class Binding:
         """Adds the sums of its units over processes that each hold a part of the parameters; None: nothing to add."""
         self.several = len(parameters) > 1
         """Whether it has more than one parameter."""
-        self.units: Units | None = None if constraint is None else constraint.spanning_units
+        spanning = None if constraint is None else constraint.spanning_units
+        self.units: Units | None = None if spanning is None else spanning.to(parameters[0].device)
         """Units that span several parameters; None of every other constraint."""
         self._groups: tuple[torch.Size, Groups] | None = None
 
@@ -145,9 +146,11 @@ class Binding:
     def preconditioner(self, direction: Direction, options: Options, state: State) -> Tensor | None:
         """The direction's, one number per unit whatever a checkpoint has brought."""
         shape = self.parameters[0].shape
-        groups = None if self.several else self.groups(state)
+        groups, units = None if self.several else self.groups(state), self.units
 
         def average(moment: Tensor) -> Tensor:
+            if units is not None:  # one parameter's moments say nothing about the others'
+                return moment[: units.count] if moment.dim() == 1 else moment.new_full((units.count,), math.nan)
             if groups is None or moment.shape != shape or shape == (groups.count,):
                 return moment
             return shared_moment(moment, groups)

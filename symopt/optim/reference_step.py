@@ -149,7 +149,7 @@ def _step_units(slot: Slot, units: Units, options: Options, grad_scale: Tensor |
         if part.unbound:
             own_scale = units.unpack(scale, i) if isinstance(scale, Tensor) else scale
             unbound = part.unbound_weights(w) - lr * own_scale * part.unbound_weights(lead)
-            moved = moved.masked_scatter(~part.bound().to(w.device).expand(part.shape), unbound)
+            moved = part.with_unbound(moved, unbound)
         new.append(moved)
     write_back(tuple(new), state, binding, direction, states, options)
     c = gauge.next_imbalance(c, factor, decay, metric_scale, size, saturated=saturated)

@@ -82,7 +82,7 @@ def test_factors(row):
         for mine, theirs in zip(constraint.pullback(factors, grad), expected, strict=True):
             close(mine, theirs)
         image = constraint.mirror(factors)
-        if constraint.name == "mirror" and getattr(constraint, "form", "gate") == "gate":
+        if constraint.is_plane and getattr(constraint, "form", "gate") == "gate":
             gate, part = factors[1].square().sum(), factors[2].square().sum()
             units = (factors[1] > 0).sum() if c else 0
             close(gate - part, torch.as_tensor(c * float(units), **F64))

@@ -423,7 +423,8 @@ def _direct(
         momentum, dampening = case.option("momentum"), case.option("dampening")
         nesterov, fresh = bool(case.option("nesterov")), bool(case.option("fresh"))
         buffer = None if fresh else old.get("momentum_buffer")
-        up, gain, new = directions.sgd(g, buffer, momentum=momentum, dampening=dampening, nesterov=nesterov)
+        up, new = directions.sgd_lead(g, buffer, momentum=momentum, dampening=dampening, nesterov=nesterov)
+        gain = directions.amplification(momentum, dampening)
         terms = g_terms
         if new is not None:
             if buffer is not None:
@@ -431,11 +432,15 @@ def _direct(
             out["momentum_buffer"] = Expected((new,), terms)
             terms = g_terms + momentum * terms if nesterov else terms
         return up, terms, gain
-    direction = directions.adam if case.kind == "adam" else directions.adamw
     moments = (old["exp_avg"], old["exp_avg_sq"], old.get("max_exp_avg_sq"))
     beta1, beta2 = BETA1, BETA2
-    options: dict[str, Any] = {"step": STEP + 1, "beta1": beta1, "beta2": beta2, "eps": EPS, "groups": groups}
-    up, gain, m, v, peak = direction(g, *moments, **options)
+    lead, m = directions.adam_lead(g, moments[0], step=STEP + 1, beta1=beta1)
+    square = g * g if groups is None else groups.sum(g * g) / groups.size(g)
+    scale, v, peak = directions.adam_scale(square, *moments[1:], step=STEP + 1, beta2=beta2, eps=EPS)
+    up = scale * lead if groups is None else groups.scale(scale, lead)
+    gain: Any = scale
+    if case.kind != "adam":
+        gain = 1.0 if groups is None else groups.size(g).sqrt()
     m_terms = moments[0].abs() + (1 - beta1) * (g_terms - g.abs() + (g - moments[0]).abs())
     m_terms = m_terms.clamp(min=least)
     out["exp_avg"] = Expected((m,), m_terms)
