@@ -79,12 +79,7 @@ class _Native(_Interim):
     unavailable = property(lambda self: native.UNAVAILABLE)
 
 
-class _Triton(_Interim):
-    name, rows, dtypes = "triton", _rows("sparse_deep"), triton.DTYPES
-    unavailable = property(lambda self: triton.UNAVAILABLE)
-
-
-_BACKENDS = {"native": _Native(), "triton": _Triton()}
+_BACKENDS: dict[str, Backend] = {"native": _Native(), "triton": triton.BACKEND}
 
 
 class Explained(Protocol):

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from symopt_kernels.triton.memory import FIRST, PEAK_, SECOND, address, load_f32, store
 
-__all__ = ["adam", "adam_lead", "advance_second", "sgd", "sgd_lead"]
+__all__ = ["adam", "adam_lead", "adamw", "advance_second", "lion", "sgd", "sgd_lead"]
 
 
 @triton.jit
@@ -52,6 +52,9 @@ def adam(
     return gain * (m * direction.unbias1), gain
 
 
+adamw = adam
+
+
 @triton.jit
 def adam_lead(
     table, row, at, mask, g, direction, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ALIGNED: tl.constexpr
@@ -75,3 +78,16 @@ def advance_second(table, row, at, mask, square, direction, PEAK: tl.constexpr, 
         v = tl.maximum(v, load_f32(peak, at, mask), propagate_nan=tl.PropagateNan.ALL)
         store(peak, at, v, mask)
     return 1 / (tl.sqrt(v * direction.unbias2) + direction.eps)
+
+
+@triton.jit
+def lion(
+    table, row, at, mask, g, direction,
+    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, PEAK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """``reference.lion``: the sign of ``beta1 m + (1 - beta1) g``, NaN where that is NaN; ``m`` forgets by beta2."""
+    exp_avg = address(table, row, FIRST, tl.float32, ALIGNED)
+    m = load_f32(exp_avg, at, mask)
+    lead = direction.beta1 * m + direction.one_minus_beta1 * g
+    store(exp_avg, at, direction.beta2 * m + direction.one_minus_beta2 * g, mask)
+    return tl.where(lead > 0, 1.0, tl.where(lead < 0, -1.0, lead * 0.0)), 1.0

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from symopt_kernels.triton import table
+from symopt_kernels.triton.backend import BACKEND, DIRECTIONS, DTYPES, PATTERNS, ROWS, why_not
 from symopt_kernels.triton.launch_plan import Bucket, LaunchPlan, gradients_aligned
 from symopt_kernels.triton.table import INTERPRETED, UNAVAILABLE, Entry, fill, tile
 from symopt_kernels.triton.table_planes import PlaneEntry, fill_plane
 from symopt_kernels.triton.table_units import UnitsEntry, fill_units
 
 __all__ = [
+    "BACKEND",
     "DTYPES",
     "INTERPRETED",
     "PATTERNS",
+    "ROWS",
     "UNAVAILABLE",
     "Entry",
     "Launch",
@@ -34,11 +37,8 @@ __all__ = [
     "launches",
     "step",
     "tile",
+    "why_not",
 ]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PATTERNS = (2, 4, 8, 16)
-"""The M of N:M."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +68,24 @@ def launches(
     from symopt_kernels.triton import coordinates, directions, elementwise, elementwise_step, group, group_units, orbit
 
     retraction, dtype, master, peak, first, budgeted, form = key
-    adaptive = direction != "sgd"
-    momentum = first and not adaptive
+    if (direction, retraction) not in ROWS:
+        raise ValueError(f"the Triton step has no direction {direction!r} with the retraction {retraction!r}")
+    known = DIRECTIONS[direction]
+    momentum = first and known.buffer
     fixed: dict[str, Any] = {
         "DTYPE": getattr(tl, dtype),
         "MASTER": master,
         "PEAK": peak,
-        "ADAPTIVE": adaptive,
-        "DECOUPLED": direction == "adamw",
+        "ADAPTIVE": known.moments,
+        "DECOUPLED": known.decoupled,
         "MOMENTUM": momentum,
         "NESTEROV": nesterov and momentum,
         "MAXIMIZE": maximize,
         "BUDGETED": budgeted,
-        "COUPLED": direction == "adam" and not budgeted,  # a budget's strengths are AdamW's
+        "COUPLED": known.coupled and not budgeted,  # a budget's strengths are AdamW's
         "SATURATED": saturated,
         "STOCHASTIC": stochastic and dtype == "bfloat16" and not master,
-        "LEAD": directions.adam_lead if adaptive else directions.sgd_lead,
+        "LEAD": None if known.lead is None else getattr(directions, known.lead),
     }
     # FMA contraction is on: fewer roundings.  Its default differs between Triton's versions.
     options = {"num_warps": max(1, table.BLOCK // 256), "enable_fp_fusion": True}
@@ -133,11 +135,11 @@ def launches(
             options["num_warps"] = max(1, table.BLOCK // 512)
         return [launch(survey), launch(coordinates.combine_coordinates, num_warps=16), launch(move)]
     fixed |= {
-        "DIRECTION": directions.adam if adaptive else directions.sgd,
+        "DIRECTION": getattr(directions, direction),
         "RETRACTION": getattr(elementwise, retraction),
         "CONSTRAINED": retraction != "plain",
         "IMBALANCE_LAW": retraction in ("sparse", "nm"),
-        "DECAYS": retraction == "plain" and weight_decay and direction != "adamw",
+        "DECAYS": retraction == "plain" and weight_decay and not known.decoupled,
         "DEPTH": form[0],
         "BLOCK": table.BLOCK,
     }
@@ -197,19 +199,13 @@ def step(
         imbalance_factor=-1.0 if imbalance_factor is None else float(imbalance_factor),
     )
     amplified = given._replace(amplify=float((1 - dampening) / (1 - momentum)))
-    for key, bucket in plan.buckets:
+    options = {"nesterov": nesterov, "maximize": maximize, "saturated": saturated, "weight_decay": weight_decay != 0}
+    options |= {"stochastic": seed is not None, "hooked": combine is not None}
+    found = [(key, bucket, launches(key, direction, **options)) for key, bucket in plan.buckets]
+    for key, bucket, kernels in found:
         bucket.send()
-        settings = amplified if direction == "sgd" and key[4] else given
-        for launch in launches(
-            key,
-            direction,
-            nesterov=nesterov,
-            maximize=maximize,
-            saturated=saturated,
-            weight_decay=weight_decay != 0,
-            stochastic=seed is not None,
-            hooked=combine is not None,
-        ):
+        settings = amplified if DIRECTIONS[direction].buffer and key[4] else given
+        for launch in kernels:
             _run(launch, bucket, settings, 0 if seed is None else seed)
             if combine is not None and launch.fixed.get("DECIDE") is False:
                 for entry in bucket.entries:
