@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ class SpanningGroups(Constraint):
     not decay; without free weights ``(gate, direction)``.
     """
 
-    retraction: ClassVar[str] = "units"
-    binds_many: ClassVar[bool] = True
+    retraction = "units"
+    binds_many = True
 
     label: str
     """The call that made it."""
@@ -50,7 +50,7 @@ class SpanningGroups(Constraint):
         return None if self.keep is None else Budget(self.keep)
 
     @property
-    def free_factors(self) -> int:  # type: ignore[override]
+    def free_factors(self) -> int:
         """One if there are free weights."""
         return 1 if self.units_.unbound else 0
 

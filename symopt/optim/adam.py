@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch.optim.adam import adam as torch_adam
 
 from symopt.constraints import Constraint
 from symopt.optim.base import ConstrainedOptimizer
-from symopt.optim.direction import Direction, Moment, Moments, Options, State
+from symopt.optim.direction import Direction, Moment, Moments, Options, ParamGroup, State
+from symopt.optim.options import Params
 from symopt_kernels.reference import directions
 
 __all__ = ["Adam", "AdamW"]
@@ -19,7 +20,7 @@ __all__ = ["Adam", "AdamW"]
 
 @final
 class AdamDirection(Direction):
-    """``torch.optim.Adam``'s, on the gradient of the effective weight; AdamW's is the same with a decoupled strength."""
+    """``torch.optim.Adam``'s, on the gradient of the effective weight; AdamW's has a decoupled strength."""
 
     table = (
         Moment("exp_avg", "first"),
@@ -87,7 +88,7 @@ class _AdamBase(ConstrainedOptimizer):
         name = "_accelerator_graph_capture_health_check"
         getattr(self, name if hasattr(self, name) else "_cuda_graph_capture_health_check")()
 
-    def _step_plain(self, group: dict[str, Any]) -> None:
+    def _step_plain(self, group: ParamGroup) -> None:
         self._graph_check()
         params: list[Tensor] = []
         grads: list[Tensor] = []
@@ -160,7 +161,7 @@ class Adam(_AdamBase, torch.optim.Adam):
 
     def __init__(
         self,
-        params: Any,
+        params: Params,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -233,7 +234,7 @@ class AdamW(_AdamBase, torch.optim.AdamW):
 
     def __init__(
         self,
-        params: Any,
+        params: Params,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,

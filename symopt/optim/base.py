@@ -17,8 +17,8 @@ from torch import Tensor
 from symopt.constraints import Constraint
 from symopt.optim import checkpoint, compiled, dispatch, membership, registry
 from symopt.optim.binding import Binding
-from symopt.optim.direction import Direction
-from symopt.optim.options import DEFAULTS, check_group
+from symopt.optim.direction import Direction, Options, ParamGroup, State
+from symopt.optim.options import DEFAULTS, Params, check_group, parameters_of
 from symopt_kernels.triton.table import INTERPRETED
 
 __all__ = ["ConstrainedOptimizer"]
@@ -48,7 +48,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
 
     def __init__(
         self,
-        params: Any,
+        params: Params,
         *args: Any,
         strength: float | Tensor | None = None,
         time_scale: str = "saturated",
@@ -62,7 +62,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         given = {"strength": strength, "time_scale": time_scale, "imbalance": imbalance, "backend": backend}
         given = {**DEFAULTS, **given}
         check_group(given, type(self).__name__)
-        super().__init__(params.named_parameters() if hasattr(params, "named_parameters") else params, *args, **kwargs)
+        super().__init__(parameters_of(params), *args, **kwargs)
         self.defaults.update(given)
         for group in self.param_groups:
             for key, value in given.items():
@@ -71,7 +71,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         self.number = compiled.register(self)
         registry.register_owner(self)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
             check_group(param_group, type(self).__name__)
         super().add_param_group(param_group)
@@ -90,20 +90,20 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         self._slots.clear()
         self.params = list(self._membership.bindings)
 
-    def bindings(self) -> Iterator[tuple[dict[str, Any], Binding]]:
+    def bindings(self) -> Iterator[tuple[ParamGroup, Binding]]:
         """Param group and binding of everything that is constrained."""
         for group in self.param_groups:
             for binding in self._members(group).bindings:
                 yield group, binding
 
-    def constrained(self) -> Iterator[tuple[dict[str, Any], Tensor, str, Constraint]]:
+    def constrained(self) -> Iterator[tuple[ParamGroup, Tensor, str, Constraint]]:
         """Group, parameter, name and constraint of every constrained parameter."""
         for group, binding in self.bindings():
             for p, name in zip(binding.parameters, binding.names, strict=True):
                 assert binding.constraint is not None
                 yield group, p, name, binding.constraint
 
-    def _members(self, group: dict[str, Any]) -> membership.Members:
+    def _members(self, group: Options) -> membership.Members:
         found = self._membership.of(group)
         if found is None:
             self._bind()
@@ -138,14 +138,14 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
     # -- the step --------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _step_plain(self, group: dict[str, Any]) -> None:
+    def _step_plain(self, group: ParamGroup) -> None:
         """Step the unconstrained parameters of ``group`` with torch's own functions."""
 
-    def unconstrained(self, group: dict[str, Any]) -> list[Tensor]:
+    def unconstrained(self, group: Options) -> list[Tensor]:
         """The parameters of a param group that torch's own functions step."""
         return [p for binding in self._members(group).unconstrained for p in binding.parameters]
 
-    def _init_group(self, group: dict[str, Any], *lists: Any, **kwargs: Any) -> Any:
+    def _init_group(self, group: State, *lists: Any, **kwargs: Any) -> Any:
         return super()._init_group({**group, "params": self.unconstrained(group)}, *lists, **kwargs)  # type: ignore[misc]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -169,7 +169,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
             return  # GradScaler's gradients overflowed: nothing moves, the step count neither
         for group in self.param_groups:
             members = self._members(group)
-            dispatch.step_group(members, self.direction, group, self.state, self._slots, self._step_plain, scale, found_inf)
+            given = (members, self.direction, group, self.state, self._slots, self._step_plain)
+            dispatch.step_group(*given, scale, found_inf)
 
     def backends(self) -> Iterator[tuple[str, str, dict[str, str | None]]]:
         """Name, backend and, per backend, why not that one, of every parameter (:func:`symopt.explain` prints it)."""
@@ -191,12 +192,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> ParamGroup:
         """As torch's; second moments shared by a unit are written out per weight, so torch.optim can load them."""
         with checkpoint.writing_out(self, self.binding, self.direction):
             return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: ParamGroup) -> None:
         """As torch's, and loads torch.optim checkpoints; float state keeps the precision it was saved in.
 
         Second moments saved per weight are averaged over each unit that shares one; group options that torch knows
@@ -210,11 +211,11 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
             super().load_state_dict(state_dict)
         self._loading = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> ParamGroup:
         self._bind()
         return dict(super().__getstate__(), _bindings=dict(self._membership.bindings))
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: ParamGroup) -> None:
         bindings = state.pop("_bindings", None)
         # torch takes state that is not empty for that of a parameter that has stepped; a budget's is there before.
         stepped = {p: s for p, s in state["state"].items() if not isinstance(s, dict) or "step" in s}

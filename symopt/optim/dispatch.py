@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from symopt.backends import BACKENDS, FUSED, check_backend, choose, why_not
 from symopt.optim.binding import Binding
-from symopt.optim.direction import Direction, Options, State
+from symopt.optim.direction import Direction, Options, ParamGroup, State
 from symopt.optim.fused import FusedStep, step_fused
 from symopt.optim.membership import Members
 from symopt.optim.reference_step import step as step_reference
@@ -44,10 +43,10 @@ def reasons(binding: Binding, direction: Direction, options: Options, state: Sta
 def step_group(
     members: Members,
     direction: Direction,
-    options: Options,
+    options: ParamGroup,
     states: Mapping[Tensor, State],
     slots: Slots,
-    step_plain: Callable[[dict[str, Any]], None],
+    step_plain: Callable[[ParamGroup], None],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
@@ -59,8 +58,8 @@ def step_group(
     native_steps: list[FusedStep] = []
     triton_steps: list[FusedStep] = []
     # What a slot depends on, beside state.
-    key = (options["backend"], options.get("differentiable", False), options["strength"] is None)
-    key += tuple(map(options.get, direction.switches))
+    given = (options["backend"], options.get("differentiable", False), options["strength"] is None)
+    key = (*given, *map(options.get, direction.switches))
     for binding in bindings:
         if not _has_gradient(binding):
             continue

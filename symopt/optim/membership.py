@@ -5,13 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 from torch import Tensor
 
 from symopt.optim import registry
 from symopt.optim.binding import Binding
-from symopt.optim.direction import Direction, Options
+from symopt.optim.direction import Direction, Options, ParamGroup
 
 __all__ = ["Members", "Membership"]
 
@@ -51,7 +51,7 @@ class Membership:
         """Whether no constraint has come or gone since."""
         return self._epoch == registry.epoch()
 
-    def look_up(self, param_groups: Iterable[dict[str, Any]]) -> None:
+    def look_up(self, param_groups: Iterable[ParamGroup]) -> None:
         """Ask the registry again; parameters that it no longer knows keep the constraint they had.
 
         Raises:
@@ -83,7 +83,7 @@ class Membership:
             groups[id(group)] = Members(self.owner, tuple(group["params"]), bound, rest)
         self.bindings, self._groups, self._epoch = found, groups, registry.epoch()
 
-    def of(self, group: dict[str, Any]) -> Members | None:
+    def of(self, group: Options) -> Members | None:
         """Those of a param group; None if they have to be looked up again."""
         epoch, members, params = registry.epoch(), self._groups.get(id(group)), group["params"]
         if members is None or self._epoch != epoch or len(params) != len(members.params):

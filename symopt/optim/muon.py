@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 from torch.optim import _muon
 
 from symopt.optim.base import ConstrainedOptimizer
-from symopt.optim.direction import Direction, Moment, Moments, Options, State
+from symopt.optim.direction import Direction, Moment, Moments, Options, ParamGroup, State
+from symopt.optim.options import Params
 
 __all__ = ["Muon"]
 
@@ -89,7 +90,7 @@ class Muon(ConstrainedOptimizer, torch.optim.Muon):
 
     def __init__(
         self,
-        params: Any,
+        params: Params,
         lr: float = 1e-3,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
@@ -120,7 +121,7 @@ class Muon(ConstrainedOptimizer, torch.optim.Muon):
             backend=backend,
         )
 
-    def _step_plain(self, group: dict[str, Any]) -> None:
+    def _step_plain(self, group: ParamGroup) -> None:
         params: list[Tensor] = []
         grads: list[Tensor] = []
         buffers: list[Tensor] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch.optim.sgd import sgd as torch_sgd
 
 from symopt.constraints import Constraint
 from symopt.optim.base import ConstrainedOptimizer
-from symopt.optim.direction import Direction, Moment, Moments, Options, State
+from symopt.optim.direction import Direction, Moment, Moments, Options, ParamGroup, State
+from symopt.optim.options import Params
 from symopt_kernels.reference import directions
 from symopt_kernels.reference.gauge import math_dtype
 
@@ -103,7 +104,7 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
 
     def __init__(
         self,
-        params: Any,
+        params: Params,
         lr: float | Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
@@ -136,7 +137,7 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
             backend=backend,
         )
 
-    def _step_plain(self, group: dict[str, Any]) -> None:
+    def _step_plain(self, group: ParamGroup) -> None:
         params: list[Tensor] = []
         grads: list[Tensor] = []
         buffers: list[Tensor | None] = []
