@@ -128,7 +128,8 @@ LOAD = """
 import compileall, ctypes, pathlib, platform, sysconfig
 site = pathlib.Path(sysconfig.get_path("purelib"))
 assert all(compileall.compile_dir(site / name, quiet=1, force=True) for name in ("symopt", "symopt_kernels"))
-print(platform.python_version(), ctypes.CDLL(str(site / "symopt_kernels" / "native" / "_native.abi3.so")).symopt_sizes())
+library = ctypes.CDLL(str(site / "symopt_kernels" / "native" / "_native.abi3.so"))
+print(platform.python_version(), library.symopt_instructions())
 """
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -43,10 +43,15 @@ class Request:
 class Backend(ABC):
     """Abstract: the capabilities of one backend."""
 
-    def __init__(
-        self, name: str, rows: frozenset[tuple[str, str]], dtypes: tuple[torch.dtype, ...], unavailable: str | None
-    ) -> None:
-        self.name, self.rows, self.dtypes, self.unavailable = name, rows, dtypes, unavailable
+    name: ClassVar[str]
+    rows: ClassVar[frozenset[tuple[str, str]]]
+    """The pairs of a direction and a retraction that it has."""
+    dtypes: ClassVar[tuple[torch.dtype, ...]]
+
+    @property
+    @abstractmethod
+    def unavailable(self) -> str | None:
+        """Why it cannot run here at all, or None."""
 
     @abstractmethod
     def refuses(self, request: Request) -> str | None:
@@ -55,8 +60,8 @@ class Backend(ABC):
     @final
     def why_not(self, request: Request) -> str | None:
         """Why it cannot step a request, or None if it can."""
-        if self.unavailable is not None:
-            return self.unavailable
+        if (reason := self.unavailable) is not None:
+            return reason
         if (request.direction, request.retraction) not in self.rows:
             return f"it has no step for the direction {request.direction!r} with the retraction {request.retraction!r}"
         for w in request.weights:

@@ -4,14 +4,15 @@ from collections import Counter
 
 import pytest
 import torch
-from test_steps import follow
 
 import symopt
-from support.table import CONSTRAINTS, MATRICES, OPTIMIZERS, PLANES, tolerance
+from support.runs import follow
+from support.table import CONSTRAINTS, MATRICES, OPTIMIZERS, PLANES, ids
+from support.tolerances import tolerance
 from symopt.constraints import CONSTRAINTS as PUBLIC_CONSTRAINTS
 from symopt.optim import OPTIMIZERS as PUBLIC_OPTIMIZERS
 from symopt.optim import ConstrainedOptimizer
-from symopt_kernels.reference import directions, elementwise
+from symopt_kernels.reference import elementwise
 from symopt_kernels.reference import group as group_kernel
 
 
@@ -39,7 +40,8 @@ def test_rows_have_their_own_names_and_pass_the_strength_on():
     for row in [*CONSTRAINTS, *MATRICES]:
         assert row.make(0.25).strength == 0.25 and row.make(None).strength is None
         assert row.make(None).bind("w", torch.ones(row.shape)) is not None  # fits its shape
-    assert max(Counter(cls.name for cls in PUBLIC_CONSTRAINTS if not cls.is_plane).values()) == 1
+    names = {(type(row.make(None)), row.make(None).retraction) for row in [*CONSTRAINTS, *MATRICES]}
+    assert max(Counter(retraction for _, retraction in names).values()) == 1
 
 
 def test_an_unknown_tolerance_is_refused():
@@ -52,7 +54,7 @@ def test_the_suite_notices_a_wrong_retraction(constraint, monkeypatch):
     """A retraction that is off by 1e-9 of its value fails the comparison with explicit factors."""
     opt_row = next(row for row in OPTIMIZERS if row.cls is symopt.AdamW)
     follow(constraint, opt_row, "saturated", 1.0, backend="reference")
-    name = constraint.make(None).name
+    name = constraint.make(None).retraction
     module = group_kernel if name == "group" else elementwise
     original = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *args, **kwargs: original(*args, **kwargs) * (1 + 1e-9))
@@ -60,16 +62,17 @@ def test_the_suite_notices_a_wrong_retraction(constraint, monkeypatch):
         follow(constraint, opt_row, "saturated", 1.0, backend="reference")
 
 
-@pytest.mark.parametrize("direction", ["sgd", "adam", "adamw"])
-def test_the_suite_notices_a_wrong_direction(direction, monkeypatch):
-    """The same for a gain that is off by 1e-9: the strength would mean something else."""
-    opt_row = next(row for row in OPTIMIZERS if row.cls.__name__.lower() == direction)
-    original = getattr(directions, direction)
+@pytest.mark.parametrize("part", ["gain", "lead"])
+@pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
+def test_the_suite_notices_a_wrong_direction(opt_row, part, monkeypatch):
+    """The same for a gain or a lead that is off by 1e-9: the strength or the gradient would mean something else."""
+    kind = type(opt_row.cls.direction)
+    original = getattr(kind, part)
 
     def wrong(*args, **kwargs):
-        update, gain, *rest = original(*args, **kwargs)
-        return (update, gain * (1 + 1e-9), *rest)
+        found = original(*args, **kwargs)
+        return (found[0] * (1 + 1e-9), *found[1:]) if isinstance(found, tuple) else found * (1 + 1e-9)
 
-    monkeypatch.setattr(directions, direction, wrong)
+    monkeypatch.setattr(kind, part, wrong)
     with pytest.raises(AssertionError, match="not close"):
         follow(CONSTRAINTS[0], opt_row, "saturated", 1.0, backend="reference")

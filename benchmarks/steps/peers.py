@@ -200,7 +200,7 @@ class Explicit(Factored):
 
     def kept(self) -> list[torch.UntypedStorage]:
         # Explicit mode keeps the memory of large temporaries for the next step.
-        pools: list[Any] = [getattr(module, "_pool", None) for module in self.net.modules()]
+        pools: list[Any] = [getattr(module, "_memory", None) for module in self.net.modules()]
         return [*super().kept(), *(storage for pool in pools if pool for storage in pool.storages)]
 
     def compose(self) -> list[Tensor]:

@@ -136,6 +136,10 @@ class Constraint(ABC):
         """:meth:`bind` of a joint constraint: one for all; with several weights its verbs see them as a flat vector."""
         raise TypeError(f"{self} binds one parameter at a time")
 
+    def selects(self, name: str) -> bool | None:
+        """Whether it is meant for parameter ``name``, whatever its shape; None: the patterns alone decide."""
+        return None
+
     def partition(self, w: Tensor, index: Tensor | None = None) -> Groups | None:
         """The orbits that share one second moment and one zero; None where every weight is its own."""
         return None
@@ -166,9 +170,14 @@ class Constraint(ABC):
         groups = self.partition(x)
         return (x * y).flatten() if groups is None else groups.sum(x * y)
 
+    def dual(self, grad: Tensor) -> Tensor:
+        """The gradient for :meth:`inner`: ``inner(dual(grad), x)`` is the sum of ``grad * x`` over each unit."""
+        return grad
+
     def critical(self, grad: Tensor) -> Tensor:
         """The strength above which a unit without weight stays so against ``grad``: the penalty's dual norm of it."""
-        return self.inner(grad, grad).clamp(min=0).sqrt().max()
+        dual = self.dual(grad)
+        return self.inner(dual, dual).clamp(min=0).sqrt().max()
 
     def needed(self, x: Tensor, running: Tensor | None, *, per_coordinate: bool) -> Tensor:
         """The automatic strength's running estimate of the critical one, if the structure is ``fixed``."""

@@ -28,6 +28,7 @@ class AdamDirection(Direction):
     )
     counts_steps = True
     scaled_by = "gradient"
+    switches = ("amsgrad", "decoupled_weight_decay")
 
     def row(self, options: Options) -> str:
         return "adamw" if self.decoupled(options) else "adam"

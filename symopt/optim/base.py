@@ -88,6 +88,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         """Look every parameter's constraint up again."""
         self._membership.look_up(self.param_groups)
         self._slots.clear()
+        self.params = list(self._membership.bindings)
 
     def bindings(self) -> Iterator[tuple[dict[str, Any], Binding]]:
         """Param group and binding of everything that is constrained."""
@@ -123,7 +124,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
 
     def owns(self, param: Tensor) -> bool:
         """Whether ``param`` is in one of the groups."""
-        return any(param is p for group in self.param_groups for p in group["params"])
+        return param in self._membership.bindings
 
     def forget(self, param: Tensor) -> None:
         """Treat ``param`` as unconstrained from now on (:func:`symopt.release` calls this); moments stay."""
@@ -140,9 +141,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
     def _step_plain(self, group: dict[str, Any]) -> None:
         """Step the unconstrained parameters of ``group`` with torch's own functions."""
 
+    def unconstrained(self, group: dict[str, Any]) -> list[Tensor]:
+        """The parameters of a param group that torch's own functions step."""
+        return [p for binding in self._members(group).unconstrained for p in binding.parameters]
+
     def _init_group(self, group: dict[str, Any], *lists: Any, **kwargs: Any) -> Any:
-        plain = [p for binding in self._members(group).unconstrained for p in binding.parameters]
-        return super()._init_group({**group, "params": plain}, *lists, **kwargs)  # type: ignore[misc]
+        return super()._init_group({**group, "params": self.unconstrained(group)}, *lists, **kwargs)  # type: ignore[misc]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step, as ``torch.optim.Optimizer.step``; ``torch.compile`` sees it as one operator."""
@@ -219,6 +223,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         if bindings is not None:  # unpickled or deep-copied
             self._loading, self._slots = None, {}
             self._membership = membership.Membership(type(self).__name__, self.direction, bindings)
+            self.params = [p for group in self.param_groups for p in group["params"]]
             self.number = compiled.register(self)
             registry.register_owner(self)
         if self._loading is not None:

@@ -28,12 +28,17 @@ __all__ = ["Binding", "shared_moment"]
 class Binding:
     """A constraint, or None where a fused backend steps an unconstrained parameter, and what it binds."""
 
-    __slots__ = ("_groups", "combine", "constraint", "names", "parameters")
+    __slots__ = ("_groups", "combine", "constraint", "names", "parameters", "several", "units")
 
     def __init__(self, constraint: Constraint | None, names: tuple[str, ...], parameters: tuple[Tensor, ...]) -> None:
         self.constraint, self.names, self.parameters = constraint, names, parameters
         self.combine: Callable[[Tensor], Tensor] | None = None
         """Adds the sums of its units over processes that each hold a part of the parameters; None: nothing to add."""
+        self.several = len(parameters) > 1
+        """Whether it has more than one parameter."""
+        spanning = None if constraint is None else constraint.spanning_units
+        self.units: Units | None = None if spanning is None else spanning.to(parameters[0].device)
+        """Units that span several parameters; None of every other constraint."""
         self._groups: tuple[torch.Size, Groups] | None = None
 
     def __reduce__(self) -> tuple[type[Binding], tuple[object, ...]]:
@@ -51,16 +56,6 @@ class Binding:
     def label(self) -> str:
         """Its names, for messages."""
         return ", ".join(self.names)
-
-    @property
-    def several(self) -> bool:
-        """Whether it has more than one parameter."""
-        return len(self.parameters) > 1
-
-    @property
-    def units(self) -> Units | None:
-        """Units that span several parameters; None of every other constraint."""
-        return None if self.constraint is None else self.constraint.spanning_units
 
     def groups(self, state: State) -> Groups | None:
         """Which weights share one second moment, cached; an index map is the state tensor ``group_index``.
@@ -151,9 +146,11 @@ class Binding:
     def preconditioner(self, direction: Direction, options: Options, state: State) -> Tensor | None:
         """The direction's, one number per unit whatever a checkpoint has brought."""
         shape = self.parameters[0].shape
-        groups = None if self.several else self.groups(state)
+        groups, units = None if self.several else self.groups(state), self.units
 
         def average(moment: Tensor) -> Tensor:
+            if units is not None:  # one parameter's moments say nothing about the others'
+                return moment[: units.count] if moment.dim() == 1 else moment.new_full((units.count,), math.nan)
             if groups is None or moment.shape != shape or shape == (groups.count,):
                 return moment
             return shared_moment(moment, groups)

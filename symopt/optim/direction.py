@@ -59,6 +59,9 @@ class Direction(ABC):
     scaled_by: ClassVar[Literal["gradient", "lead"] | None] = None
     """Of what :meth:`scale` takes the mean square over a unit; None: the scale is 1."""
 
+    switches: ClassVar[tuple[str, ...]] = ()
+    """Names of the options that :meth:`row` and :meth:`moments` depend on."""
+
     sided: ClassVar[bool] = False
     """Whether the update of a matrix commutes with reflections of its rows and columns only (orthogonalised ones)."""
 
@@ -90,9 +93,15 @@ class Direction(ABC):
         raise TypeError(f"{type(self).__name__}: scaled_by is {self.scaled_by!r}, so it must define scale")
 
     def gain(
-        self, options: Options, scale: Tensor | float, size: Tensor | None, *, decoupled: bool
+        self,
+        options: Options,
+        scale: Tensor | float,
+        size: Tensor | None,
+        shape: torch.Size,
+        *,
+        decoupled: bool,
     ) -> Tensor | float:
-        """What multiplies ``lr * strength``.
+        """What multiplies ``lr * strength`` for the units of a parameter of this ``shape``.
 
         Decoupled: 1 for single weights and the square root of the ``size`` (weights per unit) for groups, which makes
         the strength a signal-to-noise ratio per coordinate.  Coupled: the scale itself, so that fixed points are those
@@ -113,12 +122,18 @@ class Direction(ABC):
 
     @final
     def known_gain(
-        self, options: Options, scale: Tensor | None, size: Tensor | None, *, decoupled: bool
+        self,
+        options: Options,
+        scale: Tensor | None,
+        size: Tensor | None,
+        shape: torch.Size,
+        *,
+        decoupled: bool,
     ) -> Tensor | float | None:
         """:meth:`gain` as of the last step, ``scale`` being the :meth:`preconditioner`; None if it is not known yet."""
         if scale is None and self.scaled_by is not None and not decoupled:
             return None
-        return self.gain(options, 1.0 if scale is None else scale, size, decoupled=decoupled)
+        return self.gain(options, 1.0 if scale is None else scale, size, shape, decoupled=decoupled)
 
     def strength_unit(self, p: Tensor, state: State, units: int) -> float | Tensor:
         """What a budget's strength of 1 means: 1 where updates are normalised."""
@@ -164,11 +179,11 @@ class Direction(ABC):
         lead = self.advance(options, state, grad)
         size = None if groups is None else groups.size(grad)
         if self.scaled_by is None:
-            return lead, self.gain(options, 1.0, size, decoupled=decoupled)
+            return lead, self.gain(options, 1.0, size, grad.shape, decoupled=decoupled)
         square = grad * grad if self.scaled_by == "gradient" else lead * lead
         scale = self.rescale(options, state, square if groups is None else groups.sum(square) / size)
         update = scale * lead if groups is None else groups.scale(scale, lead)
-        return update, self.gain(options, scale, size, decoupled=decoupled)
+        return update, self.gain(options, scale, size, grad.shape, decoupled=decoupled)
 
 
 def _keep(options: Options, state: State, moments: Moments) -> None:

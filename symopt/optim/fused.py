@@ -11,7 +11,7 @@ from torch import Tensor
 
 from symopt.budgets.state import BUDGET, BudgetState
 from symopt.optim.binding import Binding
-from symopt.optim.direction import Options
+from symopt.optim.direction import Direction, Options
 from symopt.optim.slot import Slot
 from symopt_kernels.groups import Groups
 from symopt_kernels.native import binding as native
@@ -19,7 +19,7 @@ from symopt_kernels.orbits import PlaneLayout
 from symopt_kernels.reference.gauge import math_dtype
 from symopt_kernels.triton import launch as triton
 
-__all__ = ["FusedStep"]
+__all__ = ["FusedStep", "step_fused"]
 
 _OTHER_STATE = ("step", "imbalance", "metric_scale", "critical", "master", "group_index", "factor_0", "factor_1", BUDGET)
 
@@ -145,14 +145,14 @@ def _filled(slot: Slot, used: list[dict[str, Tensor]], *, fresh: bool) -> tuple[
     if (units := binding.units) is not None:
         entry = kernel.UnitsEntry()
         kernel.fill_units(entry, parameters, used, units, fresh=fresh)
+        entry.entries[0].decoupled = slot.has_budget
         return entry, entry.entries
     entry, pattern = kernel.Entry(), None if constraint is None or constraint.budget is None else constraint.budget.pattern
     row, depth = ("plain", 2) if constraint is None else (constraint.retraction, constraint.depth)
     if slot.backend == "native":
-        native.fill(entry, parameters[0], used[0], "sparse" if row == "nm" else row, groups, fresh=fresh)
-        if constraint is not None and constraint.budget is not None:
-            entry.decoupled = 1
-            entry.pattern_n, entry.pattern_m = pattern or (0, 0)
+        native.fill(entry, parameters[0], used[0], row, groups, fresh=fresh)
+        entry.decoupled = slot.has_budget
+        entry.pattern_n, entry.pattern_m = pattern or (0, 0)
     else:
         row = "sparse" if row in ("nm", "sparse_deep") else row
         triton.fill(entry, parameters[0], used[0], row, groups, depth=depth, pattern=pattern, fresh=fresh)
@@ -214,3 +214,43 @@ def _gradient(p: Tensor) -> Tensor:
     if grad.dtype == p.dtype and (grad.stride() == p.stride() or p.numel() == 1) and not grad.is_neg():
         return grad
     return torch.empty_like(p).copy_(grad)
+
+
+def step_fused(
+    kernel: str,
+    steps: list[FusedStep],
+    direction: Direction,
+    options: Options,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """One call of a fused kernel; on a GPU, what is a tensor there stays one, and nothing waits for it."""
+    device = steps[0].slot.binding.parameters[0].device
+
+    def number(x: Tensor | float) -> Tensor | float:
+        on_device = kernel == "triton" and isinstance(x, Tensor) and x.device == device
+        return x.to(torch.float32) if on_device and isinstance(x, Tensor) else float(x)
+
+    grads: list[Tensor] = []
+    for step in steps:
+        slot = step.slot
+        stored = slot.binding.constraint is None or slot.has_budget or "critical" in slot.states[0]
+        grads += step.aim(0.0 if stored else number(slot.strength(options)))
+    entries = [step.entry for step in steps]
+    call: dict[str, Any] = {
+        "lr": number(options["lr"]),
+        "weight_decay": float(options.get("weight_decay", 0.0)),
+        "maximize": options.get("maximize", False),
+        "saturated": options["time_scale"] == "saturated",
+        "imbalance_factor": options["imbalance_factor"],
+        "grad_scale": None if grad_scale is None else grad_scale.float(),
+        **direction.settings(options),
+    }
+    if kernel == "native":
+        native.step(entries, direction.row(options), **call)
+    else:
+        triton.step(entries, direction.row(options), found_inf=None if found_inf is None else found_inf.float(), **call)
+    # Autograd must see that the weights changed under it.
+    torch.autograd.graph.increment_version([p for step in steps for p in step.slot.binding.parameters])
+    for step in steps:
+        step.done()

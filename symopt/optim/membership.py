@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -28,10 +28,6 @@ class Members:
     """Constrained parameters, each binding once."""
     unconstrained: tuple[Binding, ...]
     """One for each of the others."""
-
-    def still(self, params: Sequence[Tensor]) -> bool:
-        """Whether the group has not been edited since."""
-        return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
 
 
 @final
@@ -68,6 +64,7 @@ class Membership:
         for group in param_groups:
             names = group.get("param_names", ["a parameter"] * len(group["params"]))
             own: dict[int, Binding] = {}
+            inside = set(map(id, group["params"]))
             for p, name in zip(group["params"], names, strict=True):
                 if id(p) in factors:
                     raise ValueError(
@@ -75,11 +72,11 @@ class Membership:
                         "optimizer would constrain twice; use torch.optim with symopt.param_groups(model), or "
                         "constrain(..., mode='optimizer')"
                     )
-                binding = found.get(p) or self._binding(p, name, known.get(id(p)))
-                if binding.constraint is not None:
-                    self._check(binding, group, p, known.get(id(p)))
-                for q in binding.parameters:
-                    found[q] = binding
+                if (binding := found.get(p)) is None:
+                    binding = self._binding(p, name, known.get(id(p)))
+                    if binding.constraint is not None:
+                        self._check(binding, group, p, known.get(id(p)), inside)
+                    found.update(dict.fromkeys(binding.parameters, binding))
                 own[id(binding)] = binding
             bound = tuple(b for b in own.values() if b.constraint is not None)
             rest = tuple(b for b in own.values() if b.constraint is None)
@@ -88,10 +85,10 @@ class Membership:
 
     def of(self, group: dict[str, Any]) -> Members | None:
         """Those of a param group; None if they have to be looked up again."""
-        members = self._groups.get(id(group))
-        if members is None or not self.current or not members.still(group["params"]):
+        epoch, members, params = registry.epoch(), self._groups.get(id(group)), group["params"]
+        if members is None or self._epoch != epoch or len(params) != len(members.params):
             return None
-        return members
+        return members if all(map(operator.is_, params, members.params)) else None
 
     def _binding(self, p: Tensor, name: str, bound: registry.Bound | None) -> Binding:
         before = self.bindings.get(p)
@@ -102,23 +99,22 @@ class Membership:
             return before
         return Binding(bound.constraint, bound.names, bound.parameters)
 
-    def _check(self, binding: Binding, group: Options, p: Tensor, bound: registry.Bound | None) -> None:
-        """Raise if the group cannot step the binding."""
+    def _check(
+        self, binding: Binding, group: Options, p: Tensor, bound: registry.Bound | None, inside: set[int]
+    ) -> None:
+        """Raise if the group, which holds the parameters ``inside``, cannot step the binding."""
         constraint, direction = binding.constraint, self.direction
         assert constraint is not None
         name = binding.name(p)
         direction.check(name, group, constraint)
-        if direction.sided and not constraint.one_sided(p):
+        if direction.sided and not all(map(constraint.one_sided, binding.parameters)):
             raise ValueError(
                 f"{name}: {self.owner} orthogonalises the update of the whole matrix, which only commutes with "
                 f"reflections of whole rows or columns, and {constraint} is none; constrain rows, columns or heads, or "
                 "use symopt.AdamW for this parameter"
             )
-        lacking = [
-            other
-            for other, q in zip(binding.names, binding.parameters, strict=True)
-            if not any(q is r for r in group["params"])
-        ]
+        parameters = zip(binding.names, binding.parameters, strict=True)
+        lacking = [other for other, q in parameters if id(q) not in inside]
         lacking += [] if bound is None else list(bound.missing)
         if lacking:
             raise ValueError(

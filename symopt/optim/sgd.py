@@ -23,6 +23,7 @@ class SGDDirection(Direction):
     """``torch.optim.SGD``'s: gradient, momentum, dampening, Nesterov."""
 
     table = (Moment("momentum_buffer", "first", lazy=True),)
+    switches = ("momentum",)
 
     def row(self, options: Options) -> str:
         return "sgd"
@@ -47,7 +48,13 @@ class SGDDirection(Direction):
         return lead, {} if buffer is None else {"momentum_buffer": buffer}
 
     def gain(
-        self, options: Options, scale: Tensor | float, size: Tensor | None, *, decoupled: bool
+        self,
+        options: Options,
+        scale: Tensor | float,
+        size: Tensor | None,
+        shape: torch.Size,
+        *,
+        decoupled: bool,
     ) -> Tensor | float:
         """As much as momentum amplifies a constant gradient, so that fixed points do not depend on it."""
         return directions.amplification(float(options["momentum"]), float(options["dampening"]))

@@ -69,7 +69,7 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "map too small": (state(0, group_index=torch.zeros(2, dtype=torch.int64)), "group_index .* does not fit"),
     "map out of bounds": (state(0, group_index=torch.full((3, 4), 2**40)), "group_index must number the groups"),
     "map below zero": (state(0, group_index=torch.full((3, 4), -1)), "group_index must number the groups"),
-    "trim too short": (state(2, trim=torch.ones(2)), "trim .* does not fit"),
+    "budget too short": (state(2, budget=torch.ones(2)), "budget .* does not fit"),
 }
 
 

@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import symopt
-from support.table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter, ids, tolerance
+from support.table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter, ids
+from support.tolerances import tolerance
 
 HALF = 100
 SOME = ("sgd-momentum", "adam-amsgrad", "adamw")
@@ -231,7 +232,7 @@ def test_a_torch_checkpoint_loads(row: OptimizerRow, bound: ConstraintRow, dtype
     steps(ours, 10, 11)
     assert torch.equal(plain.bias, module.bias)  # what is free goes on as it would have
     assert not torch.equal(before, module.weight)
-    state, groups = ours[1].state[module.weight], ours[1].groups(module.weight, symopt.constraints(module)["weight"])
+    state, groups = ours[1].state[module.weight], ours[1].binding(module.weight).groups(ours[1].state[module.weight])
     for key, value in theirs[1].state.get(plain.weight, {}).items():
         if key == "step":
             assert state[key] == value
@@ -256,8 +257,8 @@ def test_torch_goes_on_from_a_symopt_checkpoint(row: OptimizerRow, bound: Constr
         assert (key in loaded) == (key in ours[1].state[module.weight])
         if key in loaded:
             assert loaded[key].shape == plain.weight.shape
-    constraint = symopt.constraints(module)["weight"]
-    if "exp_avg_sq" in loaded and (groups := ours[1].groups(module.weight, constraint)) is not None:
+    groups = ours[1].binding(module.weight).groups(ours[1].state[module.weight])
+    if "exp_avg_sq" in loaded and groups is not None:
         shared = ours[1].state[module.weight]["exp_avg_sq"]
         assert shared.shape == (groups.count,)
         assert torch.equal(groups.first(loaded["exp_avg_sq"]), shared)

@@ -661,7 +661,7 @@ def test_differentiable_plain_steps_as_in_torch(row: OptimizerRow) -> None:
 
 
 @pytest.mark.parametrize(
-    "constraint", [symopt.Sparse(0.3), symopt.GroupSparse("out", 0.3), symopt.LowRank(0.3)], ids=lambda c: c.name
+    "constraint", [symopt.Sparse(0.3), symopt.GroupSparse("out", 0.3), symopt.LowRank(0.3)], ids=lambda c: c.retraction
 )
 @optimizers
 def test_differentiable_constrained_steps(row: OptimizerRow, constraint: symopt.Constraint) -> None:

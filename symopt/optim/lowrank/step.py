@@ -92,7 +92,7 @@ class LowRankStep(OwnStep):
         sub: State = moments(state, "u")
         sub |= {"step": state["step"]} if "step" in state else {}
         scale = direction.preconditioner(options, sub, torch.mean)
-        return direction.known_gain(options, scale, None, decoupled=False)
+        return direction.known_gain(options, scale, None, binding.parameters[0].shape, decoupled=False)
 
     def step(
         self, binding: Binding, direction: Direction, options: Options, state: State, grad_scale: Tensor | None
