@@ -145,14 +145,14 @@ def _filled(slot: Slot, used: list[dict[str, Tensor]], *, fresh: bool) -> tuple[
     if (units := binding.units) is not None:
         entry = kernel.UnitsEntry()
         kernel.fill_units(entry, parameters, used, units, fresh=fresh)
+        entry.entries[0].decoupled = slot.has_budget
         return entry, entry.entries
     entry, pattern = kernel.Entry(), None if constraint is None or constraint.budget is None else constraint.budget.pattern
     row, depth = ("plain", 2) if constraint is None else (constraint.retraction, constraint.depth)
     if slot.backend == "native":
-        native.fill(entry, parameters[0], used[0], "sparse" if row == "nm" else row, groups, fresh=fresh)
-        if constraint is not None and constraint.budget is not None:
-            entry.decoupled = 1
-            entry.pattern_n, entry.pattern_m = pattern or (0, 0)
+        native.fill(entry, parameters[0], used[0], row, groups, fresh=fresh)
+        entry.decoupled = slot.has_budget
+        entry.pattern_n, entry.pattern_m = pattern or (0, 0)
     else:
         row = "sparse" if row in ("nm", "sparse_deep") else row
         triton.fill(entry, parameters[0], used[0], row, groups, depth=depth, pattern=pattern, fresh=fresh)
