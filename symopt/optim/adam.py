@@ -78,39 +78,31 @@ class AdamDirection(Direction):
         return found
 
 
-class _AdamBase(ConstrainedOptimizer):
-    """Abstract: everything but the torch class behind it."""
-
-    direction = AdamDirection()
-
-    def _graph_check(self) -> None:
-        """torch's own error if a CUDA graph is captured without ``capturable``; the method's name depends on torch."""
-        name = "_accelerator_graph_capture_health_check"
-        getattr(self, name if hasattr(self, name) else "_cuda_graph_capture_health_check")()
-
-    def _step_plain(self, group: ParamGroup) -> None:
-        self._graph_check()
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        exp_avgs: list[Tensor] = []
-        exp_avg_sqs: list[Tensor] = []
-        max_exp_avg_sqs: list[Tensor] = []
-        steps: list[Tensor] = []
-        has_complex = self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
-        torch_adam(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            steps,
-            has_complex=has_complex,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
-            **{key: group[key] for key in _PASSED},
-        )
+def _step_plain(optimizer: Adam | AdamW, group: ParamGroup) -> None:
+    """Torch's functions on the unconstrained parameters, and its own error if a graph is captured by mistake."""
+    check = "_accelerator_graph_capture_health_check"  # the method's name depends on torch
+    getattr(optimizer, check if hasattr(optimizer, check) else "_cuda_graph_capture_health_check")()
+    params: list[Tensor] = []
+    grads: list[Tensor] = []
+    exp_avgs: list[Tensor] = []
+    exp_avg_sqs: list[Tensor] = []
+    max_exp_avg_sqs: list[Tensor] = []
+    steps: list[Tensor] = []
+    has_complex = optimizer._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+    torch_adam(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        steps,
+        has_complex=has_complex,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        grad_scale=getattr(optimizer, "grad_scale", None),
+        found_inf=getattr(optimizer, "found_inf", None),
+        **{key: group[key] for key in _PASSED},
+    )
 
 
 _PASSED = (
@@ -128,7 +120,7 @@ _PASSED = (
 
 
 @final
-class Adam(_AdamBase, torch.optim.Adam):
+class Adam(ConstrainedOptimizer, torch.optim.Adam):
     """``torch.optim.Adam`` (same arguments, defaults and state keys) that imposes its parameters' constraints.
 
     The strength goes through the same preconditioner as the gradient: with ``p = 1 / (sqrt(v_hat) + eps)`` a
@@ -158,6 +150,8 @@ class Adam(_AdamBase, torch.optim.Adam):
         >>> sorted(opt.state[net.weight])
         ['exp_avg', 'exp_avg_sq', 'imbalance', 'metric_scale', 'step']
     """
+
+    direction = AdamDirection()
 
     def __init__(
         self,
@@ -198,9 +192,12 @@ class Adam(_AdamBase, torch.optim.Adam):
             backend=backend,
         )
 
+    def _step_plain(self, group: ParamGroup) -> None:
+        _step_plain(self, group)
+
 
 @final
-class AdamW(_AdamBase, torch.optim.AdamW):
+class AdamW(ConstrainedOptimizer, torch.optim.AdamW):
     """``torch.optim.AdamW`` (same arguments, defaults and state keys) that imposes its parameters' constraints.
 
     A constrained weight takes ``delta = lr t m_hat / (sqrt(v_hat) + eps)`` and ``rho = 1 - lr t strength``: the
@@ -231,6 +228,8 @@ class AdamW(_AdamBase, torch.optim.AdamW):
         >>> opt.state[net.weight]["exp_avg_sq"].shape
         torch.Size([2])
     """
+
+    direction = AdamDirection()
 
     def __init__(
         self,
@@ -268,3 +267,6 @@ class AdamW(_AdamBase, torch.optim.AdamW):
             imbalance=imbalance,
             backend=backend,
         )
+
+    def _step_plain(self, group: ParamGroup) -> None:
+        _step_plain(self, group)

@@ -11,13 +11,14 @@ from symopt.backends import BACKENDS, FUSED, check_backend, choose, why_not
 from symopt.optim.binding import Binding
 from symopt.optim.direction import Direction, Options, ParamGroup, State
 from symopt.optim.fused import FusedStep, step_fused
-from symopt.optim.membership import Members
+from symopt.optim.membership import Members, Membership
 from symopt.optim.reference_step import step as step_reference
 from symopt.optim.slot import Slot
 from symopt.optim.state import fit_plain
 from symopt_kernels.backend import Request
+from symopt_kernels.triton.table import INTERPRETED
 
-__all__ = ["Slots", "explained", "step_group", "zeros"]
+__all__ = ["Slots", "explained", "step_groups", "zeros"]
 
 Slots = dict[Tensor, "Slot | FusedStep"]
 """First parameter of a binding -> what its last step looked up."""
@@ -40,7 +41,24 @@ def reasons(binding: Binding, direction: Direction, options: Options, state: Sta
     return {backend: why_not(backend, request) for backend in BACKENDS}
 
 
-def step_group(
+def step_groups(
+    param_groups: list[ParamGroup],
+    membership: Membership,
+    states: Mapping[Tensor, State],
+    slots: Slots,
+    step_plain: Callable[[ParamGroup], None],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """One step of all param groups; none where GradScaler has found an overflow."""
+    if found_inf is not None and found_inf.device.type == "cpu" and not INTERPRETED and bool(found_inf):
+        return  # nothing moves, and the step count neither
+    for group in param_groups:
+        members = membership.of(group, param_groups)
+        _step_group(members, membership.direction, group, states, slots, step_plain, grad_scale, found_inf)
+
+
+def _step_group(
     members: Members,
     direction: Direction,
     options: ParamGroup,

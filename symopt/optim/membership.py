@@ -38,6 +38,7 @@ class Membership:
         self.owner, self.direction = owner, direction
         self.bindings: dict[Tensor, Binding] = {} if bindings is None else bindings
         """Of every parameter, also of unconstrained ones."""
+        self.parameters = list(self.bindings)
         self._groups: dict[int, Members] = {}
         self._epoch = -1
 
@@ -47,9 +48,24 @@ class Membership:
         return self._epoch >= 0
 
     @property
-    def current(self) -> bool:
-        """Whether no constraint has come or gone since."""
-        return self._epoch == registry.epoch()
+    def constrained(self) -> bool:
+        """Whether any parameter is."""
+        return any(binding.constraint is not None for binding in self.bindings.values())
+
+    def binding(self, p: Tensor, param_groups: list[ParamGroup]) -> Binding:
+        """That of a parameter."""
+        if self._epoch != registry.epoch() or p not in self.bindings:
+            self.look_up(param_groups)
+        return self.bindings[p]
+
+    def of(self, group: Options, param_groups: list[ParamGroup]) -> Members:
+        """Those of one of the param groups, looked up again if it was edited or a constraint has come or gone."""
+        epoch, members, params = registry.epoch(), self._groups.get(id(group)), group["params"]
+        if members is not None and self._epoch == epoch and len(params) == len(members.params):
+            if all(map(operator.is_, params, members.params)):
+                return members
+        self.look_up(param_groups)
+        return self._groups[id(group)]
 
     def look_up(self, param_groups: Iterable[ParamGroup]) -> None:
         """Ask the registry again; parameters that it no longer knows keep the constraint they had.
@@ -82,13 +98,7 @@ class Membership:
             rest = tuple(b for b in own.values() if b.constraint is None)
             groups[id(group)] = Members(self.owner, tuple(group["params"]), bound, rest)
         self.bindings, self._groups, self._epoch = found, groups, registry.epoch()
-
-    def of(self, group: Options) -> Members | None:
-        """Those of a param group; None if they have to be looked up again."""
-        epoch, members, params = registry.epoch(), self._groups.get(id(group)), group["params"]
-        if members is None or self._epoch != epoch or len(params) != len(members.params):
-            return None
-        return members if all(map(operator.is_, params, members.params)) else None
+        self.parameters = list(found)
 
     def _binding(self, p: Tensor, name: str, bound: registry.Bound | None) -> Binding:
         before = self.bindings.get(p)

@@ -56,7 +56,7 @@ class MuonDirection(Direction):
 class Muon(ConstrainedOptimizer, torch.optim.Muon):
     """``torch.optim.Muon`` (same arguments, defaults and state keys) that imposes the constraints of its parameters.
 
-    The update of a matrix is orthogonalised as a whole, ``O = NS(m)``, which commutes with ``m -> Q m`` and ``m -> m Q``
+    The update of a matrix is orthogonalised as a whole, ``O = NS(m)``; this commutes with ``m -> Q m`` and ``m -> m Q``
     for orthogonal Q and with nothing else.  So a constraint is allowed where its mirrors multiply the matrix from one
     side: rows, columns and heads (:class:`symopt.GroupSparse`) and :class:`symopt.ZeroMean` over one dimension.  Others
     are refused by name.  A constrained weight takes ``delta = lr t O`` with torch's adjustment of lr, and

@@ -156,7 +156,7 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
         if group["momentum"] != 0:
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
-        elif self.has_constraints:
+        elif self.membership.constrained:
             # torch's distributed checkpoints want state for all parameters or for none.
             for p in params:
                 self.state.setdefault(p, {})
