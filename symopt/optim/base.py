@@ -59,8 +59,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         self.membership = Membership(type(self).__name__, self.direction)
         self._slots: dispatch.Slots = {}
         self._loading: checkpoint.Loading | None = None
-        own = {"strength": strength, "time_scale": time_scale, "imbalance": imbalance, "backend": backend}
-        given = {**DEFAULTS, **own}
+        given = DEFAULTS | {"strength": strength, "time_scale": time_scale, "imbalance": imbalance, "backend": backend}
         check_group(given, type(self).__name__)
         super().__init__(parameters_of(params), *args, **kwargs)
         self.defaults.update(given)

@@ -23,6 +23,7 @@ from support.planes import (
     along,
     both,
     bound_weight,
+    constraint_of,
     large,
     make_equal,
     nearly,
