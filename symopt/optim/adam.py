@@ -44,12 +44,13 @@ class AdamDirection(Direction):
         beta1, beta2 = (float(beta) for beta in options["betas"])
         return {"beta1": beta1, "beta2": beta2, "eps": options["eps"]}
 
-    def check(self, name: str, options: Options, constraint: Constraint) -> None:
-        if options["capturable"] and constraint.is_matrix:
-            raise ValueError(
-                f"{name}: {type(constraint).__name__} drops columns while it trains, and a captured graph has fixed "
-                "shapes; use capturable=False, or leave it out of symopt.constrain"
-            )
+    def why_not(self, options: Options, constraint: Constraint) -> str | None:
+        if not options["capturable"] or not constraint.is_matrix:
+            return None
+        return (
+            f"{type(constraint).__name__} drops columns while it trains, and a captured graph has fixed shapes; use "
+            "capturable=False, or leave it out of symopt.constrain"
+        )
 
     def lead(self, options: Options, state: State, grad: Tensor) -> tuple[Tensor, Moments]:
         step = state["step"] if options["capturable"] else state["step"].item()

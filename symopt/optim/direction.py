@@ -84,8 +84,9 @@ class Direction(ABC):
         """Its numbers, as the fused kernels take them."""
         return {}
 
-    def check(self, name: str, options: Options, constraint: Constraint) -> None:
-        """Raise if these options cannot step a parameter under ``constraint``."""
+    def why_not(self, options: Options, constraint: Constraint) -> str | None:
+        """Why these options cannot step a parameter under ``constraint``, and what to do; None if they can."""
+        return None
 
     @abstractmethod
     def lead(self, options: Options, state: State, grad: Tensor) -> tuple[Tensor, Moments]:

@@ -61,11 +61,11 @@ class Membership:
     def of(self, group: Options, param_groups: list[ParamGroup]) -> Members:
         """Those of one of the param groups, looked up again if it was edited or a constraint has come or gone."""
         epoch, members, params = registry.epoch(), self._groups.get(id(group)), group["params"]
-        if members is not None and self._epoch == epoch and len(params) == len(members.params):
-            if all(map(operator.is_, params, members.params)):
-                return members
-        self.look_up(param_groups)
-        return self._groups[id(group)]
+        fresh = members is not None and self._epoch == epoch and len(params) == len(members.params)
+        if members is None or not fresh or not all(map(operator.is_, params, members.params)):
+            self.look_up(param_groups)
+            members = self._groups[id(group)]
+        return members
 
     def look_up(self, param_groups: Iterable[ParamGroup]) -> None:
         """Ask the registry again; parameters that it no longer knows keep the constraint they had.
@@ -116,7 +116,8 @@ class Membership:
         constraint, direction = binding.constraint, self.direction
         assert constraint is not None
         name = binding.name(p)
-        direction.check(name, group, constraint)
+        if (reason := direction.why_not(group, constraint)) is not None:
+            raise ValueError(f"{name}: {reason}")
         if direction.sided and not all(map(constraint.one_sided, binding.parameters)):
             raise ValueError(
                 f"{name}: {self.owner} orthogonalises the update of the whole matrix, which only commutes with "

@@ -38,9 +38,10 @@ class SGDDirection(Direction):
     def settings(self, options: Options) -> dict[str, float | bool]:
         return {key: options[key] for key in ("momentum", "dampening", "nesterov")}
 
-    def check(self, name: str, options: Options, constraint: Constraint) -> None:
-        if options["momentum"] >= 1:
-            raise ValueError(f"{name}: momentum must be < 1 for a constrained parameter, got {options['momentum']}")
+    def why_not(self, options: Options, constraint: Constraint) -> str | None:
+        if options["momentum"] < 1:
+            return None
+        return f"momentum must be < 1 for a constrained parameter, got {options['momentum']}"
 
     def lead(self, options: Options, state: State, grad: Tensor) -> tuple[Tensor, Moments]:
         lead, buffer = directions.sgd_lead(
