@@ -127,7 +127,8 @@ def certify(model: nn.Module, opt: ConstrainedOptimizer, closure: Closure, sampl
             )
     now = _gradients("certify", closure, rows, samples)
     on_plane = now
-    if any(float(r.constrained_by.violation(flat(r.parameters).detach())) > 0 for r in rows if r.constrained_by.is_plane):
+    planes = [row for row in rows if row.constrained_by.is_plane]
+    if any(float(row.constrained_by.violation(row.weight())) > 0 for row in planes):
         with _on_planes(rows):
             on_plane = _gradients("certify", closure, rows, samples)
     found = []
