@@ -13,7 +13,8 @@ from torch import nn
 
 import symopt
 from support.table import OPTIMIZERS, OptimizerRow, ids
-from symopt.folding.fold import fold, resize
+from symopt.folding.fold import fold
+from symopt.folding.resize import resize
 from symopt.report import report
 
 S, G = symopt.Sparse, symopt.GroupSparse

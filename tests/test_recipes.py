@@ -10,10 +10,8 @@ from skglm import GroupLasso
 from sklearn.linear_model import Lasso
 
 import symopt
-from support.table import tolerance
+from support.tolerances import tolerance
 from symopt import recipes
-
-torch.set_num_threads(1)
 
 # A row per public recipe: what it constrains with, starts from and publishes.  A new recipe without a row fails.
 RECIPES = {

@@ -3,6 +3,7 @@
 from symopt.constraints.base import Constraint
 from symopt.constraints.composed import Composed
 from symopt.constraints.group import GroupSparse
+from symopt.constraints.group_bridge import GroupBridge
 from symopt.constraints.lowrank import LowRank
 from symopt.constraints.planes.equivariant import Equivariant
 from symopt.constraints.planes.mirror import Mirror
@@ -12,7 +13,7 @@ from symopt.constraints.planes.zero_mean import ZeroMean
 from symopt.constraints.sparse import Sparse
 
 CONSTRAINTS: tuple[type[Constraint], ...] = (
-    *(Sparse, GroupSparse, LowRank),
+    *(Sparse, GroupSparse, GroupBridge, LowRank),
     *(Mirror, Tied, Symmetric, Circulant, Equivariant, ZeroMean),
 )
 """Every public constraint; the tests fail for one without a row in their table."""
@@ -23,6 +24,7 @@ __all__ = [
     "Composed",
     "Constraint",
     "Equivariant",
+    "GroupBridge",
     "GroupSparse",
     "LowRank",
     "Mirror",

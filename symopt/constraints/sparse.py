@@ -91,14 +91,14 @@ class Sparse(Constraint):
     is_product: ClassVar[bool] = True
 
     @property
-    def retraction(self) -> str:  # type: ignore[override]
+    def retraction(self) -> str:
         """By gauge, depth and pattern."""
         if self.pattern is not None:
             return "nm"
         return ("sparse_free" if self.gauge == "free" else "sparse") + ("" if self.depth == 2 else "_deep")
 
     @property
-    def carries_factors(self) -> bool:  # type: ignore[override]
+    def carries_factors(self) -> bool:
         """Whether the factors are optimizer state."""
         return self.gauge == "free"
 

@@ -1,8 +1,9 @@
 """Where constraints are written down, so that no constrained weight silently becomes an unconstrained one.
 
-A :class:`Binding` hangs on every module that owns one of its parameters and names them there; it survives ``deepcopy``,
-pickling, ``.to()``, sharding and everything else that replaces Parameter objects, because it looks up what the module
-holds *now*.  Optimizers find it through :mod:`symopt.optim.registry`; forward passes are watched by :class:`Guard`.
+A :class:`Binding` is stored on every module that owns one of its parameters, with the parameter's name.  It survives
+``deepcopy``, pickling, ``.to()``, sharding and everything else that replaces Parameter objects, because it looks up the
+module's parameter of that name anew each time.  Optimizers find it through :mod:`symopt.optim.registry`; a
+:class:`Guard` warns if a constrained parameter is trained without.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Binding:
         registry.add(self)
 
     def release(self) -> None:
-        """Take it off again."""
+        """Remove this from the modules; optimizers treat the parameters as unconstrained from then on."""
         for owner, attribute in zip(self.owners, self.attributes, strict=True):
             written = vars(owner).get(_ATTRIBUTE, {})
             written.pop(attribute, None)
@@ -82,7 +83,7 @@ def annotated(module: nn.Module) -> Iterator[tuple[str, Binding, int]]:
 
 @final
 class Factored:
-    """Marks the parameters of ``holder`` as factors of an explicit constraint, for as long as it lives."""
+    """Marks the parameters of ``holder`` as factors of an explicit constraint, while this exists."""
 
     def __init__(self, holder: nn.Module) -> None:
         self.holder = holder
@@ -139,7 +140,7 @@ def watch(module: nn.Module) -> None:
 
 
 def _callers_level() -> int:
-    """``stacklevel`` of whoever called the module, past torch's own frames."""
+    """``stacklevel`` of the code that called the module, past torch's own frames."""
     frame, level = sys._getframe(2), 2
     while frame.f_back is not None and frame.f_code.co_name in ("_wrapped_call_impl", "_call_impl", "inner"):
         frame, level = frame.f_back, level + 1

@@ -5,13 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 from torch import Tensor
 
 from symopt.optim import registry
 from symopt.optim.binding import Binding
-from symopt.optim.direction import Direction, Options
+from symopt.optim.direction import Direction, Options, ParamGroup
 
 __all__ = ["Members", "Membership"]
 
@@ -38,6 +38,7 @@ class Membership:
         self.owner, self.direction = owner, direction
         self.bindings: dict[Tensor, Binding] = {} if bindings is None else bindings
         """Of every parameter, also of unconstrained ones."""
+        self.parameters = list(self.bindings)
         self._groups: dict[int, Members] = {}
         self._epoch = -1
 
@@ -47,11 +48,26 @@ class Membership:
         return self._epoch >= 0
 
     @property
-    def current(self) -> bool:
-        """Whether no constraint has come or gone since."""
-        return self._epoch == registry.epoch()
+    def constrained(self) -> bool:
+        """Whether any parameter is."""
+        return any(binding.constraint is not None for binding in self.bindings.values())
 
-    def look_up(self, param_groups: Iterable[dict[str, Any]]) -> None:
+    def binding(self, p: Tensor, param_groups: list[ParamGroup]) -> Binding:
+        """That of a parameter."""
+        if self._epoch != registry.epoch() or p not in self.bindings:
+            self.look_up(param_groups)
+        return self.bindings[p]
+
+    def of(self, group: Options, param_groups: list[ParamGroup]) -> Members:
+        """Those of one of the param groups, looked up again if it was edited or a constraint has come or gone."""
+        epoch, members, params = registry.epoch(), self._groups.get(id(group)), group["params"]
+        fresh = members is not None and self._epoch == epoch and len(params) == len(members.params)
+        if members is None or not fresh or not all(map(operator.is_, params, members.params)):
+            self.look_up(param_groups)
+            members = self._groups[id(group)]
+        return members
+
+    def look_up(self, param_groups: Iterable[ParamGroup]) -> None:
         """Ask the registry again; parameters that it no longer knows keep the constraint they had.
 
         Raises:
@@ -64,6 +80,7 @@ class Membership:
         for group in param_groups:
             names = group.get("param_names", ["a parameter"] * len(group["params"]))
             own: dict[int, Binding] = {}
+            inside = set(map(id, group["params"]))
             for p, name in zip(group["params"], names, strict=True):
                 if id(p) in factors:
                     raise ValueError(
@@ -71,23 +88,17 @@ class Membership:
                         "optimizer would constrain twice; use torch.optim with symopt.param_groups(model), or "
                         "constrain(..., mode='optimizer')"
                     )
-                binding = found.get(p) or self._binding(p, name, known.get(id(p)))
-                if binding.constraint is not None:
-                    self._check(binding, group, p, known.get(id(p)))
-                for q in binding.parameters:
-                    found[q] = binding
+                if (binding := found.get(p)) is None:
+                    binding = self._binding(p, name, known.get(id(p)))
+                    if binding.constraint is not None:
+                        self._check(binding, group, p, known.get(id(p)), inside)
+                    found.update(dict.fromkeys(binding.parameters, binding))
                 own[id(binding)] = binding
             bound = tuple(b for b in own.values() if b.constraint is not None)
             rest = tuple(b for b in own.values() if b.constraint is None)
             groups[id(group)] = Members(self.owner, tuple(group["params"]), bound, rest)
         self.bindings, self._groups, self._epoch = found, groups, registry.epoch()
-
-    def of(self, group: dict[str, Any]) -> Members | None:
-        """Those of a param group; None if they have to be looked up again."""
-        epoch, members, params = registry.epoch(), self._groups.get(id(group)), group["params"]
-        if members is None or self._epoch != epoch or len(params) != len(members.params):
-            return None
-        return members if all(map(operator.is_, params, members.params)) else None
+        self.parameters = list(found)
 
     def _binding(self, p: Tensor, name: str, bound: registry.Bound | None) -> Binding:
         before = self.bindings.get(p)
@@ -98,23 +109,23 @@ class Membership:
             return before
         return Binding(bound.constraint, bound.names, bound.parameters)
 
-    def _check(self, binding: Binding, group: Options, p: Tensor, bound: registry.Bound | None) -> None:
-        """Raise if the group cannot step the binding."""
+    def _check(
+        self, binding: Binding, group: Options, p: Tensor, bound: registry.Bound | None, inside: set[int]
+    ) -> None:
+        """Raise if the group, which holds the parameters ``inside``, cannot step the binding."""
         constraint, direction = binding.constraint, self.direction
         assert constraint is not None
         name = binding.name(p)
-        direction.check(name, group, constraint)
-        if direction.sided and not constraint.one_sided(p):
+        if (reason := direction.why_not(group, constraint)) is not None:
+            raise ValueError(f"{name}: {reason}")
+        if direction.sided and not all(map(constraint.one_sided, binding.parameters)):
             raise ValueError(
                 f"{name}: {self.owner} orthogonalises the update of the whole matrix, which only commutes with "
                 f"reflections of whole rows or columns, and {constraint} is none; constrain rows, columns or heads, or "
                 "use symopt.AdamW for this parameter"
             )
-        lacking = [
-            other
-            for other, q in zip(binding.names, binding.parameters, strict=True)
-            if not any(q is r for r in group["params"])
-        ]
+        parameters = zip(binding.names, binding.parameters, strict=True)
+        lacking = [other for other, q in parameters if id(q) not in inside]
         lacking += [] if bound is None else list(bound.missing)
         if lacking:
             raise ValueError(

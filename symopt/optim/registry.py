@@ -1,7 +1,7 @@
-"""What optimizers ask: which constraint binds a parameter now, which parameters are factors, who trains what.
+"""Which constraint binds a parameter now, which parameters are factors, which optimizers exist.
 
-Modules are not known here.  Whatever writes constraints down is a :class:`Source`; it is asked anew at every look-up,
-because modules replace their Parameter objects (``deepcopy``, ``.to()``, sharding).
+Knows tensors and constraints, no modules.  What writes a constraint down is a :class:`Source`; every look-up asks it
+anew, because modules replace their Parameter objects (``deepcopy``, ``.to()``, sharding).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _epoch = 0
 
 
 def add(source: Source) -> None:
-    """Count the constraint of ``source``, for as long as it lives or until :func:`remove`."""
+    """Count the constraint of ``source``, while that exists or until :func:`remove`."""
     global _epoch
     _epoch += 1
     _sources.add(source)
@@ -90,12 +90,12 @@ def remove(source: Source) -> None:
 
 
 def add_factors(source: FactorSource) -> None:
-    """Count the parameters of ``source`` as factors, for as long as it lives."""
+    """Count the parameters of ``source`` as factors, while that exists."""
     _factor_sources.add(source)
 
 
 def register_owner(owner: Owner) -> None:
-    """Count ``owner`` among the :func:`owners`, for as long as it lives."""
+    """Count ``owner`` among the :func:`owners`, while it exists."""
     _owners.add(owner)
 
 

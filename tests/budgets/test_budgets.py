@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import symopt
-from support.table import tolerance
+from support.tolerances import tolerance
 from symopt import anneal as schedule
 from symopt.budgets import selection
 from symopt.budgets.pools import BudgetedWeight, Pool, pools
 from symopt_kernels.native import binding as native
 from symopt_kernels.reference import elementwise
-
-torch.set_num_threads(1)  # two threads in each of two workers wait for each other at every small operation
 
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "adamw": lambda net: symopt.AdamW(net, lr=1e-2),

@@ -13,10 +13,8 @@ from skglm import GroupLasso
 from sklearn.linear_model import Lasso
 
 import symopt
-from support.table import tolerance
+from support.tolerances import tolerance
 from symopt_kernels.reference import gauge
-
-torch.set_num_threads(1)
 
 SEEDS = [0, 1, 2]
 N = 100

@@ -10,13 +10,13 @@ import pytest
 import torch
 from scipy.integrate import quad
 from scipy.optimize import brentq
-from test_steps import Explicit, gradients, labels, optimizer
 
 import symopt
-from support.table import OPTIMIZERS, ConstraintRow, constrained_parameter, ids, tolerance
+from support.oracles import Explicit, labels
+from support.runs import gradients, optimizer
+from support.table import OPTIMIZERS, ConstraintRow, constrained_parameter, ids
+from support.tolerances import tolerance
 from symopt_kernels.reference import elementwise, gauge
-
-torch.set_num_threads(1)
 
 STRENGTH, SNAP = 0.3, 1e-6
 DEPTHS = [2, 3, 4, 5]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_steps import gradients, labels, optimizer
 
 import symopt
-from support.table import CONSTRAINTS, OPTIMIZERS, constrained_parameter, ids, tolerance
-
-torch.set_num_threads(1)
+from support.oracles import labels
+from support.runs import gradients, optimizer
+from support.table import CONSTRAINTS, OPTIMIZERS, constrained_parameter, ids
+from support.tolerances import tolerance
 
 every_constraint = pytest.mark.parametrize("row", CONSTRAINTS, ids=ids)
 every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)

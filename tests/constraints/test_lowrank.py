@@ -6,15 +6,14 @@ import math
 
 import pytest
 import torch
-from test_steps import gradients, optimizer
 from torch import Tensor, nn
 
 import symopt
-from support.table import MATRICES, OPTIMIZERS, constrained_parameter, ids, tolerance
+from support.runs import gradients, optimizer
+from support.table import MATRICES, OPTIMIZERS, constrained_parameter, ids
+from support.tolerances import tolerance
 from symopt.optim.lowrank import step as stepper
 from symopt_kernels.reference import lowrank as kernel
-
-torch.set_num_threads(1)
 
 every_matrix = pytest.mark.parametrize("row", MATRICES, ids=ids)
 every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)

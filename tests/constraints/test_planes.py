@@ -13,11 +13,10 @@ import pytest
 import torch
 
 import symopt
-from support.table import OPTIMIZERS, PLANES, ids, plane_module, tolerance
+from support.table import OPTIMIZERS, PLANES, ids, plane_module
+from support.tolerances import tolerance
 from symopt.constraints.planes.plane import flat
 from symopt_kernels.reference import plane as kernel
-
-torch.set_num_threads(1)
 
 every_plane = pytest.mark.parametrize("row", PLANES, ids=ids)
 every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)

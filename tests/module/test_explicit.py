@@ -21,11 +21,11 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import symopt
-from support.table import CONSTRAINTS, ConstraintRow, ids, tolerance
+from support.table import CONSTRAINTS, ConstraintRow, ids
+from support.tolerances import tolerance
 from symopt.folding.fold import fold
-from symopt.module.explicit import Explicit, _Pool
-
-torch.set_num_threads(1)
+from symopt.module.explicit import Explicit
+from symopt.module.memory import ReusedMemory
 
 S, G = symopt.Sparse, symopt.GroupSparse
 ROWS = [
@@ -43,7 +43,7 @@ small_rows = pytest.mark.parametrize("row", SMALL, ids=ids)
 def memory(request, monkeypatch):
     """Tensors of the tests are too small for the pool, unless it is told otherwise."""
     if request.param == "reused memory":
-        monkeypatch.setattr(_Pool, "large", 0)
+        monkeypatch.setattr(ReusedMemory, "large", 0)
 
 
 in_any_memory = pytest.mark.usefixtures("memory")
@@ -260,7 +260,7 @@ def test_gradients_only_where_asked_for():
 
 @small_rows
 def test_reused_memory_leaves_alone_whatever_still_lives(row, monkeypatch):
-    monkeypatch.setattr(_Pool, "large", 0)
+    monkeypatch.setattr(ReusedMemory, "large", 0)
     module, x = explicit(row), randn(row.shape, 5)
     held, expected, first = [], [], factors(module)[0]
     for i in range(8):

@@ -18,111 +18,21 @@ import torch
 from torch import Tensor, nn
 
 import symopt
-from support.table import (
-    CONSTRAINTS,
-    CPU_BACKENDS,
-    OPTIMIZERS,
-    ConstraintRow,
-    OptimizerRow,
-    constrained_parameter,
-    ids,
-    tolerance,
-)
+from support.runs import HALF, Run, both, close, equal, gradient, kind_of, optimizer, start, step, step_alike, tensors
+from support.table import CONSTRAINTS, CPU_BACKENDS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter, ids
+from support.tolerances import tolerance
 from symopt_kernels.native import binding as native
-
-torch.set_num_threads(1)
 
 STEPS = 20
 ROWS = [*CONSTRAINTS, ConstraintRow("sparse-free", lambda k: symopt.Sparse(k, gauge="free"), (6, 5))]
 SOME = [row for row in ROWS if row.id in ("sparse", "group-in-conv", "group-index", "sparse-free")]
 FEW = [row for row in OPTIMIZERS if row.id in ("sgd-nesterov", "adam-amsgrad", "adamw")]
-HALF = [torch.bfloat16, torch.float16]
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=ids)
 some_rows = pytest.mark.parametrize("row", SOME, ids=ids)
 every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
 few_optimizers = pytest.mark.parametrize("opt_row", FEW, ids=ids)
 every_backend = pytest.mark.parametrize("backend", CPU_BACKENDS)
-
-Run = tuple[nn.Module, Any]
-
-
-def gradient(p: Tensor, t: int) -> Tensor:
-    """Both signs, over several decades; laid out like ``p``."""
-    noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
-    g = torch.sin(3 * p.detach().double().contiguous() + t) + 0.3 * noise
-    g.view(-1)[:: 3 + t % 2] *= 1e-3
-    return torch.empty_like(p.detach()).copy_(g)
-
-
-def optimizer(module: Any, opt_row: OptimizerRow, **options: Any) -> Any:
-    return opt_row.cls(module, **{"lr": opt_row.lr, **opt_row.options, **options})
-
-
-def start(row: ConstraintRow, opt_row: OptimizerRow, dtype: torch.dtype = torch.float64, **options: Any) -> Run:
-    module = constrained_parameter(row, dtype=dtype)
-    return module, optimizer(module, opt_row, **options)
-
-
-def both(row: ConstraintRow, opt_row: OptimizerRow, dtype: torch.dtype = torch.float64, **options: Any) -> list[Run]:
-    """The same weight on the two backends, native first."""
-    return [start(row, opt_row, dtype, backend=backend, **options) for backend in ("native", "reference")]
-
-
-def step(run: Run, t: int) -> None:
-    module, opt = run
-    for p in module.parameters():
-        p.grad = gradient(p, t)
-    opt.step()
-
-
-def take(runs: list[Run], grads: list[Tensor]) -> None:
-    for module, opt in runs:
-        for p, g in zip(module.parameters(), grads, strict=True):
-            p.grad = g.to(p.device, copy=True)
-        opt.step()
-
-
-def step_alike(runs: list[Run], t: int) -> None:
-    """All take the gradient of the first: a last bit of a half-precision weight would make a large difference of it."""
-    take(runs, [gradient(p.cpu(), t) for p in runs[0][0].parameters()])
-
-
-def tensors(run: Run) -> dict[str, Tensor]:
-    module, opt = run
-    found = {}
-    for name, p in module.named_parameters():
-        found[name] = p.detach()
-        found |= {f"{name}.{key}": v for key, v in opt.state[p].items() if isinstance(v, Tensor)}
-    return found
-
-
-def close(run: Run, other: Run, kind: str = "backends") -> None:
-    have, want = (ordered({key: value.cpu() for key, value in tensors(r).items()}) for r in (run, other))
-    assert have.keys() == want.keys()
-    for key, value in want.items():
-        assert (have[key].shape, have[key].dtype) == (value.shape, value.dtype), key
-        if value.dtype in HALF:
-            continue  # follows from its master, or from its factors
-        tol = tolerance(kind)
-        torch.testing.assert_close(have[key], value, rtol=tol, atol=tol, msg=lambda m, key=key: f"{key}: {m}")
-
-
-def ordered(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Two factors by size: a step that a long way would overshoot makes them equal, and either may then be zeroed."""
-    for key in [key for key in found if key.endswith("factor_0")]:
-        pair = torch.stack([found.pop(key), found.pop(key[:-1] + "1")]).abs()
-        found |= {f"{key}.small": pair.amin(0), f"{key}.large": pair.amax(0)}
-    return found
-
-
-def kind_of(row: ConstraintRow) -> str:
-    return "backends, snapped" if row.id in ("sparse", "sparse-1d") else "backends"
-
-
-def equal(run: Run, other: Run) -> bool:
-    have, want = tensors(run), tensors(other)
-    return have.keys() == want.keys() and all(torch.equal(have[key], want[key]) for key in want)
 
 
 def moved(run: Run, row: ConstraintRow) -> bool:
@@ -509,10 +419,10 @@ def close_weight(run: Run, other: Run) -> None:
 # -- what cannot be stepped natively ---------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "depth": (symopt.Sparse(0.3, depth=3), {}, "with the retraction \'sparse_deep\'"),
-    "group depth": (symopt.GroupSparse("out", 0.3, depth=4), {}, "with the retraction \'group_deep\'"),
-    "free depth": (symopt.Sparse(0.3, depth=3, gauge="free"), {}, "with the retraction \'sparse_free_deep\'"),
-    "list": ([symopt.Sparse(0.3), symopt.GroupSparse("in", 0.3)], {}, "with the retraction \'composed\'"),
+    "depth": (symopt.Sparse(0.3, depth=3), {}, "with the retraction 'sparse_deep'"),
+    "group depth": (symopt.GroupSparse("out", 0.3, depth=4), {}, "with the retraction 'group_deep'"),
+    "free depth": (symopt.Sparse(0.3, depth=3, gauge="free"), {}, "with the retraction 'sparse_free_deep'"),
+    "list": ([symopt.Sparse(0.3), symopt.GroupSparse("in", 0.3)], {}, "with the retraction 'composed'"),
     "differentiable": (symopt.Sparse(0.3), {"differentiable": True}, "differentiable=True needs a step"),
 }
 

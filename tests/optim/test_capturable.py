@@ -25,8 +25,8 @@ from support.table import (
     constrained_parameter,
     ids,
     plane_module,
-    tolerance,
 )
+from support.tolerances import tolerance
 
 ROWS = [
     *CONSTRAINTS,

@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import symopt
-from support.table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter, ids, tolerance
+from support.table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter, ids
+from support.tolerances import tolerance
 
 HALF = 100
 SOME = ("sgd-momentum", "adam-amsgrad", "adamw")

@@ -14,11 +14,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_backends import ordered
 from torch import Tensor, nn
 
 import symopt
-from support.table import OPTIMIZERS, OptimizerRow, ids, tolerance
+from support.runs import ordered
+from support.table import OPTIMIZERS, OptimizerRow, ids
+from support.tolerances import tolerance
 
 FUZZ = os.environ.get("SYMOPT_FUZZ")
 many = settings(

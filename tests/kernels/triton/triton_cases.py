@@ -1,6 +1,6 @@
 """The Triton kernels on numbers: on a GPU where there is one, else interpreted; run by ``test_triton.py``.
 
-The oracle is ``test_native``'s: ``reference`` in fp64 on the same numbers, errors in ulps of the terms that are added.
+The oracle is the native step's: ``reference`` in fp64 on the same numbers, errors in ulps of the terms that are added.
 Tiles are tiny, so that small tensors already have several blocks, tails, parts and lags.
 """
 
@@ -13,77 +13,37 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import test_native as oracle
 import torch
-import triton.runtime.interpreter as interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import DIRECTIONS, FORMATS, OUTSIDE, STRENGTH, THRESHOLD, Case, Problem
 from torch import Tensor
 
 import symopt
-from support.table import CONSTRAINTS, OPTIMIZERS, OptimizerRow, constrained_parameter, ids, tolerance
+from support.interpreter import DEVICE, poisoned, pytestmark
+from support.kernel_cases import (
+    DIRECTIONS,
+    FORMATS,
+    OUTSIDE,
+    RETRACTIONS,
+    STEP,
+    STRENGTH,
+    THRESHOLD,
+    Case,
+    Problem,
+    applies,
+    arguments,
+    make,
+)
+from support.kernel_oracle import distances, expect, same
+from support.table import CONSTRAINTS, OPTIMIZERS, OptimizerRow, constrained_parameter, ids
+from support.tolerances import tolerance
 from symopt_kernels.backend import Request
 from symopt_kernels.reference import elementwise, gauge
 from symopt_kernels.triton import launch as triton_launch
 from symopt_kernels.triton import product as triton_explicit
 from symopt_kernels.triton import selection as triton_select
-from symopt_kernels.triton import table as triton_table
 
-DEVICE = "cpu" if triton_launch.INTERPRETED else "cuda"
-TILES = {"BLOCK": 128, "WIDTHS": (1, 4, 16, 64, 256), "LINES_PER_PROGRAM": 2, "RESIDENT": 8}
-
-torch.set_num_threads(1)
-
-# numpy, which the interpreter computes with, warns of the NaN and infinities that some cases are about.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-def _bfloat(data: Any, source: Any, target: Any, rounding: Any) -> Any:
-    """Triton's interpreter truncates to bf16, and loses subnormals; GPUs round to nearest, as torch does."""
-    if str(source) == "bf16" and str(target) == "fp32":
-        return data.view("uint16").astype("uint32") << 16
-    assert (str(source), str(target)) == ("fp32", "bf16")
-    wide = torch.from_numpy(data.copy().reshape(-1).view("float32"))
-    return wide.to(torch.bfloat16).view(torch.uint16).numpy().reshape(data.shape)
-
-
-class _Patched:
-    """The interpreter replaces Triton's language at every call of a function; here once, which saves half the time."""
-
-    def __init__(self, patch: Any) -> None:
-        self.patch, self.done = patch, set[int]()
-
-    def __call__(self, function: Any) -> Any:
-        if id(function.__globals__) not in self.done:
-            self.done.add(id(function.__globals__))
-            self.patch(function)
-        return self
-
-    def restore(self) -> None:
-        """Nobody in this process needs the compiler."""
-
-
-if triton_launch.INTERPRETED:
-    interpreter._convert_float = _bfloat
-    interpreter._patch_lang = _Patched(interpreter._patch_lang)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small tiles, and fresh memory that is NaN."""
-    for name, value in TILES.items():
-        monkeypatch.setattr(triton_table, name, value)
-    for module in (triton_explicit, triton_select):
-        monkeypatch.setattr(module, "BLOCK", 128)
-    empty, like = torch.empty, torch.empty_like
-
-    def poison(x: Tensor) -> Tensor:
-        return x.fill_(math.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(like(*a, **k)))
-
+__all__ = ["poisoned", "pytestmark"]
 
 # ---------------------------------------------------------------------------------------------- one step, every variant
 
@@ -104,7 +64,7 @@ def run(case: Case, problem: Problem, **changes: Any) -> int:
         entry, there["w"], state, case.retraction, problem.groups, fresh=bool(case.option("fresh"))
     )  # fmt: skip
     entry.grad, entry.strength_kept = there["g"].data_ptr(), changes.pop("strength", STRENGTH)
-    options = {k: v for k, v in oracle.arguments(case).items() if k != "instructions"}
+    options = {k: v for k, v in arguments(case).items() if k != "instructions"}
     if options["grad_scale"] is not None:
         options["grad_scale"] = options["grad_scale"].to(DEVICE)
     triton_launch.step([entry], case.kind, **{**options, **changes})
@@ -115,10 +75,10 @@ def run(case: Case, problem: Problem, **changes: Any) -> int:
 
 
 def check(case: Case, **changes: Any) -> None:
-    problem = oracle.make(case)
-    expected = oracle.expect(case, problem)
+    problem = make(case)
+    expected = expect(case, problem)
     zeros = run(case, problem, **changes)
-    errors = oracle.distances(case, problem, expected)
+    errors = distances(case, problem, expected)
     weights = ("w", "master", "factor_0", "factor_1")
     bad = {
         key: f"{error:.1f} ulp"
@@ -130,9 +90,9 @@ def check(case: Case, **changes: Any) -> None:
         assert zeros == int((problem.w == 0).sum()), f"{case}: zeros"
     for key, value in problem.all().items():
         if key == "step":
-            assert value == oracle.STEP + 1, f"{case}: step"
+            assert value == STEP + 1, f"{case}: step"
         elif key not in expected and not (key == "imbalance" and case.retraction == "sparse_free"):
-            assert oracle.same(value, problem.start[key]), f"{case}: {key} was written to"
+            assert same(value, problem.start[key]), f"{case}: {key} was written to"
     for guard in (part for pair in problem.guards for part in pair):
         assert bool((guard == 77).all()), f"{case}: wrote beyond a tensor"
 
@@ -165,11 +125,11 @@ def combined(retraction: str) -> Iterator[Case]:
             )  # fmt: skip
             if retraction == "plain":
                 case = replace(case, weight_decay=(0.0, 0.1)[i % 2])
-            if oracle.applies(case):
+            if applies(case):
                 yield case
 
 
-@pytest.mark.parametrize("case", [c for r in oracle.RETRACTIONS for c in combined(r)], ids=lambda c: f"{c.retraction}")
+@pytest.mark.parametrize("case", [c for r in RETRACTIONS for c in combined(r)], ids=lambda c: f"{c.retraction}")
 def test_a_step_is_the_references(case: Case) -> None:
     check(case)
 
@@ -189,7 +149,7 @@ def test_any_shape(
 ) -> None:  # fmt: skip
     groups = kind if retraction == "group" else None
     case = Case(direction, retraction, (rows, columns), groups, format=form, seed=seed)
-    if oracle.applies(case):
+    if applies(case):
         check(case)
 
 
@@ -352,12 +312,12 @@ def test_numbers_may_be_tensors() -> None:
 def test_an_overflow_moves_nothing(retraction: str) -> None:
     groups = "in" if retraction == "group" else None
     case = Case("nesterov-fresh", retraction, (9, 40), groups)
-    problem = oracle.make(case)
+    problem = make(case)
     problem.state["momentum_buffer"].zero_()
     problem.start["momentum_buffer"].zero_()
     before = copy.deepcopy(problem.all())
     run(case, problem, found_inf=torch.ones((), device=DEVICE))
-    assert all(oracle.same(value, before[key]) for key, value in problem.all().items())
+    assert all(same(value, before[key]) for key, value in problem.all().items())
 
 
 def test_stochastic_rounding_has_the_right_mean_and_keeps_what_fits() -> None:

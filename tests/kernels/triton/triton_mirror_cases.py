@@ -11,21 +11,21 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import test_backends
-import test_native_mirror
 import torch
-from test_backends import HALF, step_alike, take, tensors
-from test_native_mirror import FEW, SIMPLE, along, large, make_equal, nearly, planes, tied, weights
-from triton_cases import DEVICE, poisoned, pytestmark
 
 import symopt
+from support import planes as plane_runs
+from support import runs as runs_of
+from support.interpreter import DEVICE, poisoned, pytestmark
+from support.planes import FEW, SIMPLE, along, large, make_equal, nearly, planes, tied, weights
+from support.runs import HALF, Run, gradient, step_alike, take, tensors
 from support.table import OPTIMIZERS, OptimizerRow, PlaneRow, ids, plane_module
 from symopt_kernels.triton import launch as triton_launch
 from symopt_kernels.triton import table as triton_table
 
 __all__ = ["poisoned", "pytestmark"]
 
-TIES = planes("triton")
+TIES = planes("triton", DEVICE)
 OTHERS = {row.id: row for row in TIES if row not in SIMPLE}
 _PAIRS = [(row, opt_row) for row in TIES for opt_row in (OPTIMIZERS if row in SIMPLE else FEW)]
 every_pair = pytest.mark.parametrize(("row", "opt_row"), _PAIRS, ids=ids)
@@ -44,8 +44,8 @@ def aligned(row: PlaneRow) -> PlaneRow:
     return large(row, (8, 12))
 
 
-both = functools.partial(test_native_mirror.both, dtype=torch.float32, fused="triton", device=DEVICE)
-close = functools.partial(test_backends.close, kind="backends, fp32")
+both = functools.partial(plane_runs.both, dtype=torch.float32, fused="triton", device=DEVICE)
+close = functools.partial(runs_of.close, kind="backends, fp32")
 
 
 @every_pair
@@ -105,7 +105,7 @@ def test_blocks_that_are_on_the_plane_beside_others_that_are_not(row: PlaneRow, 
 
 @pytest.mark.parametrize("opt_row", [FEW[1], FEW[-1]], ids=ids)
 def test_parts_of_parameters_of_several_shapes(opt_row: OptimizerRow) -> None:
-    row = replace(SIMPLE[0], id="parts", make=test_native_mirror._parts, shapes=((33, 40), (40, 33), (2, 35, 40)))
+    row = replace(SIMPLE[0], id="parts", make=plane_runs.three_views, shapes=((33, 40), (40, 33), (2, 35, 40)))
     runs = both(row, opt_row, None if opt_row.id == "adamw" else 0.3)
     nearly(runs)
     start = [w.clone() for w in weights(runs[0])]
@@ -146,7 +146,7 @@ def test_a_basis_over_many_blocks(resident: int, opt_row: OptimizerRow, monkeypa
     monkeypatch.setattr(triton_table, "BLOCK", 64)
     shapes = ((34, 33), (3, 5), (50,))
     numel = sum(torch.Size(shape).numel() for shape in shapes)
-    basis = torch.linalg.qr(test_backends.gradient(torch.zeros(numel, 3, dtype=torch.float64), 0)).Q
+    basis = torch.linalg.qr(gradient(torch.zeros(numel, 3, dtype=torch.float64), 0)).Q
     row = replace(OTHERS["mirror-basis-two"], make=lambda k: symopt.Mirror(basis=basis, strength=k), shapes=shapes)
     runs = both(row, opt_row, None if opt_row.id == "adamw" else 0.3)
     for t in range(2):
@@ -157,7 +157,7 @@ def test_a_basis_over_many_blocks(resident: int, opt_row: OptimizerRow, monkeypa
 
 
 def test_planes_of_coordinates_share_launches() -> None:
-    runs: list[test_backends.Run] = []
+    runs: list[Run] = []
     for backend in ("triton", "reference"):
         torch.manual_seed(0)
         net = torch.nn.ModuleList(torch.nn.Linear(n, 12, bias=False) for n in (7, 9, 12)).to(DEVICE)
@@ -179,7 +179,7 @@ def test_planes_of_coordinates_share_launches() -> None:
 
 
 def test_planes_whose_orbits_are_gathered_share_launches() -> None:
-    runs: list[test_backends.Run] = []
+    runs: list[Run] = []
     for backend in ("triton", "reference"):
         torch.manual_seed(0)
         net = torch.nn.ModuleList(torch.nn.Linear(n, n, bias=False) for n in (7, 33)).to(DEVICE)
