@@ -24,7 +24,6 @@ from symopt.budgets.pools import BudgetedWeight, Pool, pools
 from symopt_kernels.native import binding as native
 from symopt_kernels.reference import elementwise
 
-
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "adamw": lambda net: symopt.AdamW(net, lr=1e-2),
     "adam": lambda net: symopt.Adam(net, lr=1e-2),

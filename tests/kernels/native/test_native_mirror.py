@@ -31,7 +31,7 @@ from support.planes import (
     weights,
 )
 from support.runs import HALF, Run, close, equal, step_alike, take, tensors
-from support.table import OPTIMIZERS, OptimizerRow, PlaneRow, ids, plane_module
+from support.table import OPTIMIZERS, OptimizerRow, PlaneRow, plane_module
 from symopt.constraints.planes.plane import flat
 from symopt_kernels.native import binding as native
 
