@@ -14,31 +14,13 @@ from scipy.optimize import brentq
 import symopt
 from support.oracles import Explicit, labels
 from support.runs import gradients, optimizer
-from support.table import OPTIMIZERS, ConstraintRow, constrained_parameter, ids
+from support.table import DEEP, FREE, OPTIMIZERS, constrained_parameter, ids
 from support.tolerances import tolerance
 from symopt_kernels.reference import elementwise, gauge
 
 STRENGTH, SNAP = 0.3, 1e-6
 DEPTHS = [2, 3, 4, 5]
 
-
-def _index(w: torch.Tensor) -> torch.Tensor:
-    return torch.arange(w.numel()).reshape(w.shape) % 3
-
-
-DEEP = [
-    ConstraintRow("sparse-depth-3", lambda k: symopt.Sparse(k, depth=3), (6, 5)),
-    ConstraintRow("sparse-depth-4", lambda k: symopt.Sparse(k, depth=4), (7,)),
-    ConstraintRow("sparse-depth-5", lambda k: symopt.Sparse(k, depth=5), (6, 5)),
-    ConstraintRow("group-depth-3", lambda k: symopt.GroupSparse("out", k, depth=3), (6, 5)),
-    ConstraintRow("group-in-conv-depth-4", lambda k: symopt.GroupSparse("in", k, depth=4), (4, 3, 3, 2)),
-    ConstraintRow("group-index-depth-5", lambda k: symopt.GroupSparse(_index, k, depth=5), (6, 5)),
-]
-FREE = [
-    ConstraintRow("sparse-free", lambda k: symopt.Sparse(k, gauge="free"), (6, 5)),
-    ConstraintRow("sparse-free-depth-3", lambda k: symopt.Sparse(k, depth=3, gauge="free"), (6, 5)),
-    ConstraintRow("sparse-free-depth-4", lambda k: symopt.Sparse(k, depth=4, gauge="free"), (7,)),
-]
 
 every_deep = pytest.mark.parametrize("row", DEEP, ids=ids)
 every_free = pytest.mark.parametrize("row", FREE, ids=ids)
@@ -560,28 +542,6 @@ def test_the_order_of_a_list_does_not_matter():
         ends.append(module.weight.detach())
     close(*ends)
     assert bool((ends[0] - randn((6, 5))).abs().max() > 1e-2)
-
-
-@pytest.mark.parametrize("grad", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("time_scale", ["saturated", "none"])
-@pytest.mark.parametrize("make", [lambda: symopt.Sparse(0.1, depth=3), lambda: symopt.GroupSparse("out", 0.1, depth=3)])
-def test_a_bad_gradient_shows_in_the_weight(make, time_scale, grad):
-    net = symopt.constrain(torch.nn.Linear(2, 1, bias=False), {"weight": make()})
-    torch.nn.init.constant_(net.weight, 1.0)
-    opt = symopt.SGD(net, lr=0.1, time_scale=time_scale)
-    net.weight.grad = torch.tensor([[grad, 1.0]])
-    opt.step()
-    assert not net.weight[0, 0].isfinite()
-
-
-@pytest.mark.parametrize("depth", [3, 4, 5])
-def test_a_step_with_lr_zero_moves_no_bit(depth):
-    net = symopt.constrain(torch.nn.Linear(64, 8, bias=False), {"weight": symopt.Sparse(0.3, depth=depth)})
-    before = net.weight.detach().clone()
-    opt = symopt.SGD(net, lr=0.0)
-    net.weight.grad = torch.ones_like(before)
-    opt.step()
-    assert torch.equal(net.weight, before)
 
 
 @pytest.mark.parametrize("depth", [2, 3, 4, 5])

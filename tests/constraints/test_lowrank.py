@@ -475,17 +475,6 @@ def test_a_change_does_not_undo_a_committed_rank():
     assert live(opt, module.weight) == 2 == int(torch.linalg.matrix_rank(module.weight.detach()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@every_optimizer
-def test_a_step_with_lr_0_and_no_gradient_moves_nothing(opt_row, dtype):
-    module = constrained_parameter(MATRICES[0], dtype=dtype)
-    before, opt = module.weight.detach().clone(), optimizer(module, opt_row, lr=0.0)
-    for _ in range(stepper.EVERY + 1):
-        module.weight.grad = torch.zeros_like(before)
-        opt.step()
-    assert torch.equal(module.weight, before)
-
-
 def test_half_precision_keeps_fp32_factors():
     module = parameter(randn(12, 9).bfloat16(), symopt.LowRank(20.0))
     p, opt = module.weight, symopt.SGD(module, lr=0.05)

@@ -6,7 +6,6 @@ gives the projection, the pattern of that the orbits, and explicit factors ``(ba
 
 import copy
 import io
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -224,31 +223,6 @@ def test_the_suite_notices_a_wrong_retraction(row, monkeypatch):
     monkeypatch.setattr(kernel, "plane_step", lambda *args, **kwargs: original(*args, **kwargs) * (1 + 1e-9))
     with pytest.raises(AssertionError, match="not close"):
         follow(row, opt_row, "saturated", backend="reference")
-
-
-@every_optimizer
-@every_plane
-def test_at_lr_zero_nothing_moves_by_one_ulp(row, opt_row):
-    for strength, gradient in itertools.product((None, 0.3), (0.0, 1.0)):
-        module, params, _ = bound(row, strength)
-        opt = opt_row.cls(module, lr=0.0, **opt_row.options)
-        before = [p.detach().clone() for p in params]
-        for p in params:
-            p.grad = gradient * randn(p.shape)
-        opt.step()
-        assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@every_plane
-def test_bad_gradients_show_in_the_weight(row, bad):
-    module, params, _ = bound(row, None)
-    opt = symopt.AdamW(module, lr=1e-2)
-    for p in params:
-        p.grad = randn(p.shape)
-    params[0].grad.view(-1)[0] = bad
-    opt.step()
-    assert not bool(params[0].detach().view(-1)[0].isfinite())
 
 
 # -- the threshold ---------------------------------------------------------------------------------------------------
