@@ -23,9 +23,9 @@ $(VENV)/%.stamp: $(PACKAGING) | $(BIN)/python
 	@touch $@
 
 # An ordinary install, not an editable one, so that what is tested is what users get. setuptools never removes a deleted
-# module from build/, and a wheel would still carry it.
+# module from build/, and a wheel would still carry it; the compiled extension stays in build/native.
 install: $(BIN)/python
-	@rm -rf build
+	@rm -rf build/lib* build/bdist*
 	$(PIP) install -q --no-deps --no-build-isolation .
 
 quickstart: $(VENV)/demo.stamp  ## train, compress and fold LeNet-300-100 on MNIST; ARGS="--quick" for a short run
@@ -72,14 +72,12 @@ bench-test: $(VENV)/test.stamp $(VENV)/bench.stamp  ## run the benchmarks' own t
 	$(BIN)/pytest -n 2 benchmarks --benchmark-disable $(ARGS)
 
 # The same tests on a library that checks every access; libstdc++ is preloaded too, or ASan misses its exceptions.
+SANITIZE := -O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(VENV)/test.stamp  ## run the kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
 	@$(MAKE) -s install
-	@mkdir -p build/sanitize
-	g++ -std=c++17 -O1 -g -shared -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast \
-	    -fvisibility=hidden -w -fsanitize=address,undefined -fno-sanitize-recover=all \
-	    kernels/native/native.cpp -o build/sanitize/_native.abi3.so
+	SYMOPT_CXXFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	    SYMOPT_NATIVE=$(CURDIR)/build/sanitize $(BIN)/pytest -n 2 tests/kernels/native $(ARGS)
+	    SYMOPT_NATIVE=$(CURDIR)/build/sanitize/symopt_kernels/native $(BIN)/pytest -n 2 tests/kernels/native $(ARGS)
 
 lint: $(VENV)/lint.stamp  ## ruff
 	$(BIN)/ruff check .

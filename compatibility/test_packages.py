@@ -80,7 +80,7 @@ def test_one_wheel_serves_every_python_from_3_10_on(built: Path) -> None:
     wheel = one(built, "*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "-cp310-abi3-" in wheel.name
-    assert {"symopt/py.typed", "symopt_kernels/py.typed", "symopt_kernels/_native.abi3.so"} <= set(names)
+    assert {"symopt/py.typed", "symopt_kernels/py.typed", "symopt_kernels/native/_native.abi3.so"} <= set(names)
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"symopt", "symopt_kernels"}
 
@@ -128,7 +128,8 @@ LOAD = """
 import compileall, ctypes, pathlib, platform, sysconfig
 site = pathlib.Path(sysconfig.get_path("purelib"))
 assert all(compileall.compile_dir(site / name, quiet=1, force=True) for name in ("symopt", "symopt_kernels"))
-print(platform.python_version(), ctypes.CDLL(str(site / "symopt_kernels" / "_native.abi3.so")).symopt_sizes())
+library = ctypes.CDLL(str(site / "symopt_kernels" / "native" / "_native.abi3.so"))
+print(platform.python_version(), library.symopt_instructions())
 """
 
 

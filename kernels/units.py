@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,14 +27,39 @@ class Part:
     factor: float = 1.0
 
     @property
+    def numel(self) -> int:
+        """Weights of the parameter."""
+        return math.prod(self.shape)
+
+    @property
     def inner(self) -> int:
         """Weights of one slice."""
-        return math.prod(self.shape) // self.shape[self.dim]
+        return math.prod(self.shape[: self.dim] + self.shape[self.dim + 1 :])
+
+    @cached_property
+    def slices(self) -> Tensor:
+        """The slices that belong to a unit; looked up once, as the answer would have to come from a device."""
+        return (self.index >= 0).nonzero().flatten()
+
+    @cached_property
+    def units_of_slices(self) -> Tensor:
+        """The units of :attr:`slices`."""
+        return self.index[self.slices]
+
+    @cached_property
+    def unbound_places(self) -> Tensor:
+        """Places of the weights that belong to no unit, in row-major order."""
+        return (~self.bound.expand(self.shape)).flatten().nonzero().flatten()
+
+    @cached_property
+    def bound(self) -> Tensor:
+        """Whether a slice belongs to a unit, :meth:`along` the parameter."""
+        return self.along(self.index >= 0)
 
     @property
     def unbound(self) -> int:
-        """Weights that belong to no unit."""
-        return int((self.index < 0).sum()) * self.inner
+        """Number of weights that belong to no unit."""
+        return len(self.unbound_places)
 
     def along(self, v: Tensor) -> Tensor:
         """A value per slice, in a shape that broadcasts against the parameter."""
@@ -44,13 +70,13 @@ class Part:
         others = [d for d in range(len(self.shape)) if d != self.dim]
         return x.sum(others) if others else x
 
-    def bound(self) -> Tensor:
-        """Whether a slice belongs to a unit, :meth:`along` the parameter."""
-        return self.along(self.index >= 0)
-
     def unbound_weights(self, x: Tensor) -> Tensor:
-        """Those of ``x``, shaped as the parameter, in row-major order."""
-        return x[~self.bound().to(x.device).expand(self.shape)]
+        """Those of ``x``, shaped as the parameter, that belong to no unit."""
+        return x.flatten().index_select(0, self.unbound_places)
+
+    def with_unbound(self, x: Tensor, values: Tensor) -> Tensor:
+        """``x`` with other :meth:`unbound_weights`."""
+        return x.flatten().index_copy(0, self.unbound_places, values).reshape(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +95,20 @@ class Units:
         """Weights that belong to no unit, over all parts."""
         return sum(part.unbound for part in self.parts)
 
+    def to(self, device: torch.device) -> Units:
+        """The same with indices on another device."""
+        if all(part.index.device == device for part in self.parts):
+            return self
+        return Units(self.count, tuple(replace(part, index=part.index.to(device)) for part in self.parts))
+
     def sizes(self, like: Tensor) -> Tensor:
         """Number of weights of each unit, ``(count,)``."""
-        ones = [torch.full((part.shape[part.dim],), float(part.inner), dtype=torch.float64) for part in self.parts]
-        return self._gather(ones).to(like)
+        return self._sizes.to(like)
+
+    @cached_property
+    def _sizes(self) -> Tensor:
+        ones = [torch.full_like(part.index, part.inner, dtype=torch.float64) for part in self.parts]
+        return self._gather(ones)
 
     def sum(self, xs: Sequence[Tensor]) -> Tensor:
         """Sum over each unit of one tensor per part, shaped as the parameters: ``(count,)``.
@@ -84,8 +120,7 @@ class Units:
 
     def expand(self, v: Tensor, part: Part, unbound: float = 0.0) -> Tensor:
         """Give every slice of ``part`` the value of its unit, :meth:`Part.along` it; ``unbound`` where it has none."""
-        index = part.index.to(v.device)
-        return part.along(torch.where(index >= 0, v[index.clamp(min=0)], unbound))
+        return part.along(torch.where(part.index >= 0, v[part.index.clamp(min=0)], unbound))
 
     def flat(self, v: Tensor, unbound: float = 0.0) -> Tensor:
         """Give every weight of all parts, one after the other, the value of its unit."""
@@ -95,9 +130,8 @@ class Units:
         """One weight of each unit, ``(count,)``, of one tensor per part, shaped as the parameters."""
         found = xs[0].new_zeros(self.count)
         for part, x in zip(reversed(self.parts), reversed(xs), strict=True):
-            index, held = part.index.to(x.device), part.index >= 0
-            one = x.movedim(part.dim, 0).reshape(len(index), -1)[:, 0]
-            found = found.index_put((index[held],), one[held])
+            one = x.movedim(part.dim, 0).reshape(part.shape[part.dim], -1)[:, 0]
+            found = found.index_put((part.units_of_slices,), one[part.slices])
         return found
 
     def pack(self, per_unit: Tensor, xs: Sequence[Tensor]) -> Tensor:
@@ -112,15 +146,12 @@ class Units:
     def write_out(self, moment: Tensor, place: int) -> Tensor:
         """Such a vector for every weight of one part, shaped as its parameter."""
         part = self.parts[place]
-        full = self.expand(moment[: self.count], part).expand(part.shape).contiguous()
-        full[~part.bound().to(moment.device).expand(part.shape)] = self.unpack(moment, place)
-        return full
+        full = self.expand(moment[: self.count], part).expand(part.shape)
+        return part.with_unbound(full, self.unpack(moment, place))
 
     def _gather(self, sums: Sequence[Tensor]) -> Tensor:
         total = sums[0].new_zeros(self.count)
         for part, own in zip(self.parts, sums, strict=True):
-            index = part.index.to(own.device)
-            held = index >= 0
             # Accumulating by index_put sorts on a GPU, where index_add would add in any order.
-            total = total.index_put((index[held],), own[held], accumulate=True)
+            total = total.index_put((part.units_of_slices,), own[part.slices], accumulate=True)
         return total

@@ -14,7 +14,8 @@ from torch import nn
 import symopt
 from support.cases import cases
 from support.table import OPTIMIZERS, OptimizerRow
-from symopt.folding.fold import fold, resize
+from symopt.folding.fold import fold
+from symopt.folding.resize import resize
 from symopt.report import report
 
 S, G = symopt.Sparse, symopt.GroupSparse

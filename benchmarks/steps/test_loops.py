@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import subprocess
 
+import pytest
+
 from benchmarks.steps import loops
+from symopt_kernels.native.binding import INSTRUCTIONS
 
 
-def test_the_loops_compile() -> None:
-    done = subprocess.run(loops.command("-fsyntax-only"), capture_output=True, text=True)
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_the_loops_compile(instructions: str) -> None:
+    done = subprocess.run(loops.command(instructions, "-fsyntax-only"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,9 +1,16 @@
-// The two loops that one core computes more slowly than memory delivers, for AVX-512 and float.
+// The loops that one core computes more slowly than memory delivers, for AVX-512 and float.
 //
 // A hardware root and division keep one unit busy for 16 cycles per sixteen weights (Zen 4) that nothing else can use.
 // Here inverses start from the processor's 14-bit estimate and take one Newton step on the multipliers, which leaves
 // about 1 ulp.  What remains is bound by the multipliers: more unrolling, shorter chains and two loops instead of one
-// changed nothing (benchmarks/loops.py).
+// changed nothing (benchmarks/steps/loops.py).
+
+#pragma once
+
+#include "elementwise.h"
+
+namespace symopt {
+namespace {
 
 struct All {
   __m512 load(const float* p) const { return _mm512_loadu_ps(p); }
@@ -11,60 +18,62 @@ struct All {
   __mmask16 of(__mmask16 lanes) const { return lanes; }
 };
 struct Some {
-  __mmask16 here;
-  __m512 load(const float* p) const { return _mm512_maskz_loadu_ps(here, p); }
-  void store(float* p, __m512 x) const { _mm512_mask_storeu_ps(p, here, x); }
-  __mmask16 of(__mmask16 lanes) const { return lanes & here; }
+  __mmask16 mask;
+  __m512 load(const float* p) const { return _mm512_maskz_loadu_ps(mask, p); }
+  void store(float* p, __m512 x) const { _mm512_mask_storeu_ps(p, mask, x); }
+  __mmask16 of(__mmask16 lanes) const { return lanes & mask; }
 };
 
 // Calls body(i, lanes) for sixteen weights at a time; masks cost a tenth, so only the last call has one.
-template <class Body> static inline void each(int64_t n, const Body& body) {
+template <class Body> inline void for_sixteen(int64_t n, const Body& body) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) body(i, All());
   if (i < n) body(i, Some{__mmask16((1u << (n - i)) - 1)});
 }
 
-static inline __m512 size(__m512 x) { return _mm512_abs_ps(x); }
+inline __m512 size(__m512 x) { return _mm512_abs_ps(x); }
 
 struct Roots {
   __m512 root, inverse;
 };
 
 // sqrt(a) and 1 / sqrt(a) for finite a >= 0; the root of 0 is 0, its inverse merely large.
-static inline Roots roots(__m512 a) {
-  const __m512 half = _mm512_set1_ps(0.5f), tiny = _mm512_set1_ps(Law<float>::smallest);
+inline Roots roots(__m512 a) {
+  const __m512 half = _mm512_set1_ps(0.5f), tiny = _mm512_set1_ps(StepConstants<float>::smallest);
   const __m512 r = _mm512_rsqrt14_ps(_mm512_max_ps(a, tiny)), s = _mm512_mul_ps(a, r);
   const __m512 e = _mm512_fnmadd_ps(_mm512_mul_ps(half, r), s, half);
   return {_mm512_fmadd_ps(s, e, s), _mm512_fmadd_ps(r, e, r)};
 }
 
 // 1 / a; the error term of 0 and infinity is NaN, which min turns into 1, and their estimates stay what they are.
-static inline __m512 inverse(__m512 a) {
+inline __m512 inverse(__m512 a) {
   const __m512 one = _mm512_set1_ps(1.0f), p = _mm512_rcp14_ps(a);
   return _mm512_fmadd_ps(p, _mm512_min_ps(_mm512_fnmadd_ps(a, p, one), one), p);
 }
 
 // BALANCED: the imbalance is 0, as it is for most of training.  Then the metric is 2 |w| and nobody asks for sizes.
 template <Source SOURCE, bool BALANCED>
-static int32_t sparse_saturated(int64_t n, float* __restrict w, const float* __restrict update,
-                                const float* __restrict gain, const Law<float>& k, Tally& tally) {
+int32_t sparse_saturated(int64_t n, float* __restrict w, const float* __restrict update,
+                                const float* __restrict gain, const StepConstants<float>& k, Tally& tally) {
   const auto all = [](float x) { return _mm512_set1_ps(x); };
-  const __m512 lr = all(k.lr), inside = all(k.inside), outside = all(k.outside), threshold = all(k.threshold);
+  const __m512 lr = all(k.lr), kept = all(k.decay_kept), pruned = all(k.decay_pruned);
+  const __m512 threshold = all(k.threshold);
   const __m512 scale = all(k.metric_scale), fastest = all(1 / k.metric_scale), snap = all(float(SNAP) * k.metric_scale);
   const __m512 square_c = all(k.imbalance * k.imbalance), one = all(1.0f);
   __m512 sum = all(0.0f), square = all(0.0f);
-  const bool trimmed = k.threshold >= 0, guarded = SOURCE == PATTERN || !(k.snaps > Law<float>::largest);
+  const bool has_threshold = k.threshold >= 0;
+  const bool guarded = SOURCE == PATTERN || !(k.snap_limit > StepConstants<float>::largest);
   int32_t zeros = 0;
-  each(n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+  for_sixteen(n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     __m512 x = lanes.load(w + i), delta = _mm512_mul_ps(lr, lanes.load(update + i));
-    __m512 decay = inside;
-    __mmask16 may_snap = k.snaps < 0 ? 0 : 0xffff;
+    __m512 decay = kept;
+    __mmask16 may_snap = k.snap_limit < 0 ? 0 : 0xffff;
     if (SOURCE == PATTERN) {
       decay = lanes.load(gain + i);
-      may_snap = _mm512_cmp_ps_mask(decay, outside, _CMP_EQ_OQ);
-    } else if (trimmed) {
+      may_snap = _mm512_cmp_ps_mask(decay, pruned, _CMP_EQ_OQ);
+    } else if (has_threshold) {
       may_snap = _mm512_cmp_ps_mask(size(x), threshold, _CMP_LE_OQ);
-      decay = _mm512_mask_mov_ps(inside, may_snap, outside);
+      decay = _mm512_mask_mov_ps(kept, may_snap, pruned);
     }
     if (SOURCE == COUPLED) decay = _mm512_mul_ps(decay, lanes.load(gain + i));
     const __m512 old = x, pull = size(delta), twice = _mm512_add_ps(x, x);
@@ -81,13 +90,14 @@ static int32_t sparse_saturated(int64_t n, float* __restrict w, const float* __r
     }
     delta = _mm512_mul_ps(t, delta);
     const __m512 rho = _mm512_fnmadd_ps(t, decay, one);
-    const __m512 keep = _mm512_fmadd_ps(delta, delta, _mm512_mul_ps(rho, rho));
-    x = _mm512_fmsub_ps(keep, x, _mm512_mul_ps(_mm512_mul_ps(rho, delta), metric));
+    const __m512 factor = _mm512_fmadd_ps(delta, delta, _mm512_mul_ps(rho, rho));
+    x = _mm512_fmsub_ps(factor, x, _mm512_mul_ps(_mm512_mul_ps(rho, delta), metric));
     if (guarded) {  // what lives within a budget does not vanish
       const __mmask16 small = _mm512_cmp_ps_mask(size(x), _mm512_min_ps(snap, size(old)), _CMP_LT_OQ);
       x = _mm512_mask_mov_ps(x, small & ~may_snap, old);
     }
-    const __m512 far = size(x), limit = _mm512_maskz_mov_ps(may_snap & _mm512_cmp_ps_mask(pull, decay, _CMP_LT_OQ), snap);
+    const __mmask16 attracted = may_snap & _mm512_cmp_ps_mask(pull, decay, _CMP_LT_OQ);
+    const __m512 far = size(x), limit = _mm512_maskz_mov_ps(attracted, snap);
     const __mmask16 zero = lanes.of(_mm512_cmp_ps_mask(far, limit, _CMP_LE_OQ));
     if (!BALANCED) {
       sum = _mm512_add_ps(sum, far);
@@ -100,7 +110,8 @@ static int32_t sparse_saturated(int64_t n, float* __restrict w, const float* __r
   return zeros;
 }
 
-static int32_t sparse(int64_t n, float* w, const float* update, const float* gain, const Law<float>& k, Tally& tally) {
+int32_t sparse(int64_t n, float* w, const float* update, const float* gain, const StepConstants<float>& k,
+               Tally& tally) {
   if (!k.saturated) return sparse<float>(n, w, update, gain, k, tally);
   const Tally before = tally;
   const bool balanced = k.imbalance == 0;
@@ -109,14 +120,14 @@ static int32_t sparse(int64_t n, float* w, const float* update, const float* gai
               : from == PATTERN ? (balanced ? sparse_saturated<PATTERN, true> : sparse_saturated<PATTERN, false>)
                                 : (balanced ? sparse_saturated<UNIFORM, true> : sparse_saturated<UNIFORM, false>);
   const int32_t zeros = loop(n, w, update, gain, k, tally);
-  if (!(tally.square - before.square <= Law<float>::largest)) tally = before, add_finite(n, w, tally);
+  if (!(tally.square - before.square <= StepConstants<float>::largest)) tally = before, add_finite(n, w, tally);
   return zeros;
 }
 
 // Four neighbours lie in one 128-bit lane, and rotations bring each of them to the others (scalar: 6 ns per weight).
-static void rank(int64_t n, const float* w, float* decays, int keep, int of, float inside, float outside) {
-  if (of != 4) return rank<float>(n, w, decays, keep, of, inside, outside);
-  each(n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+void nm_decays(int64_t n, const float* w, float* decays, int pattern_n, int pattern_m, float kept, float pruned) {
+  if (pattern_m != 4) return nm_decays<float>(n, w, decays, pattern_n, pattern_m, kept, pruned);
+  for_sixteen(n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     const __m512 mine = size(lanes.load(w + i));
     const __m512i one = _mm512_set1_epi32(1);
     __m512i ahead = _mm512_setzero_si512();
@@ -127,21 +138,21 @@ static void rank(int64_t n, const float* w, float* decays, int keep, int of, flo
     count(_mm512_permute_ps(mine, 0x39), 0x8888);
     count(_mm512_permute_ps(mine, 0x4e), 0xcccc);
     count(_mm512_permute_ps(mine, 0x93), 0xeeee);
-    const __mmask16 kept = _mm512_cmplt_epi32_mask(ahead, _mm512_set1_epi32(keep));
-    lanes.store(decays + i, _mm512_mask_mov_ps(_mm512_set1_ps(outside), kept, _mm512_set1_ps(inside)));
+    const __mmask16 is_kept = _mm512_cmplt_epi32_mask(ahead, _mm512_set1_epi32(pattern_n));
+    lanes.store(decays + i, _mm512_mask_mov_ps(_mm512_set1_ps(pruned), is_kept, _mm512_set1_ps(kept)));
   });
 }
 
-static void adam(int64_t n, const float* __restrict g, float* __restrict exp_avg, float* __restrict exp_avg_sq,
-                 float* __restrict peak, float* __restrict update, float* __restrict gain, const Law<float>& k) {
+void adam(int64_t n, const float* __restrict g, float* __restrict exp_avg, float* __restrict exp_avg_sq,
+          float* __restrict peak, float* __restrict update, float* __restrict gain, const StepConstants<float>& k) {
   const auto all = [](float x) { return _mm512_set1_ps(x); };
-  const __m512 fresh1 = all(k.fresh1), beta2 = all(k.beta2), fresh2 = all(k.fresh2), unbias1 = all(k.unbias1);
-  const __m512 unbias2 = all(k.unbias2), eps = all(k.eps);
-  each(n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+  const __m512 share1 = all(k.one_minus_beta1), beta2 = all(k.beta2), share2 = all(k.one_minus_beta2);
+  const __m512 correction1 = all(k.bias_correction1), correction2 = all(k.bias_correction2), eps = all(k.eps);
+  for_sixteen(n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     const __m512 x = lanes.load(g + i), old = lanes.load(exp_avg + i);
-    const __m512 m = _mm512_fmadd_ps(fresh1, _mm512_sub_ps(x, old), old);
+    const __m512 m = _mm512_fmadd_ps(share1, _mm512_sub_ps(x, old), old);
     __m512 v = lanes.load(exp_avg_sq + i);
-    v = _mm512_fmadd_ps(beta2, v, _mm512_mul_ps(fresh2, _mm512_mul_ps(x, x)));
+    v = _mm512_fmadd_ps(beta2, v, _mm512_mul_ps(share2, _mm512_mul_ps(x, x)));
     lanes.store(exp_avg + i, m);
     lanes.store(exp_avg_sq + i, v);
     if (peak) {
@@ -149,8 +160,11 @@ static void adam(int64_t n, const float* __restrict g, float* __restrict exp_avg
       v = _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, highest, _CMP_LE_OQ), highest);
       lanes.store(peak + i, v);
     }
-    const __m512 p = inverse(_mm512_add_ps(_mm512_sqrt_ps(_mm512_mul_ps(v, unbias2)), eps));
+    const __m512 p = inverse(_mm512_add_ps(_mm512_sqrt_ps(_mm512_mul_ps(v, correction2)), eps));
     lanes.store(gain + i, p);
-    lanes.store(update + i, _mm512_mul_ps(p, _mm512_mul_ps(m, unbias1)));
+    lanes.store(update + i, _mm512_mul_ps(p, _mm512_mul_ps(m, correction1)));
   });
 }
+
+}  // namespace
+}  // namespace symopt

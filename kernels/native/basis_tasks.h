@@ -1,4 +1,11 @@
-// How weights under a plane that is given by a basis are cut into tasks; basis.h has the sweeps.
+// How weights under a plane that is given by a basis are divided into tasks; basis.h has the sweeps.
+
+#pragma once
+
+#include "centred_tasks.h"
+
+namespace symopt {
+namespace {
 
 struct BasisWork final : PlaneWork {
   struct Part {
@@ -6,52 +13,55 @@ struct BasisWork final : PlaneWork {
     int64_t begin, end;
   };
 
+  const Functions& f;
   std::vector<Part> parts;
   std::vector<double> sums;
   std::vector<Mean> means;  // of every direction
-  std::vector<Move> moves;
+  std::vector<MeanMove> moves;
 
-  explicit BasisWork(const Mirror* mirror)
-      : PlaneWork(mirror), means(static_cast<size_t>(mirror->columns)), moves(means.size()) {
+  BasisWork(const PlaneEntry* p, const Settings& s)
+      : PlaneWork(p), f(functions_of(s, *p->parameters[0])), means(static_cast<size_t>(p->columns)),
+        moves(means.size()) {
     sample.resize(1);
-    for (int64_t i = 0; i < m->tensors; i++) {
-      const Entry& e = *m->members[i];
-      const int64_t chunk = std::max(e.numel < SMALL ? SMALL_CHUNK : CHUNK, (e.numel / CHUNKS + BLOCK) / BLOCK * BLOCK);
+    for (int64_t i = 0; i < plane->parameter_count; i++) {
+      const Entry& e = *plane->parameters[i];
+      const int64_t chunk = chunk_of(e.numel);
       for (int64_t at = 0; at < e.numel; at += chunk) parts.push_back({&e, at, std::min(e.numel, at + chunk)});
       weights += e.numel;
     }
     sums.resize(parts.size() * size());
   }
 
-  size_t size() const { return static_cast<size_t>(2 + 2 * m->columns); }
+  size_t size() const { return static_cast<size_t>(2 + 2 * plane->columns); }
 
-  Survey survey(const Law<double>& k, const Settings& s, double* sampled) override {
-    const Entry& e = *m->members[0];
-    const BasisFunctions& f = *SYMOPT_CHOOSE(basis_table, s.instructions)[e.dtype];
+  PlaneSums survey(const StepConstants<double>& k, const Settings& s, double* sampled) override {
     sweep(int64_t(parts.size()), weights, s, [&](int64_t i) {
       const Part& p = parts[static_cast<size_t>(i)];
-      f.project(*p.e, k, p.begin, p.end, m->columns, sums.data() + size_t(i) * size());
+      f.survey_basis(*p.e, k, p.begin, p.end, plane->columns, sums.data() + size_t(i) * size());
     });
     for (size_t i = size(); i < sums.size(); i++) sums[i % size()] += sums[i];
-    Survey all;
-    const double speed = f.second_moment(e, k, 0, sums[0] / double(weights));
+    PlaneSums all;
+    const double step_scale = f.second_moment(*plane->parameters[0], k, 0, sums[0] / double(weights));
     for (size_t j = 0; j < means.size(); j++) {
-      means[j] = {sums[2 + j], sums[2 + means.size() + j], speed};
+      means[j] = {sums[2 + j], sums[2 + means.size() + j], step_scale};
       add(all, means[j], 1);
     }
-    all.all = sums[1], all.paces = double(weights) / speed;
-    if (sampled) sampled[0] = speed;
+    all.update_sq = sums[1], all.sum_inverse = double(weights) / step_scale;
+    if (sampled) sampled[0] = step_scale;
     return all;
   }
 
-  Tally move(const Law<double>& k, const Settings& s, const Survey&, const Gate& gate, bool attracted) override {
-    const BasisFunctions& f = *SYMOPT_CHOOSE(basis_table, s.instructions)[m->members[0]->dtype];
-    const Settled settled(means, 1, k, gate, attracted);
-    for (size_t j = 0; j < means.size(); j++) moves[j] = settled.move(means[j]);
+  Tally move(const StepConstants<double>& k, const Settings& s, const PlaneSums&, const Gate& gate,
+             bool attracted) override {
+    const Remainder remainder(means, 1, k, gate, attracted);
+    for (size_t j = 0; j < means.size(); j++) moves[j] = remainder.move(means[j]);
     sweep(int64_t(parts.size()), weights, s, [&](int64_t i) {
       const Part& p = parts[static_cast<size_t>(i)];
-      f.lift(*p.e, k, p.begin, p.end, m->columns, moves.data());
+      f.move_basis(*p.e, k, p.begin, p.end, plane->columns, moves.data());
     });
-    return settled.left;
+    return remainder.left;
   }
 };
+
+}  // namespace
+}  // namespace symopt

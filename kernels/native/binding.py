@@ -1,4 +1,4 @@
-"""The fused step on CPUs: ``native.cpp`` behind plain tensors and numbers.
+"""The fused step on CPUs: the C++ library behind plain tensors and numbers.
 
 One call steps any number of tensors, each with its own retraction, and moves the bytes of the plain optimizer.  The C++
 is an optional extension that needs no torch headers: it is built when the package is installed with a compiler at hand,
@@ -8,109 +8,50 @@ and everything works without it (:data:`UNAVAILABLE` says why it is missing).
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from ctypes import POINTER, Structure, byref, c_double, c_float, c_int32, c_int64, c_void_p
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import byref, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from symopt_kernels.groups import Groups
+from symopt_kernels.native.library import (
+    BLOCK,
+    DIRECTIONS,
+    LIBRARY,
+    RETRACTIONS,
+    UNAVAILABLE,
+    Entry,
+    PlaneEntry,
+    Settings,
+    UnitsEntry,
+    UnitsPart,
+)
+from symopt_kernels.native.library import Segment as _Segment
 from symopt_kernels.orbits import Segment
+from symopt_kernels.units import Units
 
 __all__ = [
-    *("DTYPES", "HISTOGRAM_SHIFT", "INSTRUCTIONS", "THREADS", "UNAVAILABLE", "Entry", "PlaneEntry", "Settings"),
-    *("fill", "fill_plane", "histogram", "layout", "rank", "shares", "step"),
+    "DTYPES",
+    "INSTRUCTIONS",
+    "RETRACTIONS",
+    "THREADS",
+    "UNAVAILABLE",
+    "Entry",
+    "PlaneEntry",
+    "UnitsEntry",
+    "fill",
+    "fill_plane",
+    "fill_units",
+    "layout",
+    "step",
 ]
 
-DIRECTIONS = ("sgd", "adam", "adamw")
-RETRACTIONS = ("plain", "sparse", "sparse_free", "group", "mirror")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-HISTOGRAM_SHIFT = 16
-"""Bits of a float that a histogram of sizes leaves out: 7 of the mantissa stay, so its bins are 0.8 % wide."""
-
-
-_BLOCK = 512
-"""``BLOCK`` of ``types.h``."""
-
-
-class Entry(Structure):
-    """One tensor and its state, as ``struct Entry`` of ``native.cpp``."""
-
-    _fields_: ClassVar = [
-        *[(name, c_void_p) for name in ("weight", "grad", "master", "first", "second", "peak", "factor_0", "factor_1")],
-        *[(name, c_void_p) for name in ("imbalance", "metric_scale", "step", "budget", "index")],
-        *[(name, c_int64) for name in ("numel", "bands", "rows", "groups", "run")],
-        *[(name, c_double) for name in ("strength_kept", "strength_pruned", "threshold")],
-        ("zeros", c_int64),
-        *[(name, c_int32) for name in ("retraction", "dtype", "fresh", "wide_step")],
-        *[(name, c_int32) for name in ("pattern_n", "pattern_m", "decoupled")],
-    ]
-
-
-class _Segment(Structure):
-    """:class:`symopt_kernels.orbits.Segment`, as ``struct Segment`` of ``types.h``."""
-
-    _fields_: ClassVar = [
-        *[(name, c_void_p) for name in ("of", "places", "begins", "tiles")],
-        *[(name, c_int64) for name in ("copies", "orbits", "first", "count")],
-    ]
-
-
-class PlaneEntry(Structure):
-    """Tensors under one plane, as ``struct PlaneEntry`` of ``types.h``; ``entries`` are those of each."""
-
-    _fields_: ClassVar = [
-        ("members", POINTER(c_void_p)),
-        ("critical", c_void_p),
-        ("segments", POINTER(_Segment)),
-        *[(name, c_int64) for name in ("tensors", "count", "columns")],
-        ("sqrt_dim_per_gate", c_double),
-        *[(name, c_int32) for name in ("gate_per_orbit", "centred")],
-    ]
-    entries: list[Entry]
-    kept: Any
-    """Alive as long as this: what it points into."""
-
-
-class Settings(Structure):
-    """What a call's tensors share, as ``struct Settings`` of ``native.cpp``."""
-
-    _fields_: ClassVar = [
-        *[(name, c_double) for name in ("lr", "beta1", "beta2", "eps", "momentum", "dampening", "weight_decay")],
-        ("imbalance_factor", c_double),
-        ("grad_scale", c_void_p),
-        ("found_inf", c_void_p),
-        *[(name, c_int32) for name in ("direction", "nesterov", "maximize", "saturated", "threads", "instructions")],
-        ("parallel", c_void_p),
-    ]
-
-
-def _find() -> tuple[Any, str | None]:
-    names = [f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
-    folder = Path(os.environ.get("SYMOPT_NATIVE", Path(__file__).parent))
-    found = [folder / name for name in names if (folder / name).exists()]
-    if not found:
-        return None, "the C++ extension is not built (no compiler when symopt was installed?)"
-    try:
-        library = ctypes.CDLL(str(found[0]))
-        sizes = library.symopt_sizes()
-    except (OSError, AttributeError) as error:
-        return None, f"the C++ extension does not load: {error}"
-    if sizes != (ctypes.sizeof(Entry) * 1000 + ctypes.sizeof(Settings)) * 1000 + ctypes.sizeof(PlaneEntry):
-        return None, "the C++ extension was built from another version of symopt; install symopt again"
-    library.symopt_histogram.argtypes = [c_void_p, c_int64, c_void_p]
-    library.symopt_histogram.restype = None
-    library.symopt_rank.argtypes = [c_void_p, c_int64, c_void_p, c_int64]
-    library.symopt_rank.restype = c_float
-    library.symopt_shares.argtypes = [POINTER(c_void_p), c_int64, c_int64, c_double, c_double, c_void_p]
-    for step in (library.symopt_step, library.symopt_step_mirror):
-        step.argtypes = [POINTER(c_void_p), c_int64, POINTER(Settings)]
-    return library, None
 
 
 def _pool() -> int | None:
@@ -120,9 +61,6 @@ def _pool() -> int | None:
     except (OSError, AttributeError, TypeError):
         return None
 
-
-_library, UNAVAILABLE = _find()
-"""Why the native step cannot run here, or None."""
 
 _parallel = _pool()
 
@@ -142,8 +80,8 @@ if hasattr(os, "register_at_fork"):
 INSTRUCTIONS: tuple[str, ...] = ("neon" if platform.machine() in ("aarch64", "arm64") else "baseline",)
 """Instruction sets this processor has, the best last."""
 
-if _library is not None:
-    INSTRUCTIONS += tuple(name for bit, name in ((1, "avx2"), (2, "avx512")) if _library.symopt_instructions() & bit)
+if LIBRARY is not None:
+    INSTRUCTIONS += tuple(name for bit, name in ((1, "avx2"), (2, "avx512")) if LIBRARY.symopt_instructions() & bit)
 
 
 def layout(w: Tensor, groups: Groups | None = None) -> tuple[int, int, int, int] | None:
@@ -191,7 +129,8 @@ def fill(
 ) -> None:
     """Point ``entry`` at a weight and its state; every tensor has the weight's strides, group values are flat.
 
-    ``fresh`` says that ``momentum_buffer`` holds nothing yet.  The gradient and the strengths are the caller's to set.
+    ``fresh`` says that ``momentum_buffer`` holds nothing yet.  The gradient, the strengths and the pattern of ``nm``
+    are the caller's to set.
     """
     shape = layout(weight, groups)
     assert shape is not None
@@ -204,7 +143,7 @@ def fill(
     entry.numel = weight.numel()
     entry.bands, entry.rows, entry.groups, entry.run = shape
     entry.threshold = -1.0
-    entry.retraction = RETRACTIONS.index(retraction)
+    entry.retraction = RETRACTIONS.index("sparse" if retraction == "nm" else retraction)
     entry.dtype = DTYPES.index(weight.dtype)
     entry.fresh = fresh
     entry.wide_step = "step" in state and state["step"].dtype == torch.float64
@@ -212,14 +151,24 @@ def fill(
 
 def _tiled(basis: Tensor) -> Tensor:
     """``(k, weights)`` as ``(blocks, k, BLOCK)``, the last block filled up with zeros."""
-    blocks = -(-basis.shape[1] // _BLOCK)
-    full = basis.new_zeros(len(basis), blocks * _BLOCK)
+    blocks = -(-basis.shape[1] // BLOCK)
+    full = basis.new_zeros(len(basis), blocks * BLOCK)
     full[:, : basis.shape[1]] = basis
-    return full.view(len(basis), blocks, _BLOCK).transpose(0, 1).contiguous()
+    return full.view(len(basis), blocks, BLOCK).transpose(0, 1).contiguous()
+
+
+def _entries(
+    weights: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], groups: Groups | None, fresh: bool
+) -> tuple[list[Entry], Any]:
+    """Entries of parameters that are stepped together, and the table of their addresses."""
+    entries = [Entry() for _ in weights]
+    for entry, weight, state in zip(entries, weights, states, strict=True):
+        fill(entry, weight, state, "group", groups, fresh=fresh)
+    return entries, (c_void_p * len(entries))(*map(ctypes.addressof, entries))
 
 
 def fill_plane(
-    mirror: PlaneEntry,
+    plane: PlaneEntry,
     weights: Sequence[Tensor],
     states: Sequence[Mapping[str, Tensor]],
     *,
@@ -230,38 +179,60 @@ def fill_plane(
     basis: Tensor | None = None,
     fresh: bool = False,
 ) -> None:
-    """Point ``mirror`` at contiguous weights; what they share is in the first of their states.
+    """Point ``plane`` at contiguous weights; what they have in common is in the first of their states.
 
     Those of an orbit become equal.  Without ``segments`` they have one shape, and orbits are their weights at one
     place.  With ``centred`` there is one weight, whose means over these groups vanish; with an orthonormal ``basis``,
     ``(k, weights)`` and in the precision of the step, what vanishes is the coordinates of all weights one after the
     other.
 
-    With ``each`` every orbit has its own gate.  ``spread`` turns a strength per coordinate into one per gate; a state
-    ``critical`` makes the strength automatic, else that of ``entries[0]`` counts.
+    With ``gate_per_orbit`` every orbit has its own gate.  ``sqrt_dim_per_gate`` turns a strength per coordinate into
+    one per gate; a state ``critical`` makes the strength automatic, else that of ``entries[0]`` counts.
     """
-    mirror.entries = [Entry() for _ in weights]
-    for entry, weight, state in zip(mirror.entries, weights, states, strict=True):
-        fill(entry, weight, state, "mirror", centred, fresh=fresh)
-    mirror.members = (c_void_p * len(weights))(*map(ctypes.addressof, mirror.entries))
-    mirror.critical = states[0]["critical"].data_ptr() if "critical" in states[0] else None
+    plane.entries, plane.parameters = _entries(weights, states, centred, fresh)
+    plane.critical = states[0]["critical"].data_ptr() if "critical" in states[0] else None
     tiles = () if basis is None else [_tiled(part) for part in basis.split([w.numel() for w in weights], dim=1)]
-    for entry, tile in zip(mirror.entries, tiles, strict=False):
+    for entry, tile in zip(plane.entries, tiles, strict=False):
         entry.factor_0 = tile.data_ptr()
-    mirror.kept, mirror.columns = (segments, tiles), 0 if basis is None else len(basis)
+    plane.owned, plane.columns = (segments, tiles), 0 if basis is None else len(basis)
     rows = [
         _Segment(
             *(x.data_ptr() for x in (s.of, s.places, s.begins, s.tiles)), *s.places.shape, s.first, s.tiles.shape[1]
         )
         for s in segments or ()
     ] or [_Segment(None, None, None, None, len(weights), weights[0].numel())]
-    mirror.segments, mirror.count, mirror.tensors = (_Segment * len(rows))(*rows), len(rows), len(weights)
-    mirror.sqrt_dim_per_gate, mirror.gate_per_orbit = sqrt_dim_per_gate, gate_per_orbit
-    mirror.centred = centred is not None
+    plane.segments, plane.segment_count = (_Segment * len(rows))(*rows), len(rows)
+    plane.parameter_count, plane.centred = len(weights), centred is not None
+    plane.sqrt_dim_per_gate, plane.gate_per_orbit = sqrt_dim_per_gate, gate_per_orbit
+
+
+def fill_units(
+    entry: UnitsEntry,
+    weights: Sequence[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    units: Units,
+    *,
+    fresh: bool = False,
+) -> None:
+    """Point ``entry`` at contiguous weights, one per part; what they have in common is in the first of their states.
+
+    Second moments are one flat vector as :class:`~symopt_kernels.units.Units` has it.  The gradients are the caller's
+    to set in ``entries``, and the strengths (and ``decoupled``) in ``entries[0]``.
+    """
+    entry.entries, entry.parameters = _entries(weights, states, None, fresh)
+    indices = [part.index.to("cpu", torch.int64).contiguous() for part in units.parts]
+    for one, part in zip(entry.entries, units.parts, strict=True):
+        one.bands, one.rows, one.groups = 1, math.prod(part.shape[: part.dim]), part.shape[part.dim]
+        one.run = math.prod(part.shape[part.dim + 1 :])
+    rows = [UnitsPart(index.data_ptr(), part.factor) for index, part in zip(indices, units.parts, strict=True)]
+    sizes = units.sizes(torch.empty((), dtype=torch.float64))
+    entry.unit_sums = torch.zeros(4, units.count, dtype=torch.float64)
+    entry.parts, entry.sizes, entry.sums = (UnitsPart * len(rows))(*rows), sizes.data_ptr(), entry.unit_sums.data_ptr()
+    entry.parameter_count, entry.count, entry.owned = len(weights), units.count, (indices, sizes)
 
 
 def step(
-    entries: Sequence[Entry | PlaneEntry],
+    entries: Sequence[Entry | PlaneEntry | UnitsEntry],
     direction: str,
     *,
     lr: float,
@@ -277,12 +248,15 @@ def step(
     imbalance_factor: float | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    combine: Callable[[Tensor], None] | None = None,
     instructions: str = INSTRUCTIONS[-1],
 ) -> None:
-    """Step every entry: ``reference``'s direction, then each entry's retraction and the law of its imbalance, in place.
+    """Step every entry: the reference's direction, then each entry's retraction and the law of its imbalance, in place.
 
     A counter ``step`` is advanced first.  Gradients are divided by ``grad_scale``; a nonzero ``found_inf`` skips
-    everything (both fp32 tensors).  ``weight_decay`` is torch's and acts on ``plain`` entries only.
+    everything (both fp32 tensors).  ``weight_decay`` is torch's and acts on ``plain`` entries only.  ``combine`` gets,
+    for every :class:`UnitsEntry`, the sums ``gg, mm, mw, ww`` of its units over its parameters, ``(4, count)`` in
+    fp64, to reduce them in place over other processes before anything moves.
     """
     settings = Settings(
         lr=lr,
@@ -303,32 +277,17 @@ def step(
         instructions=INSTRUCTIONS.index(instructions),
         parallel=_parallel,
     )
-    for kind, function in ((Entry, _library.symopt_step), (PlaneEntry, _library.symopt_step_mirror)):
-        found = [entry for entry in entries if isinstance(entry, kind)]
-        table = (c_void_p * len(found))(*map(ctypes.addressof, found))
-        if found and function(table, len(found), byref(settings)):
-            raise MemoryError("the native step found no memory for its bookkeeping")
+    _call(LIBRARY.symopt_step_tensors, [entry for entry in entries if isinstance(entry, Entry)], settings)
+    _call(LIBRARY.symopt_step_planes, [entry for entry in entries if isinstance(entry, PlaneEntry)], settings)
+    units = [entry for entry in entries if isinstance(entry, UnitsEntry)]
+    _call(LIBRARY.symopt_survey_units, units, settings)
+    if combine is not None and (found_inf is None or not bool(found_inf)):
+        for entry in units:
+            combine(entry.unit_sums)
+    _call(LIBRARY.symopt_move_units, units, settings)
 
 
-def histogram(x: Tensor) -> Tensor:
-    """How many elements of a dense fp32 tensor have a size with these upper bits; as many counts as there are bits."""
-    counts = torch.zeros(1 << (31 - HISTOGRAM_SHIFT), dtype=torch.int64)
-    _library.symopt_histogram(x.data_ptr(), x.numel(), counts.data_ptr())
-    return counts
-
-
-def rank(x: Tensor, k: int, counts: Tensor) -> float:
-    """The ``k``-th smallest size, counted from 1, in a dense fp32 tensor, given its :func:`histogram`; NaN is last."""
-    found: float = _library.symopt_rank(x.data_ptr(), x.numel(), counts.data_ptr(), k)
-    if found < 0:
-        raise MemoryError("symopt: no memory for a selection")
-    return found
-
-
-def shares(counts: Sequence[Tensor], keep: int, far: float, rounding: float) -> Tensor:
-    """How many weights live in each of several tensors, from their histograms (``symopt.budgets.selection``)."""
-    live = torch.empty(len(counts), dtype=torch.int64)
-    table = (c_void_p * len(counts))(*(count.data_ptr() for count in counts))
-    if _library.symopt_shares(table, len(counts), keep, far, rounding, live.data_ptr()):
-        raise MemoryError("symopt: no memory for a selection")
-    return live
+def _call(function: Any, entries: Sequence[Entry | PlaneEntry | UnitsEntry], settings: Settings) -> None:
+    table = (c_void_p * len(entries))(*map(ctypes.addressof, entries))
+    if entries and function(table, len(entries), byref(settings)):
+        raise MemoryError("the native step found no memory for its bookkeeping")

@@ -1,123 +1,128 @@
-// How a weight whose means shall vanish is cut into tasks, and what is decided between the sweeps of centred.h.
-//
-// Units and their parts are those of groups (native.cpp), so here, too, results do not depend on the number of threads.
+// How a weight whose means shall vanish is divided into tasks, and what is decided between the sweeps of centred.h.
+
+#pragma once
+
+#include "plane_tasks.h"
+
+namespace symopt {
+namespace {
 
 // What takes a group, or a direction, onto the plane and along it.
-inline Move onto_plane(const Mean& g, double reach) {
-  const double forth = reach * g.speed;
-  return {forth, forth * g.update - g.off};
+inline MeanMove onto_plane(const Mean& g, double reach) {
+  const double along = reach * g.step_scale;
+  return {along, along * g.update - g.off};
 }
 
 // What groups of `members` weights, or directions, lie off the plane by after a step through one gate.
-struct Settled {
+struct Remainder {
   double reach, rate, back, own;
   bool coupled, snaps = false;
   Tally left;
 
-  Settled(const std::vector<Mean>& means, double members, const Law<double>& k, const Gate& gate, bool attracted)
-      : reach(k.lr * k.unbias1), rate(gate.t * k.inside), back((1 - gate.own) * gate.square * gate.t), own(gate.own),
-        coupled(k.direction == ADAM) {
+  Remainder(const std::vector<Mean>& means, double members, const StepConstants<double>& k, const Gate& gate,
+            bool attracted)
+      : reach(k.lr * k.bias_correction1), rate(gate.t * k.decay_kept), back((1 - gate.own) * gate.square * gate.t),
+        own(gate.own), coupled(k.direction == ADAM) {
     for (const Mean& g : means) left.square += members * rest(g) * rest(g);
     left.sum = std::sqrt(left.square);
     snaps = left.sum <= SNAP * k.metric_scale && attracted;
     if (snaps) left = Tally();
   }
 
-  double rest(const Mean& g) const {  // as gate_joint of orbit.h
-    const double decay = coupled ? rate * g.speed : rate, fits = 1 / std::max(decay, 1.0), kept = std::min(decay, 1.0);
-    const double lost = own * kept - own - kept;
-    return g.off + lost * g.off - back * fits * reach * g.speed * g.update;
+  double rest(const Mean& g) const {  // as gate_of_plane of orbit_loops.h
+    const double decay = coupled ? rate * g.step_scale : rate, fits = 1 / std::max(decay, 1.0);
+    const double most = std::min(decay, 1.0), shrink = own * most - own - most;
+    return g.off + shrink * g.off - back * fits * reach * g.step_scale * g.update;
   }
 
-  Move move(const Mean& g) const {
-    const Move onto = onto_plane(g, reach);
-    return {onto.forth, onto.add + (snaps ? 0.0 : rest(g))};
+  MeanMove move(const Mean& g) const {
+    const MeanMove onto = onto_plane(g, reach);
+    return {onto.along, onto.add + (snaps ? 0.0 : rest(g))};
   }
 };
 
 struct CentredWork final : PlaneWork {
-  Work work;
+  const Entry& e;
+  const Functions& f;
+  Stripes stripes;
   int64_t stride;
-  std::vector<Mean> means;  // of all groups
-  std::vector<Move> moves;
-  std::vector<char> glided;  // units that the first sweep has moved
-  std::vector<Survey> surveys;
+  std::unique_ptr<double[]> sums;  // of the parts of divided stripes
+  std::vector<Mean> means;         // of all groups
+  std::vector<MeanMove> moves;
+  std::vector<char> moved;  // stripes that the survey has moved
+  std::vector<PlaneSums> plane_sums;
 
-  explicit CentredWork(const Mirror* mirror) : PlaneWork(mirror) {
-    Entry& e = *m->members[0];
-    work.e = &e;
-    cut(work);
+  CentredWork(const PlaneEntry* p, const Settings& s)
+      : PlaneWork(p), e(*p->parameters[0]), f(functions_of(s, e)) {
+    stripes.partition(e);
     const int64_t groups = e.bands * e.groups;
     weights = e.numel, stride = std::max<int64_t>(1, groups / SAMPLE);
     means.resize(static_cast<size_t>(groups)), moves.resize(means.size());
     sample.resize(static_cast<size_t>((groups + stride - 1) / stride));
-    glided.resize(static_cast<size_t>(work.units));
-    surveys.resize(static_cast<size_t>(work.split ? work.units : work.tasks));
+    moved.resize(static_cast<size_t>(stripes.count));
+    plane_sums.resize(static_cast<size_t>(stripes.divided ? stripes.count : stripes.tasks));
+    if (stripes.divided) sums.reset(new double[static_cast<size_t>(stripes.tasks * stripes.sums_size())]);
   }
 
-  // f(i, unit, begin, end, task) for all units, or all parts of them.
-  template <class F> void visit(const Settings& s, const F& f) {
-    sweep(work.tasks, weights, s, [&](int64_t task) {
-      int64_t begin, end;
-      if (work.split) {
-        const Unit unit = work.unit(task / work.parts);
-        work.bounds(unit, task % work.parts, begin, end);
-        return f(task / work.parts, unit, begin, end, task);
-      }
-      for (int64_t i = task * work.per_task; i < std::min(work.units, (task + 1) * work.per_task); i++) {
-        const Unit unit = work.unit(i);
-        f(i, unit, 0, unit.rows * unit.width, task);
-      }
-    });
-  }
-
-  Survey survey(const Law<double>& k, const Settings& s, double* sampled) override {
-    const Entry& e = *work.e;
-    const CentredFunctions& f = *SYMOPT_CHOOSE(centred_table, s.instructions)[e.dtype];
+  PlaneSums survey(const StepConstants<double>& k, const Settings& s, double* sampled) override {
     // So little that all groups together are on the plane; without lr or strength nothing is kept there.
-    const double least = k.imbalance == 0 && k.lr > 0 && (m->critical || k.inside > 0)
+    const double least = k.imbalance == 0 && k.lr > 0 && (plane->critical || k.decay_kept > 0)
                              ? SNAP * k.metric_scale / std::sqrt(double(weights)) : -1;
-    visit(s, [&](int64_t i, const Unit& unit, int64_t begin, int64_t end, int64_t task) {
-      double here[4 * STRIPE], *sums = work.split ? work.sums.get() + task * work.sums_size : here;
-      std::fill(sums, sums + work.sums_size, 0.0);
-      f.reduce(e, k, unit, begin, end, sums);
-      if (work.split) return;
-      f.means(e, k, unit, sums, 1, 0, means.data(), surveys[static_cast<size_t>(task)]);
-      bool near = true;
-      for (int64_t g = unit.group; g < unit.group + unit.groups; g++) {
-        const Mean& mean = means[static_cast<size_t>(g)];
-        near &= std::fabs(mean.off) <= least && std::isfinite(mean.update * mean.speed);
-        moves[static_cast<size_t>(g)] = onto_plane(mean, k.lr * k.unbias1);
-      }
-      glided[static_cast<size_t>(i)] = near;
-      if (near) f.shift(e, k, unit, begin, end, moves.data());
-    });
-    if (work.split)
-      sweep(work.units, weights, s, [&](int64_t i) {
-        double* sums = work.sums.get() + i * work.parts * work.sums_size;
-        f.means(e, k, work.unit(i), sums, work.parts, work.sums_size, means.data(), surveys[static_cast<size_t>(i)]);
+    const int64_t size = stripes.sums_size();
+    sweep(stripes.tasks, weights, s, [&](int64_t task) {
+      stripes.visit(task, [&](int64_t i, const Stripe& stripe, int64_t begin, int64_t end) {
+        double own_sums[4 * MAX_STRIPE], *to = stripes.divided ? sums.get() + task * size : own_sums;
+        std::fill(to, to + size, 0.0);
+        f.survey(e, k, stripe, begin, end, to, true);
+        if (stripes.divided) return;
+        f.combine_means(e, k, stripe, to, 1, 0, means.data(), plane_sums[static_cast<size_t>(task)]);
+        if ((moved[static_cast<size_t>(i)] = on_plane(stripe, least, k)))
+          f.move_means(e, k, stripe, begin, end, moves.data());
       });
-    Survey all;
-    for (const Survey& part : surveys) all.add(part);
-    for (size_t i = 0; sampled && i < sample.size(); i++) sampled[i] = means[i * static_cast<size_t>(stride)].speed;
+    });
+    if (stripes.divided)
+      sweep(stripes.count, weights, s, [&](int64_t i) {
+        double* of_stripe = sums.get() + i * stripes.parts * size;
+        PlaneSums& to = plane_sums[static_cast<size_t>(i)];
+        f.combine_means(e, k, stripes.stripe(i), of_stripe, stripes.parts, size, means.data(), to);
+      });
+    PlaneSums all;
+    for (const PlaneSums& part : plane_sums) all.add(part);
+    for (size_t i = 0; sampled && i < sample.size(); i++)
+      sampled[i] = means[i * static_cast<size_t>(stride)].step_scale;
     return all;
   }
 
-  Tally move(const Law<double>& k, const Settings& s, const Survey&, const Gate& gate, bool attracted) override {
-    const Entry& e = *work.e;
-    const CentredFunctions& f = *SYMOPT_CHOOSE(centred_table, s.instructions)[e.dtype];
-    const Settled settled(means, double(weights) / double(means.size()), k, gate, attracted);
-    for (int64_t i = 0; i < work.units; i++) {
-      const Unit unit = work.unit(i);
-      for (int64_t j = unit.group; j < unit.group + unit.groups; j++) {
+  // Whether all groups of a stripe are, so that it may move; their moves are then ready.
+  bool on_plane(const Stripe& stripe, double least, const StepConstants<double>& k) {
+    bool all = true;
+    for (int64_t g = stripe.group; g < stripe.group + stripe.groups; g++) {
+      const Mean& mean = means[static_cast<size_t>(g)];
+      all &= std::fabs(mean.off) <= least && std::isfinite(mean.update * mean.step_scale);
+      moves[static_cast<size_t>(g)] = onto_plane(mean, k.lr * k.bias_correction1);
+    }
+    return all;
+  }
+
+  Tally move(const StepConstants<double>& k, const Settings& s, const PlaneSums&, const Gate& gate,
+             bool attracted) override {
+    const Remainder remainder(means, double(weights) / double(means.size()), k, gate, attracted);
+    for (int64_t i = 0; i < stripes.count; i++) {
+      const Stripe stripe = stripes.stripe(i);
+      for (int64_t j = stripe.group; j < stripe.group + stripe.groups; j++) {
         const size_t g = static_cast<size_t>(j);
-        moves[g] = glided[static_cast<size_t>(i)] ? Move{0, settled.rest(means[g])} : settled.move(means[g]);
+        moves[g] = moved[static_cast<size_t>(i)] ? MeanMove{0, remainder.rest(means[g])} : remainder.move(means[g]);
       }
     }
-    visit(s, [&](int64_t i, const Unit& unit, int64_t begin, int64_t end, int64_t) {
-      if (settled.snaps && glided[static_cast<size_t>(i)]) return;
-      f.shift(e, k, unit, begin, end, moves.data());
+    sweep(stripes.tasks, weights, s, [&](int64_t task) {
+      stripes.visit(task, [&](int64_t i, const Stripe& stripe, int64_t begin, int64_t end) {
+        if (remainder.snaps && moved[static_cast<size_t>(i)]) return;
+        f.move_means(e, k, stripe, begin, end, moves.data());
+      });
     });
-    return settled.left;
+    return remainder.left;
   }
 };
+
+}  // namespace
+}  // namespace symopt

@@ -1,152 +1,170 @@
-// Which weights a task covers, in which order; compiled once per instruction set, like elementwise.h.
+// Groups of weights that share one gate, stripe by stripe: survey, combine, move.
 //
-// Single weights are cut into chunks.  Groups are cut into units: one group whose members form long runs, or a stripe
-// of neighbouring groups with short ones, summed column by column.  A unit that fits the cache is summed and moved at
-// once, so that memory is read once; a larger one is summed in parts (phase 1), then moved in parts (phase 2).  The cut
-// depends on the shape alone and partial sums are added in its order, so results do not depend on the number of threads.
+// A stripe is one group whose members form long runs, or neighbouring groups with short ones, summed column by column.
 
-template <class T, class W> struct Block {
-  T weight_copy[BLOCK], grad_copy[BLOCK], update_copy[BLOCK], gain[BLOCK];
-  T* w;
-  const T* g;
-  const T* u;
-  int64_t n, at;
+#pragma once
 
-  void open(const Entry& e, const Law<T>& k, int64_t start, int64_t count, bool need_grad = true) {
-    at = start, n = count;
-    W* weight = static_cast<W*>(e.weight) + at;
-    const W* grad = static_cast<const W*>(e.grad) + at;
-    if constexpr (std::is_same<T, W>::value) {
-      w = weight, g = grad;
-    } else {
-      load(n, weight, weight_copy);
-      if (e.master) {
-        // The copy counts where it still rounds to the weight; elsewhere somebody changed the weight.
-        W rounded[BLOCK];
-        const float* master = static_cast<const float*>(e.master) + at;
-        store(n, master, rounded);
-        for (int64_t i = 0; i < n; i++) weight_copy[i] = rounded[i].bits == weight[i].bits ? master[i] : weight_copy[i];
+#include "block.h"
+
+namespace symopt {
+namespace {
+
+// What is summed beside g^2, u being the update up to a factor per group: u^2, u w, w^2; or with MEANS u, w, u^2.
+template <bool MEANS, class T> [[gnu::always_inline]] inline T term_1(T u, T) { return MEANS ? u : u * u; }
+template <bool MEANS, class T> [[gnu::always_inline]] inline T term_2(T u, T w) { return MEANS ? w : u * w; }
+template <bool MEANS, class T> [[gnu::always_inline]] inline T term_3(T u, T w) { return MEANS ? u * u : w * w; }
+
+// Adds the four sums of a block of one group.  Up to EXACT members are summed in the weight's own precision, in many
+// lanes; `combine` knows what that leaves uncertain.
+template <class T, bool ADAPTIVE, bool MEANS>
+LOOP void add_sums(int64_t n, const T* g, const T* u, const T* w, double* sums) {
+  constexpr int64_t EXACT = 256;
+  for (int64_t start = 0; start < n; start += EXACT) {
+    const int64_t end = n - start < EXACT ? n : start + EXACT;
+    T gg = 0, a = 0, b = 0, c = 0;
+#pragma omp simd reduction(+ : gg, a, b, c)
+    for (int64_t i = start; i < end; i++) {
+      if (ADAPTIVE) gg += g[i] * g[i];
+      a += term_1<MEANS>(u[i], w[i]), b += term_2<MEANS>(u[i], w[i]), c += term_3<MEANS>(u[i], w[i]);
+    }
+    sums[0] += gg, sums[1] += a, sums[2] += b, sums[3] += c;
+  }
+}
+
+// The same for n columns of ROWS rows at once (1 or 4), added to sums[0..3][column]: one visit of the sums for several
+// rows.
+template <class T, bool ADAPTIVE, bool MEANS, int ROWS>
+LOOP void add_columns(int64_t n, const T* const* g, const T* const* u, const T* const* w, T* __restrict sums,
+                      int64_t stride) {
+  T *gg = sums, *sum_1 = sums + stride, *sum_2 = sums + 2 * stride, *sum_3 = sums + 3 * stride;
+  constexpr int second = ROWS > 1 ? 1 : 0, third = ROWS > 1 ? 2 : 0, fourth = ROWS > 1 ? 3 : 0;
+  const T *g0 = g[0], *u0 = u[0], *w0 = w[0], *g1 = g[second], *u1 = u[second], *w1 = w[second];
+  const T *g2 = g[third], *u2 = u[third], *w2 = w[third], *g3 = g[fourth], *u3 = u[fourth], *w3 = w[fourth];
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    T a = ADAPTIVE ? gg[i] + g0[i] * g0[i] : T(0), b = sum_1[i], c = sum_2[i], d = sum_3[i];
+    b += term_1<MEANS>(u0[i], w0[i]), c += term_2<MEANS>(u0[i], w0[i]), d += term_3<MEANS>(u0[i], w0[i]);
+    if (ROWS > 1) {
+      if (ADAPTIVE) a += g1[i] * g1[i];
+      b += term_1<MEANS>(u1[i], w1[i]), c += term_2<MEANS>(u1[i], w1[i]), d += term_3<MEANS>(u1[i], w1[i]);
+      if (ADAPTIVE) a += g2[i] * g2[i];
+      b += term_1<MEANS>(u2[i], w2[i]), c += term_2<MEANS>(u2[i], w2[i]), d += term_3<MEANS>(u2[i], w2[i]);
+      if (ADAPTIVE) a += g3[i] * g3[i];
+      b += term_1<MEANS>(u3[i], w3[i]), c += term_2<MEANS>(u3[i], w3[i]), d += term_3<MEANS>(u3[i], w3[i]);
+    }
+    if (ADAPTIVE) gg[i] = a;
+    sum_1[i] = b, sum_2[i] = c, sum_3[i] = d;
+  }
+}
+
+// The steps of n groups from their four sums: `adam` of kernels/reference with a second moment per group, then its
+// `group`.
+template <class T, int DIRECTION>
+LOOP void combine_sums(int64_t n, T* __restrict second, T* __restrict peak, const double* __restrict counts,
+                       const double* __restrict gg, const double* __restrict uu, const double* __restrict uw,
+                       const double* __restrict ww, T* __restrict shrink, T* __restrict shift,
+                       double* __restrict decays, const StepConstants<double>& k, Tally& tally) {
+  constexpr double NOISE = sizeof(T) == 4 ? 4e-6 : 4e-14, TINY = StepConstants<T>::smallest;
+  const double kept = k.decay_kept, pruned = k.decay_pruned, threshold = k.threshold, snap_limit = k.snap_limit;
+  const double c = k.imbalance, scale = k.metric_scale, share2 = k.one_minus_beta2, beta2 = k.beta2, eps = k.eps;
+  const double correction1 = k.bias_correction1, correction2 = k.bias_correction2;
+  const bool saturated = k.saturated, amsgrad = peak != nullptr;
+  double sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum, square)
+  for (int64_t j = 0; j < n; j++) {
+    double lr = k.lr, gain = 1, count = counts[j];
+    if (DIRECTION != SGD) {
+      double v = beta2 * second[j] + share2 * (gg[j] / count);
+      second[j] = T(v);
+      if (amsgrad) {
+        double highest = peak[j];
+        v = v <= highest ? highest : v;
+        peak[j] = T(v);
       }
-      w = weight_copy;
-      if (need_grad) load(n, grad, grad_copy);
-      g = grad_copy;
+      double p = 1 / (root(v * correction2) + eps);
+      lr *= p * correction1;
+      gain = DIRECTION == ADAM ? p : root(count);
     }
-    if (need_grad && (k.factor != 1 || k.weight_decay != 0)) {
-      prepare(n, g, w, grad_copy, k.factor, k.weight_decay);
-      g = grad_copy;
-    }
-    u = g;
+    double norm = root(ww[j]), decay = (norm <= threshold ? pruned : kept) * gain;
+    double metric = root(c * c + 4 * ww[j]), pull = lr * root(uu[j]);
+    double most = saturated ? larger(metric, larger(scale, decay + 2 * pull)) : larger(decay, 1.0);
+    double t = 1 / most, gate_sq = (c + metric) / 2, rho = 1 - t * decay;
+    double gate = rho - t * lr * uw[j] / larger(gate_sq, TINY);
+    double a = gate * rho, b = gate * gate_sq * t * lr;
+    // A group must not snap because two large terms cancel to within their rounding.
+    double terms = a * a * ww[j] + b * b * uu[j], rest = terms - 2 * a * b * uw[j];
+    double far = root(rest < NOISE * terms ? NOISE * terms : rest);
+    bool small = far <= SNAP * scale, may_snap = norm <= snap_limit;
+    bool lost = !(far <= StepConstants<double>::largest);
+    bool snapped = small & (pull < decay) & may_snap;
+    bool stays = small & !may_snap & (far < norm);  // what lives within a budget does not vanish
+    double counted = (snapped | lost) ? 0.0 : stays ? norm : far;
+    sum += counted;
+    square += counted * counted;
+    shrink[j] = snapped ? T(0) : stays ? T(1) : T(a);
+    shift[j] = (snapped | stays) ? T(0) : T(b);
+    decays[j] = decay;
   }
-
-  // Writes back, and returns how many weights are zero in their storage format.
-  int64_t close(const Entry& e, int32_t zeros) {
-    if constexpr (!std::is_same<T, W>::value) {
-      W* weight = static_cast<W*>(e.weight) + at;
-      if (e.master) __builtin_memcpy(static_cast<float*>(e.master) + at, w, n * sizeof(float));
-      store(n, w, weight);
-      zeros = 0;
-      for (int64_t i = 0; i < n; i++) zeros += (weight[i].bits & 0x7fff) == 0;
-    }
-    return zeros;
-  }
-
-  // First half of the direction: the moments that every weight owns; u is the update up to one factor per tensor.
-  void direct(const Entry& e, const Law<T>& k) {
-    T* buffer = static_cast<T*>(e.first) + at;
-    if (k.direction != SGD) {
-      first_moment(n, g, buffer, k.fresh1);
-      u = buffer;
-    } else if (e.first) {
-      if (k.nesterov && e.fresh) sgd<T, true, true>(n, g, buffer, update_copy, k.momentum, k.undamped);
-      else if (k.nesterov) sgd<T, true, false>(n, g, buffer, update_copy, k.momentum, k.undamped);
-      else if (e.fresh) sgd<T, false, true>(n, g, buffer, update_copy, k.momentum, k.undamped);
-      else sgd<T, false, false>(n, g, buffer, update_copy, k.momentum, k.undamped);
-      u = k.nesterov ? update_copy : buffer;
-    }
-  }
-
-  // The update of a block whose moments have been advanced before.
-  void recall(const Entry& e, const Law<T>& k, int64_t start, int64_t count) {
-    bool from_buffer = e.first && !k.nesterov;
-    open(e, k, start, count, !from_buffer);
-    const T* buffer = static_cast<const T*>(e.first) + at;
-    if (from_buffer) {
-      u = buffer;
-    } else if (e.first) {
-      for (int64_t i = 0; i < n; i++) update_copy[i] = g[i] + k.momentum * buffer[i];
-      u = update_copy;
-    }
-  }
-};
-
-// Fetches the block from `at` on, ahead of time: blocks are shorter than what hardware needs to see a stream coming.
-static void fetch(const void* from, int64_t at, int64_t end, int64_t each) {
-  const char* p = static_cast<const char*>(from) + at * each;
-  for (int64_t i = 0; from && i < std::min(end - at, BLOCK) * each; i += 64) __builtin_prefetch(p + i);
+  tally.add(sum, square, 0);
 }
 
-template <class T, class W> static void expect(const Entry& e, int64_t at, int64_t end, bool grads) {
-  fetch(e.weight, at, end, sizeof(W)), fetch(e.master, at, end, sizeof(T)), fetch(e.first, at, end, sizeof(T));
-  if (grads || !e.first) fetch(e.grad, at, end, sizeof(W));
-}
-
-// ----------------------------------------------------------------------------------------------------- single weights
-
-template <class T, class W>
-static void single(const Entry& e, const Law<T>& k, int64_t begin, int64_t end, Tally& tally, double* sample,
-                   int64_t stride) {
-  Block<T, W> b;
-  auto retract = [&]() -> int32_t {
-    if (e.retraction == PLAIN) return plain(b.n, b.w, b.u, k);
-    if (e.retraction == SPARSE) return sparse(b.n, b.w, b.u, b.gain, k, tally);
-    T *factor_0 = static_cast<T*>(e.factor_0) + b.at, *factor_1 = static_cast<T*>(e.factor_1) + b.at;
-    mend<T, W>(b.n, b.w, factor_0, factor_1, k.imbalance);
-    return sparse_free(b.n, b.w, factor_0, factor_1, b.u, b.gain, k);
-  };
-  const int64_t whole = e.of ? BLOCK / e.of * e.of : BLOCK;
-  for (int64_t i = begin; i < end; i += whole) {
-    b.open(e, k, i, std::min(end - i, whole));
-    if (k.direction == SGD) {
-      b.direct(e, k);
-    } else {
-      T* peak = e.peak ? static_cast<T*>(e.peak) + i : nullptr;
-      adam(b.n, b.g, static_cast<T*>(e.first) + i, static_cast<T*>(e.second) + i, peak, b.update_copy, b.gain, k);
-      b.u = b.update_copy;
-    }
-    if (k.of) rank(b.n, b.w, b.gain, k.keep, k.of, k.inside, k.outside);
-    if (sample)
-      for (int64_t j = (i + stride - 1) / stride * stride; j < i + b.n; j += stride)
-        sample[j / stride] = (k.of ? T(1) : size(b.w[j - i]) <= k.threshold ? k.outside : k.inside) *
-                             (source(k) != UNIFORM ? b.gain[j - i] : T(1));
-    tally.zeros += b.close(e, retract());
+// w' = shrink w - shift u, once the two numbers of a group are known (a group that snaps takes 0 of both).
+template <class T> LOOP int32_t move_group(int64_t n, T* __restrict w, const T* __restrict u, T shrink, T shift) {
+  int32_t zeros = 0;
+#pragma omp simd reduction(+ : zeros)
+  for (int64_t i = 0; i < n; i++) {
+    T x = shrink * w[i] - shift * u[i] + T(0);
+    w[i] = x;
+    zeros += x == 0;
   }
+  return zeros;
 }
 
-// ------------------------------------------------------------------------------------------------------------- groups
+template <class T>
+LOOP int32_t move_columns(int64_t n, T* __restrict w, const T* __restrict u, const T* __restrict shrink,
+                          const T* __restrict shift) {
+  int32_t zeros = 0;
+#pragma omp simd reduction(+ : zeros)
+  for (int64_t i = 0; i < n; i++) {
+    T x = shrink[i] * w[i] - shift[i] * u[i] + T(0);
+    w[i] = x;
+    zeros += x == 0;
+  }
+  return zeros;
+}
 
-// Calls f(offset, length) for the blocks of [first, last), which counts the unit's elements row by row.
-template <class F>
-static void walk(const Unit& unit, int64_t first, int64_t last, const F& f) {
-  for (int64_t i = first; i < last;) {
-    int64_t row = i / unit.width, column = i % unit.width;
-    int64_t n = unit.width - column;
-    n = n < BLOCK ? n : BLOCK;
-    n = n < last - i ? n : last - i;
-    f(unit.base + row * unit.row_stride + column, n);
+// Calls f(offset, length) for the blocks of [begin, end), which counts the stripe's elements row by row.
+template <class F> void walk(const Stripe& stripe, int64_t begin, int64_t end, const F& f) {
+  for (int64_t i = begin; i < end;) {
+    const int64_t row = i / stripe.width, column = i % stripe.width;
+    const int64_t n = smaller(smaller(stripe.width - column, BLOCK), end - i);
+    f(stripe.base + row * stripe.row_stride + column, n);
     i += n;
   }
 }
 
-// Phase 1.  sums is [4] for one group with long runs, [4][width] for a stripe, [5][groups] for an index (the fifth
+template <class T> auto sums_loop(bool adaptive, bool means) {
+  return means ? (adaptive ? add_sums<T, true, true> : add_sums<T, false, true>)
+               : (adaptive ? add_sums<T, true, false> : add_sums<T, false, false>);
+}
+
+template <class T, int ROWS> auto columns_loop(bool adaptive, bool means) {
+  return means ? (adaptive ? add_columns<T, true, true, ROWS> : add_columns<T, false, true, ROWS>)
+               : (adaptive ? add_columns<T, true, false, ROWS> : add_columns<T, false, false, ROWS>);
+}
+
+// `sums` is [4] for one group with long runs, [4][width] for neighbouring ones, [5][groups] for an index (the fifth
 // counts members).
-template <class T, class W, bool ADAPTIVE, bool MEANS>
-static void reduce(const Entry& e, const Law<T>& k, const Unit& unit, int64_t first, int64_t last, double* sums) {
-  Block<T, W> b;
-  walk(unit, first, last, [&](int64_t at, int64_t n) {
-    expect<T, W>(e, at + n, e.numel, true);
+template <class T>
+void survey_group(const Entry& e, const StepConstants<T>& k, const Stripe& stripe, int64_t begin, int64_t end,
+                  double* sums, bool means) {
+  const auto add = sums_loop<T>(k.direction != SGD, means);
+  Block<T> b;
+  walk(stripe, begin, end, [&](int64_t at, int64_t n) {
+    prefetch_block<T>(e, at + n, e.numel, true);
     b.open(e, k, at, n);
     b.direct(e, k);
-    if (!e.index) return add_sums<T, ADAPTIVE, MEANS>(n, b.g, b.u, b.w, sums);
+    if (!e.index) return add(n, b.g, b.u, b.w, sums);
     for (int64_t i = 0; i < n; i++) {
       double *s = sums + e.index[at + i], x = b.g[i], y = b.u[i], z = b.w[i];
       s[0] += x * x, s[e.groups] += y * y, s[2 * e.groups] += y * z, s[3 * e.groups] += z * z, s[4 * e.groups] += 1;
@@ -154,77 +172,81 @@ static void reduce(const Entry& e, const Law<T>& k, const Unit& unit, int64_t fi
   });
 }
 
-template <class T, class W, bool ADAPTIVE, bool MEANS>
-static void reduce_stripe(const Entry& e, const Law<T>& k, const Unit& unit, int64_t first, int64_t last,
-                          double* sums) {
-  constexpr int64_t TOGETHER = 4, PRECISE = 32;  // rows of one visit, and rows summed before they go to double
-  Block<T, W> b[TOGETHER];
-  T columns[4 * STRIPE];
-  const int64_t end = last / unit.width;
-  for (int64_t top = first / unit.width; top < end; top += PRECISE) {
-    std::fill(columns, columns + 4 * unit.width, T(0));
-    const int64_t bottom = std::min(end, top + PRECISE);
-    for (int64_t row = top; row < bottom; row += TOGETHER)
-      for (int64_t column = 0; column < unit.width; column += BLOCK) {
-        const int64_t n = std::min(BLOCK, unit.width - column), rows = std::min(TOGETHER, bottom - row);
-        const T *g[TOGETHER], *u[TOGETHER], *w[TOGETHER];
+template <class T>
+void survey_columns(const Entry& e, const StepConstants<T>& k, const Stripe& stripe, int64_t begin, int64_t end,
+                    double* sums, bool means) {
+  constexpr int64_t ROWS = 4, PRECISE = 32;  // rows of one visit, and rows summed before they go to double
+  const bool adaptive = k.direction != SGD;
+  const auto add_four = columns_loop<T, ROWS>(adaptive, means), add_one = columns_loop<T, 1>(adaptive, means);
+  Block<T> b[ROWS];
+  T columns[4 * MAX_STRIPE];
+  const int64_t last = end / stripe.width;
+  for (int64_t top = begin / stripe.width; top < last; top += PRECISE) {
+    fill(columns, 4 * stripe.width, T(0));
+    const int64_t bottom = smaller(last, top + PRECISE);
+    for (int64_t row = top; row < bottom; row += ROWS)
+      for (int64_t column = 0; column < stripe.width; column += BLOCK) {
+        const int64_t n = smaller(BLOCK, stripe.width - column), rows = smaller(ROWS, bottom - row);
+        const T *g[ROWS], *u[ROWS], *w[ROWS];
         for (int64_t r = 0; r < rows; r++) {
-          const int64_t at = unit.base + (row + r) * unit.row_stride + column;
-          expect<T, W>(e, at + TOGETHER * unit.row_stride, e.numel, true);
+          const int64_t at = stripe.base + (row + r) * stripe.row_stride + column;
+          prefetch_block<T>(e, at + ROWS * stripe.row_stride, e.numel, true);
           b[r].open(e, k, at, n);
           b[r].direct(e, k);
           g[r] = b[r].g, u[r] = b[r].u, w[r] = b[r].w;
         }
-        auto add = rows == 4   ? add_columns<T, ADAPTIVE, MEANS, 4>
-                   : rows == 3 ? add_columns<T, ADAPTIVE, MEANS, 3>
-                   : rows == 2 ? add_columns<T, ADAPTIVE, MEANS, 2>
-                               : add_columns<T, ADAPTIVE, MEANS, 1>;
-        add(n, g, u, w, columns + column, unit.width);
+        if (rows == ROWS) add_four(n, g, u, w, columns + column, stripe.width);
+        else
+          for (int64_t r = 0; r < rows; r++) add_one(n, g + r, u + r, w + r, columns + column, stripe.width);
       }
-    for (int64_t i = 0; i < 4 * unit.width; i++) sums[i] += columns[i];
+    for (int64_t i = 0; i < 4 * stripe.width; i++) sums[i] += columns[i];
   }
 }
 
-template <class T, class W, bool MEANS>
-static void sum_up(const Entry& e, const Law<double>& k, const Unit& unit, int64_t first, int64_t last, double* sums) {
-  const bool adaptive = k.direction != SGD, striped = !e.index && unit.groups > 1;
-  auto f = striped ? (adaptive ? reduce_stripe<T, W, true, MEANS> : reduce_stripe<T, W, false, MEANS>)
-                   : (adaptive ? reduce<T, W, true, MEANS> : reduce<T, W, false, MEANS>);
-  f(e, Law<T>(k), unit, first, last, sums);
+template <class T>
+void survey(const Entry& e, const StepConstants<double>& k, const Stripe& stripe, int64_t begin, int64_t end,
+            double* sums, bool means) {
+  const auto f = !e.index && stripe.groups > 1 ? survey_columns<T> : survey_group<T>;
+  f(e, StepConstants<T>(k), stripe, begin, end, sums, means);
 }
 
-// Between the phases: sums of `parts` parts, `size` apart -> the two numbers of every group of the unit.
-template <class T, int DIRECTION>
-static void settle(const Entry& e, const Law<double>& k, const Unit& unit, double* sums, int64_t parts, int64_t size,
-                   T* keep, T* shift, Tally& tally, double* sample, int64_t stride) {
+// Sums of `parts` parts, `size` apart -> the two numbers of every group of the stripe.  `counts` has the sizes of
+// groups that are given one by one (with sums[q][group]); without, all groups have that of the stripe.
+template <class T>
+void combine(const Entry& e, const StepConstants<double>& k, const Stripe& stripe, double* sums, int64_t parts,
+             int64_t size, const double* counts, void* shrink_out, void* shift_out, Tally& tally, double* sample,
+             int64_t stride) {
+  T *shrink = static_cast<T*>(shrink_out), *shift = static_cast<T*>(shift_out);
   for (int64_t p = 1; p < parts; p++)
     for (int64_t i = 0; i < size; i++) sums[i] += sums[p * size + i];
   constexpr int64_t AT_ONCE = 64;
-  const bool direct = e.index || unit.run == 1 || unit.groups == 1;
-  const int64_t pitch = e.index ? e.groups : unit.groups == 1 ? 1 : unit.width;
-  const double count = double(unit.rows) * unit.run;
-  for (int64_t j = 0; j < unit.groups; j += AT_ONCE) {
-    const int64_t n = std::min(AT_ONCE, unit.groups - j), group = unit.group + j;
+  const bool direct = counts || stripe.run == 1 || stripe.groups == 1;
+  const int64_t pitch = counts ? stripe.groups : stripe.groups == 1 ? 1 : stripe.width;
+  double same[AT_ONCE];
+  if (!counts) fill(same, AT_ONCE, double(stripe.rows) * double(stripe.run));
+  const auto loop = k.direction == SGD    ? combine_sums<T, SGD>
+                    : k.direction == ADAM ? combine_sums<T, ADAM>
+                                          : combine_sums<T, ADAMW>;
+  for (int64_t j = 0; j < stripe.groups; j += AT_ONCE) {
+    const int64_t n = smaller(AT_ONCE, stripe.groups - j), group = stripe.group + j;
     double folded[4][AT_ONCE], decays[AT_ONCE];
     const double* s[4];
     for (int q = 0; q < 4; q++) {
       s[q] = direct ? sums + q * pitch + j : folded[q];
       for (int64_t i = 0; i < (direct ? 0 : n); i++) {
-        const double* from = sums + q * pitch + (j + i) * unit.run;
+        const double* from = sums + q * pitch + (j + i) * stripe.run;
         folded[q][i] = 0;
-        for (int64_t r = 0; r < unit.run; r++) folded[q][i] += from[r];
+        for (int64_t r = 0; r < stripe.run; r++) folded[q][i] += from[r];
       }
     }
-    T own_keep[AT_ONCE], own_shift[AT_ONCE];
-    T *to_keep = direct ? keep + j : own_keep, *to_shift = direct ? shift + j : own_shift;
+    T own_shrink[AT_ONCE], own_shift[AT_ONCE];
+    T *to_shrink = direct ? shrink + j : own_shrink, *to_shift = direct ? shift + j : own_shift;
     T *second = static_cast<T*>(e.second) + group, *peak = e.peak ? static_cast<T*>(e.peak) + group : nullptr;
-    auto f = e.index ? decide<T, DIRECTION, false> : decide<T, DIRECTION, true>;
-    f(n, second, peak, e.index ? sums + 4 * pitch + j : &count, s[0], s[1], s[2], s[3], to_keep, to_shift, decays, k,
-      tally);
+    loop(n, second, peak, counts ? counts + j : same, s[0], s[1], s[2], s[3], to_shrink, to_shift, decays, k, tally);
     for (int64_t i = 0; i < (direct ? 0 : n); i++)
-      for (int64_t r = 0; r < unit.run; r++) {
-        keep[(j + i) * unit.run + r] = own_keep[i];
-        shift[(j + i) * unit.run + r] = own_shift[i];
+      for (int64_t r = 0; r < stripe.run; r++) {
+        shrink[(j + i) * stripe.run + r] = own_shrink[i];
+        shift[(j + i) * stripe.run + r] = own_shift[i];
       }
     if (sample)
       for (int64_t i = 0; i < n; i++)
@@ -232,47 +254,29 @@ static void settle(const Entry& e, const Law<double>& k, const Unit& unit, doubl
   }
 }
 
-// Phase 2.
-template <class T, class W>
-static void apply(const Entry& e, const Law<T>& k, const Unit& unit, int64_t first, int64_t last, const T* keep,
-                  const T* shift, Tally& tally) {
-  Block<T, W> b;
-  walk(unit, first, last, [&](int64_t at, int64_t n) {
+template <class T>
+void move(const Entry& e, const StepConstants<double>& constants, const Stripe& stripe, int64_t begin, int64_t end,
+          const void* shrink_of, const void* shift_of, Tally& tally) {
+  const StepConstants<T> k(constants);
+  const T *shrink = static_cast<const T*>(shrink_of), *shift = static_cast<const T*>(shift_of);
+  Block<T> b;
+  walk(stripe, begin, end, [&](int64_t at, int64_t n) {
     b.recall(e, k, at, n);
     int32_t zeros = 0;
     if (e.index) {
-      T own_keep[BLOCK], own_shift[BLOCK];
-      for (int64_t i = 0; i < n; i++) own_keep[i] = keep[e.index[at + i]], own_shift[i] = shift[e.index[at + i]];
-      zeros = move_columns(n, b.w, b.u, own_keep, own_shift);
-    } else if (unit.groups == 1) {
-      zeros = move(n, b.w, b.u, keep[0], shift[0]);
+      T own_shrink[BLOCK], own_shift[BLOCK];
+      const int64_t* index = e.index + at;
+      for (int64_t i = 0; i < n; i++) own_shrink[i] = shrink[index[i]], own_shift[i] = shift[index[i]];
+      zeros = move_columns(n, b.w, b.u, own_shrink, own_shift);
+    } else if (stripe.groups == 1) {
+      zeros = move_group(n, b.w, b.u, shrink[0], shift[0]);
     } else {
-      int64_t column = (at - unit.base) % unit.row_stride;
-      zeros = move_columns(n, b.w, b.u, keep + column, shift + column);
+      const int64_t column = (at - stripe.base) % stripe.row_stride;
+      zeros = move_columns(n, b.w, b.u, shrink + column, shift + column);
     }
     tally.zeros += b.close(e, zeros);
   });
 }
 
-template <class T, class W> static const Functions* functions() {
-  static const Functions table = {
-      [](const Entry& e, const Law<double>& k, int64_t begin, int64_t end, Tally& tally, double* sample,
-         int64_t stride) {
-        single<T, W>(e, Law<T>(k), begin, end, tally, sample, stride);
-      },
-      sum_up<T, W, false>,
-      [](const Entry& e, const Law<double>& k, const Unit& unit, double* sums, int64_t parts, int64_t size, void* keep,
-         void* shift, Tally& tally, double* sample, int64_t stride) {
-        auto f = k.direction == SGD ? settle<T, SGD> : k.direction == ADAM ? settle<T, ADAM> : settle<T, ADAMW>;
-        f(e, k, unit, sums, parts, size, static_cast<T*>(keep), static_cast<T*>(shift), tally, sample, stride);
-      },
-      [](const Entry& e, const Law<double>& k, const Unit& unit, int64_t first, int64_t last, const void* keep,
-         const void* shift, Tally& tally) {
-        apply<T, W>(e, Law<T>(k), unit, first, last, static_cast<const T*>(keep), static_cast<const T*>(shift), tally);
-      }};
-  return &table;
-}
-
-// In the order of enum Dtype.
-static const Functions* const table[] = {functions<float, float>(), functions<double, double>(),
-                                         functions<float, Bfloat>(), functions<float, Half>()};
+}  // namespace
+}  // namespace symopt

@@ -71,4 +71,4 @@ def combine(
 def move(units: Units, part: Part, w: Tensor, lead: Tensor, shrink: Tensor, shift: Tensor) -> Tensor:
     """The new weight of one part; slices without a unit are left as they are."""
     new = units.expand(shrink, part, 1.0) * w - units.expand(shift, part) * part.factor**2 * lead
-    return torch.where(part.bound().to(w.device), new, w)
+    return torch.where(part.bound, new, w)

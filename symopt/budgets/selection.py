@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from symopt_kernels.native import binding as native
+from symopt_kernels.native import selection as native_selection
+from symopt_kernels.native.library import HISTOGRAM_SHIFT
 from symopt_kernels.triton import launch as triton_launch
 
 __all__ = ["Threshold", "largest_groups", "largest_weights"]
@@ -15,7 +17,6 @@ __all__ = ["Threshold", "largest_groups", "largest_weights"]
 Threshold = float | Tensor
 """A number, or one on the device of what it belongs to."""
 
-_SHIFT = native.HISTOGRAM_SHIFT
 _FAR, _ROUNDING = 1e6, 1e-5
 
 
@@ -48,7 +49,7 @@ def _shares(counts: list[Tensor], keep: int) -> Tensor:
     bin count as its middle, so the j-th of them scores ``1 / (above / middle**2 + j)``.
     """
     if native.UNAVAILABLE is None and all(c.is_cpu for c in counts):
-        return native.shares(counts, keep, _FAR, _ROUNDING)
+        return native_selection.shares(counts, keep, _FAR, _ROUNDING)
     return _sorted_shares(counts, keep)
 
 
@@ -59,7 +60,7 @@ def _sorted_shares(counts: list[Tensor], keep: int) -> Tensor:
     if table.is_cpu:  # few bins are in use; a device would have to tell the host how many
         size = table.any(0).nonzero().flatten()
         table = table[:, size]
-    middle = ((size << _SHIFT) + (1 << (_SHIFT - 1))).int().view(torch.float32).double()
+    middle = ((size << HISTOGRAM_SHIFT) + (1 << (HISTOGRAM_SHIFT - 1))).int().view(torch.float32).double()
     square = middle.nan_to_num(math.inf).clamp(max=torch.finfo(torch.float32).max).square()
     mass = table * square
     first = ((mass.flip(1).cumsum(1).flip(1) - mass) / square).flatten()
@@ -106,16 +107,16 @@ def largest_groups(sizes: list[Tensor], costs: list[int], keep: float) -> list[T
 def _histogram(w: Tensor) -> Tensor:
     """How many weights have a size with these upper bits, which order floats as the sizes do."""
     if _native(w):
-        return native.histogram(w)
-    bits = (w.flatten().float().view(torch.int32) & 0x7FFFFFFF).long() >> _SHIFT
-    counts = bits.new_zeros(1 << (31 - _SHIFT))
+        return native_selection.histogram(w)
+    bits = (w.flatten().float().view(torch.int32) & 0x7FFFFFFF).long() >> HISTOGRAM_SHIFT
+    counts = bits.new_zeros(1 << (31 - HISTOGRAM_SHIFT))
     return counts.scatter_add_(0, bits, bits.new_ones(()).expand_as(bits))
 
 
 def _kth(w: Tensor, k: int | Tensor, counts: Tensor | None = None) -> Threshold:
     """The ``k``-th smallest absolute value, exactly; by a kernel where it can be, since a step waits for it."""
     if _native(w):
-        return native.rank(w, int(k), native.histogram(w) if counts is None else counts)
+        return native_selection.rank(w, int(k), native_selection.histogram(w) if counts is None else counts)
     fast = w.dtype == torch.float32 and w.device.type == "cuda" and native.layout(w) is not None
     if fast and triton_launch.UNAVAILABLE is None:
         from symopt_kernels.triton import selection as triton_select

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from symopt.constraints.base import Constraint, Factors, Outs, check_depth, heavy_factor
+from symopt.constraints.base import Constraint, Factors, Outs, check_depth
 from symopt.constraints.budget import Budget, check_keep, check_scope
+from symopt.constraints.gauge import heavy_factor
+from symopt.constraints.mapping import Index, check_mapping, first_pattern, spanning_units
+from symopt.constraints.spanning import SpanningGroups
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import gauge
 from symopt_kernels.reference import group as group_kernel
@@ -41,6 +44,11 @@ class GroupSparse(Constraint):
             - ``"block:<r>x<c>"``: blocks of r outputs by c inputs, kernel positions included.
             - an integer tensor: a group number per weight (the weight's shape) or per slice of dimension 0 (1-d).
             - a callable ``weight -> integer tensor``, called once by :func:`symopt.constrain`.
+            - a mapping ``{pattern: (dim, index)}`` for units that span several parameters, biases and scales included:
+              slice i along ``dim`` of every parameter that the :mod:`fnmatch` pattern matches belongs to unit
+              ``index[i]``, or to none (-1); ``index`` None numbers the slices from 0.  All parameters that the key of
+              :func:`symopt.constrain` and the mapping match are bound as one: one gate, one second moment and one count
+              per unit.  Weights in no unit take the plain step, without ``weight_decay``.
         strength: kappa, as in :class:`symopt.Sparse`.  With ``AdamW`` it counts per coordinate, whatever the group's
             size: a group dies while ``||E m / rms|| < strength * sqrt(size)``.  Defaults: 0.06 with AdamW, 1e-4 with
             SGD and Adam.
@@ -52,7 +60,11 @@ class GroupSparse(Constraint):
             Of every tensor one group lives at least.
         positions: for scope ``"flops"``, how often the weight is applied per example: 1 for a Linear of vectors (the
             default for matrices), the output's height times width for a convolution.
-        depth: number D >= 2 of factors (a budget needs 2); above 2 balanced, which makes every zero permanent.
+        factors: with a mapping, ``{pattern: a}``: the unit sees these parameters divided by a > 0 (default 1), so that
+            members of different scales move alike: ``w_t = a_t * gate * direction_t``, charged
+            ``kappa * sum_g (sum_t ||w_t||**2 / a_t**2)**(1/2)``.
+        depth: number D >= 2 of factors (a budget and a mapping need 2); above 2 balanced, which makes every zero
+            permanent.
 
     Raises:
         TypeError, ValueError: for an unknown ``groups``, one that does not fit the weight, or a bad ``strength``.
@@ -62,24 +74,30 @@ class GroupSparse(Constraint):
 
     Example:
         >>> import torch
+        >>> import symopt
         >>> from symopt import GroupSparse
         >>> w = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
         >>> GroupSparse("out").size(w)
         tensor([5., 0.])
         >>> GroupSparse("out").penalty(w)
         tensor(5.)
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> channel = GroupSparse({"0.*": (0, None), "1.*": (0, None)}, keep=4)
+        >>> symopt.constraints(symopt.constrain(net, {"*": channel}))["1.bias"]
+        GroupSparse({'0.*': 0, '1.*': 0}, keep=4)
     """
 
     @property
-    def retraction(self) -> str:  # type: ignore[override]
+    def retraction(self) -> str:
         """By depth."""
         return "group" if self.depth == 2 else "group_deep"
 
-    groups: str | Tensor | Callable[[Tensor], Tensor]
+    groups: str | Tensor | Callable[[Tensor], Tensor] | Mapping[str, tuple[int, Index]]
     strength: float | None = None
     keep: float | int | None = None
     scope: str = field(default="tensor", kw_only=True)
     positions: int | None = field(default=None, kw_only=True)
+    factors: Mapping[str, float] | None = field(default=None, kw_only=True)
     depth: int = field(default=2, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -89,6 +107,10 @@ class GroupSparse(Constraint):
         if self.keep is not None and self.depth != 2:
             raise ValueError(f"GroupSparse: a budget (keep) needs depth=2, got depth={self.depth}")
         check_scope("GroupSparse", self.scope, ("tensor", "global", "flops"), self.keep, "keep")
+        if isinstance(self.groups, Mapping):
+            check_mapping(self.groups, self.factors, self.depth)
+        elif self.factors is not None:
+            raise ValueError("GroupSparse: factors belong to groups given as a mapping {pattern: (dim, index)}")
         if self.scope != "tensor" and not isinstance(self.groups, str):
             raise ValueError(f"GroupSparse: scope={self.scope!r} compares groups of equal size; name them by a string")
         if self.scope == "flops" and isinstance(self.keep, int):
@@ -105,9 +127,10 @@ class GroupSparse(Constraint):
         elif isinstance(groups, Tensor):
             if not _integers(groups):
                 raise TypeError(f"GroupSparse: an index tensor must hold integers, got {groups.dtype}")
-        elif not callable(groups):
+        elif not callable(groups) and not isinstance(groups, Mapping):
             raise TypeError(
-                f"GroupSparse: groups must be a string, integer tensor or callable, got {type(groups).__name__}"
+                "GroupSparse: groups must be a string, integer tensor, callable or mapping, got "
+                f"{type(groups).__name__}"
             )
 
     def __eq__(self, other: object) -> bool:
@@ -117,11 +140,39 @@ class GroupSparse(Constraint):
             return torch.equal(self.groups, other.groups)
         return type(self.groups) is type(other.groups) and self.groups == other.groups
 
+    def one_sided(self, w: Tensor) -> bool:
+        rows = self.groups in ("out", "in") or (isinstance(self.groups, str) and self.groups.startswith("head:"))
+        return w.dim() == 2 and rows
+
     def __hash__(self) -> int:
         return hash((self._numbers(), self.groups if isinstance(self.groups, str) else None))
 
     def _numbers(self) -> tuple[object, ...]:
         return (self.strength, type(self.keep), self.keep, self.scope, self.positions, self.depth)
+
+    def __repr__(self) -> str:
+        """The call that makes it; of a mapping the dimensions, without the indices."""
+        if not isinstance(self.groups, Mapping):
+            return super().__repr__()
+        given = [("strength", self.strength), ("keep", self.keep), ("factors", self.factors)]
+        shown = "".join(f", {name}={value!r}" for name, value in given if value is not None)
+        return f"GroupSparse({ {pattern: dim for pattern, (dim, _) in self.groups.items()} }{shown})"
+
+    @property
+    def binds_many(self) -> bool:
+        """Whether units span parameters."""
+        return isinstance(self.groups, Mapping)
+
+    def selects(self, name: str) -> bool | None:
+        return first_pattern(self.groups, name) is not None if isinstance(self.groups, Mapping) else None
+
+    def bind_all(self, names: tuple[str, ...], weights: tuple[Tensor, ...]) -> Constraint:
+        if not isinstance(self.groups, Mapping):
+            return super().bind_all(names, weights)
+        units = spanning_units(self.groups, self.factors, names, weights)
+        if isinstance(self.keep, int) and self.keep > units.count:
+            raise ValueError(f"GroupSparse: keep={self.keep} of {units.count} units; give at most {units.count}")
+        return SpanningGroups(repr(self), units, self.strength, self.keep)
 
     @property
     def budget(self) -> Budget | None:
@@ -148,7 +199,9 @@ class GroupSparse(Constraint):
     def index(self, w: Tensor, name: str = "weight") -> Tensor | None:
         if isinstance(self.groups, str):
             return None
-        index: Any = self.groups if isinstance(self.groups, Tensor) else self.groups(w.detach())
+        if isinstance(self.groups, Mapping):
+            raise TypeError(f"{self} has units only once symopt.constrain has bound it to parameters")
+        index: object = self.groups if isinstance(self.groups, Tensor) else self.groups(w.detach())
         if not isinstance(index, Tensor) or not _integers(index):
             kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
             raise TypeError(f"GroupSparse on {name}: the callable must return an integer tensor, got {kind}")

@@ -23,6 +23,7 @@ from symopt import anneal as schedule
 from symopt.budgets import selection
 from symopt.budgets.pools import BudgetedWeight, Pool, pools
 from symopt_kernels.native import binding as native
+from symopt_kernels.native import selection as native_selection
 from symopt_kernels.reference import elementwise
 
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
@@ -227,14 +228,14 @@ def test_survivors_are_the_least_squares_fit_on_their_support() -> None:
 def test_rank_is_the_sorted_tensors_element(values: list[float], data: st.DataObject) -> None:
     x = torch.tensor(values, dtype=torch.float32)
     k = data.draw(st.integers(1, len(x)))
-    assert native.rank(x, k, native.histogram(x)) == float(x.abs().sort().values[k - 1])
+    assert native_selection.rank(x, k, native_selection.histogram(x)) == float(x.abs().sort().values[k - 1])
 
 
 def test_rank_with_special_values() -> None:
     x = torch.tensor([math.nan, -math.inf, 0.0, -0.0, 1e-45, -1e-38, 3.0, -2.0])
-    finite, counts = x[2:].abs().sort().values, native.histogram(x)
-    assert [native.rank(x, k, counts) for k in range(1, 7)] == finite.tolist()
-    assert native.rank(x, 7, counts) == math.inf and math.isnan(native.rank(x, 8, counts))
+    finite, counts = x[2:].abs().sort().values, native_selection.histogram(x)
+    assert [native_selection.rank(x, k, counts) for k in range(1, 7)] == finite.tolist()
+    assert native_selection.rank(x, 7, counts) == math.inf and math.isnan(native_selection.rank(x, 8, counts))
 
 
 def test_histograms_of_both_kinds_agree(monkeypatch: pytest.MonkeyPatch) -> None:

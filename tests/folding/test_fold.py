@@ -26,7 +26,8 @@ from support.networks import (
     random_chain,
     widths,
 )
-from symopt.folding.fold import fold, resize
+from symopt.folding.fold import fold
+from symopt.folding.resize import resize
 
 
 @pytest.fixture(autouse=True)
@@ -293,7 +294,7 @@ def test_the_fold_of_a_constraint_is_applied_to_the_copy(monkeypatch):
         def partition(w):
             return None
 
-    monkeypatch.setattr(sys.modules["symopt.folding.fold"], "bindings", lambda model: [(("0.weight",), Rounds)])
+    monkeypatch.setattr(sys.modules["symopt.folding.enforce"], "bindings", lambda model: [(("0.weight",), Rounds)])
     net = chain(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     with torch.no_grad():
         net[0].weight.copy_(torch.tensor([0.1, 0.3, 1.0])[:, None])

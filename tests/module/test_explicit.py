@@ -25,7 +25,8 @@ from support.cases import cases
 from support.table import CONSTRAINTS, ConstraintRow, ids
 from support.tolerances import tolerance
 from symopt.folding.fold import fold
-from symopt.module.explicit import Explicit, _Pool
+from symopt.module.explicit import Explicit
+from symopt.module.memory import ReusedMemory
 
 S, G = symopt.Sparse, symopt.GroupSparse
 ROWS = [
@@ -42,7 +43,7 @@ small_rows = pytest.mark.parametrize("row", SMALL, ids=ids)
 def memory(request, monkeypatch):
     """Tensors of the tests are too small for the pool, unless it is told otherwise."""
     if request.param == "reused memory":
-        monkeypatch.setattr(_Pool, "large", 0)
+        monkeypatch.setattr(ReusedMemory, "large", 0)
 
 
 in_any_memory = pytest.mark.usefixtures("memory")
@@ -256,7 +257,7 @@ def test_gradients_only_where_asked_for():
 
 @small_rows
 def test_reused_memory_leaves_alone_whatever_still_lives(row, monkeypatch):
-    monkeypatch.setattr(_Pool, "large", 0)
+    monkeypatch.setattr(ReusedMemory, "large", 0)
     module, x = explicit(row), randn(row.shape, 5)
     held, expected, first = [], [], factors(module)[0]
     for i in range(8):

@@ -61,7 +61,7 @@ FORMATS = {
 SIZES = [1, 2, 15, 16, 17, 511, 512, 513, 16383, 16384, 16385, 65535, 65536, 65537]
 
 
-# Every way in which native.cpp cuts groups into units, with a size on either side of its borders.
+# Every way in which tasks.h divides groups into stripes, with a size on either side of its borders.
 GROUPS: dict[str, tuple[tuple[int, ...], str | int]] = {
     "one-weight": ((1,), "out"),
     "out": ((7, 5), "out"),
@@ -105,7 +105,7 @@ GROUPS: dict[str, tuple[tuple[int, ...], str | int]] = {
 SMALL_GROUPS = [name for name, (shape, _) in GROUPS.items() if math.prod(shape) <= 2000]
 
 
-RETRACTIONS = native.RETRACTIONS[:-1]  # mirror steps several tensors as one: support/planes.py
+RETRACTIONS = native.RETRACTIONS
 
 
 @dataclass(frozen=True)

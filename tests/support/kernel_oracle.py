@@ -116,7 +116,7 @@ def expect(case: Case, problem: Problem) -> dict[str, Expected]:
         shared = rho + radial
         new_terms = groups.scale(shared * rho, w.abs()) + groups.scale(shared * gate_sq, far)
         new_terms = groups.scale(unsummed(case, groups), new_terms)
-        # native.cpp does not snap a group whose two terms cancel to below 2e-3 of them: that may be rounding.
+        # group.h does not snap a group whose two terms cancel to below 2e-3 of them: that may be rounding.
         noise = 4e-6 if math_of(case.format) == torch.float32 else 4e-14
         doubtful = groups.sum(news[-1] ** 2) <= noise * groups.sum(new_terms**2)
         news = (*news[:-1], torch.where(groups.expand(doubtful).reshape(w.shape), news[-1], news[0]))

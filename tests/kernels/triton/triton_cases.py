@@ -37,6 +37,7 @@ from support.kernel_cases import (
 from support.kernel_oracle import distances, expect, same
 from support.table import CONSTRAINTS, OPTIMIZERS, OptimizerRow, constrained_parameter, ids
 from support.tolerances import tolerance
+from symopt_kernels.backend import Request
 from symopt_kernels.reference import elementwise, gauge
 from symopt_kernels.triton import launch as triton_launch
 from symopt_kernels.triton import product as triton_explicit
@@ -213,6 +214,82 @@ def test_patterns(pattern: tuple[int, int]) -> None:
     expected = elementwise.sparse(w.double(), 0.01 * g.double(), 0.01 * STRENGTH, c, scale)
     found = one_step(w, g, "sparse", pattern=pattern, state={"budget": trim})
     assert bool(((found - expected).abs() <= 8 * 2**-23 * (w.abs() + 0.02 * g.abs() + 0.02)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("retraction", ["plain", "sparse", "nm"])
+def test_lion(retraction: str, dtype: torch.dtype) -> None:
+    w, g = (x.to(dtype) for x in numbers(256))
+    m = numbers(256, seed=1)[1]
+    g[3] = m[3] = 0.0
+    g[5] = math.nan
+    lr, beta1, beta2, c, scale = 0.01, 0.9, 0.99, torch.tensor(0.02).double(), torch.tensor(1.5).double()
+    lead = beta1 * m.double() + (1 - beta1) * g.double()
+    assert lead.abs().sort().values[1] > 1e-6  # the sign of no other hangs on rounding
+    delta = lr * torch.where(lead.isnan(), lead, lead.sign())
+    state = {"imbalance": torch.tensor(0.02), "metric_scale": torch.tensor(1.5)}
+    options: dict[str, Any] = {"pattern": (2, 4) if retraction == "nm" else None}
+    if retraction == "plain":
+        state, expected = {}, elementwise.plain(w.double(), delta, lr * 0.1)
+    elif retraction == "sparse":
+        expected = elementwise.sparse(w.double(), delta, lr * STRENGTH, c, scale)
+    else:
+        state["budget"] = torch.tensor([STRENGTH, OUTSIDE, math.inf, 0.99], dtype=torch.float64)
+        pruned = elementwise.nm_pruned_mask(w.reshape(2, 128), 2, 4).flatten()
+        decay = lr * torch.where(pruned, OUTSIDE, STRENGTH).double()
+        expected = elementwise.sparse(w.double(), delta, decay, c, scale, snaps=pruned)
+    there = {k: v.to(DEVICE) for k, v in {"w": w.clone(), "g": g, "exp_avg": m.clone(), **state}.items()}
+    entry = triton_launch.Entry()
+    own = {k: v for k, v in there.items() if k not in ("w", "g")}
+    triton_launch.fill(entry, there["w"], own, "plain" if retraction == "plain" else "sparse", **options)
+    entry.grad, entry.strength_kept = there["g"].data_ptr(), STRENGTH
+    triton_launch.step([entry], "lion", lr=lr, beta1=beta1, beta2=beta2, weight_decay=0.1)
+    found, rounding = there["w"].cpu().double(), torch.finfo(dtype).eps / 2 * (dtype != torch.float32)
+    close = (found - expected).abs() <= 8 * 2**-23 * (w.double().abs() + lr + 0.02) + rounding * expected.abs()
+    assert bool((close | (found.isnan() & expected.isnan())).all()) and bool(found[5].isnan())
+    moved = beta2 * m.double() + (1 - beta2) * g.double()
+    torch.testing.assert_close(there["exp_avg"].cpu().double(), moved, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize(("direction", "retraction"), [("lion", "group"), ("foreign", "sparse"), ("foreign", "plain")])
+def test_a_direction_that_is_not_listed_never_runs_as_another(direction: str, retraction: str) -> None:
+    w, g = (x.reshape(30, 10).to(DEVICE) for x in numbers(300))
+    groups = symopt.GroupSparse("out").partition(w) if retraction == "group" else None
+    request = Request(direction, retraction, (w,), groups=groups)
+    assert f"no step for the direction {direction!r} with the retraction {retraction!r}" in str(
+        triton_launch.why_not(request)
+    )
+    assert triton_launch.why_not(replace(request, direction="adamw")) is None
+    # As if it were Adam: it has Adam's state.
+    numbers_of_all = {"imbalance": torch.tensor(0.02), "metric_scale": torch.tensor(1.5), "step": torch.tensor(3.0)}
+    state = {key: x.to(DEVICE) for key, x in numbers_of_all.items()}
+    state |= {key: torch.zeros_like(w) if groups is None else w.new_zeros(30) for key in ("exp_avg", "exp_avg_sq")}
+    before, entry = w.clone(), triton_launch.Entry()
+    triton_launch.fill(entry, w, state, retraction, groups)
+    entry.grad = g.data_ptr()
+    with pytest.raises(ValueError, match=f"no direction '{direction}' with the retraction '{retraction}'"):
+        triton_launch.step([entry], direction, lr=0.01, beta1=0.9, beta2=0.99)
+    assert torch.equal(w, before)
+
+
+def test_what_it_cannot_step_it_refuses_by_name() -> None:
+    w = torch.zeros(8, 6, device=DEVICE)
+    rows, index = (symopt.GroupSparse(by).partition(w) for by in ("out", torch.arange(48).reshape(8, 6) % 5))
+    wrapped = torch.nn.Buffer(w).as_subclass(torch.Tensor)
+    assert triton_launch.why_not(Request("sgd", "group", (wrapped,), groups=rows)) is None
+    other = "meta" if DEVICE == "cpu" else "cpu"
+    for request, reason in (
+        (Request("sgd", "plain", (w.to(other),)), "runs on GPUs"),
+        (Request("sgd", "plain", (w.double(),)), "not torch.float64"),
+        (Request("sgd", "plain", (w,), differentiable=True), "differentiable=True"),
+        (Request("sgd", "plain", (w[:, ::2],)), "not those of a dense tensor"),
+        (Request("sgd", "nm", (w.T,), pattern=(2, 4)), "do not lie side by side"),
+        (Request("sgd", "nm", (w,), pattern=(1, 3)), "M in (2, 4, 8, 16), not 1:3"),
+        (Request("sgd", "group", (w,), groups=index), "not an index map"),
+        (Request("sgd", "orbit", (w.T,)), "not those of a contiguous tensor"),
+        (Request("sgd", "units", (w, w.half())), "of one format on one device"),
+    ):
+        assert reason in str(triton_launch.why_not(request)), request
 
 
 def test_errors_are_at_most_twice_those_of_torch() -> None:

@@ -128,7 +128,7 @@ def test_sums_of_many_parts(
     shape: tuple[int, ...], dim: int, share: int, opt_row: OptimizerRow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Groups in one tile and in several, tiles in one part and in several, more groups than are settled at a time."""
-    monkeypatch.setattr(triton_table, "SHARE", share)
+    monkeypatch.setattr(triton_table, "LINES_PER_PROGRAM", share)
     row = replace(OTHERS["zero-mean"], make=lambda k: symopt.ZeroMean(k, dim), shapes=(shape,))
     runs = both(row, opt_row, None if opt_row.id == "adamw" else 0.3)
     step_alike(runs, 0)
@@ -171,9 +171,9 @@ def test_planes_of_coordinates_share_launches() -> None:
         close(*runs)
     (plan,) = {id(s.entry.plan): s.entry.plan for s in runs[0][1]._slots.values() if s.entry.plan is not None}.values()
     for key, bucket in plan.buckets:
-        names = [kernel.__name__ for kernel, _, _ in triton_launch.launches(key, "adamw")]
-        kind = "basis" if key[0] == "basis" else "groups"
-        assert names == [f"reduce_{kind}", "settle", f"shift_{kind}"]
+        names = [one.kernel.__name__ for one in triton_launch.launches(key, "adamw")]
+        kind = "basis" if key[0] == "basis" else "means"
+        assert names == [f"survey_{kind}", "combine_coordinates", f"move_{kind}"]
         assert len(bucket.rows) == (1 if kind == "basis" else 2)
     assert len(plan.buckets) == 2
 
@@ -278,9 +278,9 @@ def test_bad_gradients_show_in_the_weight(row: PlaneRow, opt_row: OptimizerRow, 
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ties of one kind share theirs; gates for every index need one, a joint gate three."""
     for mode, strength, expected in (
-        ("joint", None, ["surveys", "moves", "snaps"]),
-        ("elementwise", None, ["moves"]),
-        ("elementwise", 0.3, ["moves"]),
+        ("joint", None, ["survey_orbits", "move_orbits", "snap_orbits"]),
+        ("elementwise", None, ["move_orbits"]),
+        ("elementwise", 0.3, ["move_orbits"]),
     ):
         net = torch.nn.ModuleList(torch.nn.Linear(5, 3) for _ in range(4)).to(DEVICE)
         made = symopt.Tied(strength, mode)
@@ -293,7 +293,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         opt.step()
         (plan,) = {id(s.entry.plan): s.entry.plan for s in opt._slots.values() if s.entry.plan is not None}.values()
         ((key, _),) = plan.buckets
-        assert [kernel.__name__ for kernel, _, _ in triton_launch.launches(key, "adamw")] == expected
+        assert [one.kernel.__name__ for one in triton_launch.launches(key, "adamw")] == expected
 
 
 def test_the_comparison_notices_a_wrong_learning_rate() -> None:
