@@ -114,7 +114,8 @@ def combinations(axes: dict[str, Sequence[Any]], where: Where | None, strength: 
 def name_of(case: dict[str, Any], axes: dict[str, Sequence[Any]]) -> str:
     def text(name: str, value: Any) -> str:
         found = str(getattr(value, "id", None) or getattr(value, "__name__", None) or value)
-        return found if len(found) < 60 and "<lambda>" not in found else f"{name}[{axes[name].index(value)}]"
+        number = next(i for i, other in enumerate(axes[name]) if other is value)
+        return found if len(found) < 60 and "<lambda>" not in found else f"{name}[{number}]"
 
     return "-".join(itertools.starmap(text, case.items()))
 
