@@ -86,7 +86,7 @@ def layer(name: str) -> int:
     for rank, line in enumerate(LAYERS[:-1]):
         if any(within(name, package) for package in line.split()):
             return rank
-    raise AssertionError(f"{name} is in no layer; give it its place in LAYERS and in the design")
+    raise AssertionError(f"{name} is in no layer; give it its place in LAYERS")
 
 
 # ------------------------------------------------------------------------------------------------------------ imports
@@ -346,3 +346,21 @@ def test_no_path_of_one_machine() -> None:
 def test_text_files_are_clean() -> None:
     assert lines_with(r"[ \t]+$|\r$|^(<{7}|>{7}|={7}$)") == []
     assert [name for name, text in TRACKED.items() if text and not text.endswith("\n")] == []
+
+
+def test_the_readme_of_the_tests_has_every_file() -> None:
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)`", text)
+    files = {
+        name.removeprefix("tests/") for name in TRACKED if re.match(r"tests/(.*/)?test_\w+\.py|tests/support/", name)
+    }
+    assert set(named) == files - {"support/__init__.py"} and len(named) == len(set(named))
+
+
+def test_tests_share_through_support_only() -> None:
+    for name, text in TRACKED.items():
+        if name.startswith("tests/") and name.endswith(".py"):
+            modules = re.findall(r"^(?:from|import) ([\w.]+)", text, re.M)
+            assert not [
+                m for m in modules if m.startswith(("test_", "tests", "triton_")) or "_cases" in m.split(".")[0]
+            ]
