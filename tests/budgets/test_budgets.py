@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import symopt
 from support.cases import cases, pairs, some
+from support.roles import roles
 from support.tolerances import tolerance
 from symopt.budgets import schedule, selection
 from symopt.budgets.pools import BudgetedWeight, Pool, pools
@@ -582,7 +583,7 @@ def test_the_native_pattern_is_the_references(
     flags: Any = {"saturated": saturated, "snaps": lost}
     want = elementwise.sparse(w.double(), 0.01 * g.double(), decay, c, scale, **flags)
     entry = native.Entry()
-    native.fill(entry, w, state, "sparse")
+    native.fill(entry, w, roles(state), "sparse")
     entry.grad, entry.pattern_n, entry.pattern_m = g.data_ptr(), keep, of
     native.step([entry], "sgd", lr=0.01, saturated=saturated, instructions=instructions)
     close = torch.finfo(dtype).eps * tolerance("native weight, fp64")

@@ -48,7 +48,8 @@ Indices = tuple[int, ...]
 
 def exhaustive(*values: Any) -> list[Any]:
     """Values of ``pytest.mark.parametrize`` that run with ``--exhaustive`` only."""
-    return [pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
+    wrapped = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*value, marks=pytest.mark.exhaustive) for value in wrapped]
 
 
 def covering(sizes: Sequence[int], strength: int, allowed: Callable[[Indices], bool]) -> list[Indices]:

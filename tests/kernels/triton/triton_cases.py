@@ -35,6 +35,7 @@ from support.kernel_cases import (
     make,
 )
 from support.kernel_oracle import distances, expect, same
+from support.roles import roles
 from support.table import CONSTRAINTS, OPTIMIZERS, OptimizerRow, constrained_parameter, ids
 from support.tolerances import tolerance
 from symopt_kernels.backend import Request
@@ -61,7 +62,7 @@ def run(case: Case, problem: Problem, **changes: Any) -> int:
         state["budget"] = torch.tensor(budget, dtype=torch.float64, device=DEVICE)
     entry = triton_launch.Entry()
     triton_launch.fill(
-        entry, there["w"], state, case.retraction, problem.groups, fresh=bool(case.option("fresh"))
+        entry, there["w"], roles(state), case.retraction, problem.groups, fresh=bool(case.option("fresh"))
     )  # fmt: skip
     entry.grad, entry.strength_kept = there["g"].data_ptr(), changes.pop("strength", STRENGTH)
     options = {k: v for k, v in arguments(case).items() if k != "instructions"}
@@ -180,7 +181,7 @@ def one_step(w: Tensor, g: Tensor, retraction: str, *, lr: Any = 0.01, inside: A
     w, g = w.clone().to(DEVICE), g.to(DEVICE)
     entry = triton_launch.Entry()
     own = {k: options.pop(k) for k in ("depth", "pattern") if k in options}
-    triton_launch.fill(entry, w, state, retraction, None, **own)
+    triton_launch.fill(entry, w, roles(state), retraction, None, **own)
     entry.grad, entry.strength_kept = g.data_ptr(), inside
     triton_launch.step([entry], "sgd", lr=lr, **options)
     return w.cpu()
@@ -241,7 +242,7 @@ def test_lion(retraction: str, dtype: torch.dtype) -> None:
     there = {k: v.to(DEVICE) for k, v in {"w": w.clone(), "g": g, "exp_avg": m.clone(), **state}.items()}
     entry = triton_launch.Entry()
     own = {k: v for k, v in there.items() if k not in ("w", "g")}
-    triton_launch.fill(entry, there["w"], own, "plain" if retraction == "plain" else "sparse", **options)
+    triton_launch.fill(entry, there["w"], roles(own), "plain" if retraction == "plain" else "sparse", **options)
     entry.grad, entry.strength_kept = there["g"].data_ptr(), STRENGTH
     triton_launch.step([entry], "lion", lr=lr, beta1=beta1, beta2=beta2, weight_decay=0.1)
     found, rounding = there["w"].cpu().double(), torch.finfo(dtype).eps / 2 * (dtype != torch.float32)
@@ -265,7 +266,7 @@ def test_a_direction_that_is_not_listed_never_runs_as_another(direction: str, re
     state = {key: x.to(DEVICE) for key, x in numbers_of_all.items()}
     state |= {key: torch.zeros_like(w) if groups is None else w.new_zeros(30) for key in ("exp_avg", "exp_avg_sq")}
     before, entry = w.clone(), triton_launch.Entry()
-    triton_launch.fill(entry, w, state, retraction, groups)
+    triton_launch.fill(entry, w, roles(state), retraction, groups)
     entry.grad = g.data_ptr()
     with pytest.raises(ValueError, match=f"no direction '{direction}' with the retraction '{retraction}'"):
         triton_launch.step([entry], direction, lr=0.01, beta1=0.9, beta2=0.99)

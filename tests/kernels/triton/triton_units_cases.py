@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from support.interpreter import DEVICE, poisoned, pytestmark
+from support.roles import roles
 from support.tolerances import tolerance
 from symopt_kernels.reference import gauge
 from symopt_kernels.triton import launch as triton_launch
@@ -155,7 +156,8 @@ def make(case: Case) -> Problem:
 def entry_of(case: Case, problem: Problem, **changes: Any) -> triton_launch.UnitsEntry:
     entry = triton_launch.UnitsEntry()
     units = changes.get("units", problem.units)
-    triton_launch.fill_units(entry, problem.weights, problem.states, units, fresh=case.option("fresh", False))
+    states = [roles(state) for state in problem.states]
+    triton_launch.fill_units(entry, problem.weights, states, units, fresh=case.option("fresh", False))
     for own, g in zip(entry.entries, problem.grads, strict=True):
         own.grad, own.strength_kept = g.data_ptr(), changes.get("strength", STRENGTH)
     return entry
