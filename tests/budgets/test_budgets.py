@@ -20,8 +20,7 @@ import symopt
 from support.cases import cases, pairs, some
 from support.roles import roles
 from support.tolerances import tolerance
-from symopt import anneal as schedule
-from symopt.budgets import selection
+from symopt.budgets import schedule, selection
 from symopt.budgets.pools import BudgetedWeight, Pool, pools
 from symopt_kernels.native import binding as native
 from symopt_kernels.native import selection as native_selection
@@ -609,5 +608,5 @@ def test_large_budgets_are_met_at_high_rates(monkeypatch: pytest.MonkeyPatch) ->
     """At these rates a unit outside dies in three steps, and one without a gradient, like a dead ReLU, stays so."""
     cases = [(0.1, 0.7, 0), (0.1, 0.7, 1), (0.1, 0.9, 0)]
     assert all(lived(lr, keep, seed) == round(64 * keep) for lr, keep, seed in cases)
-    monkeypatch.setattr(schedule, "GENTLE", math.inf)
+    monkeypatch.setattr(schedule, "MAX_RELATIVE_DECAY", math.inf)
     assert all(lived(lr, keep, seed) < round(64 * keep) for lr, keep, seed in cases)

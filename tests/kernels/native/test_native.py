@@ -62,8 +62,8 @@ def run(case: Case, problem: Problem, **changes: Any) -> native.Entry:
     )  # fmt: skip
     entry.grad = problem.g.data_ptr()
     entry.strength_kept = changes.pop("strength", STRENGTH)
-    entry.strength_pruned = OUTSIDE if case.trimmed else entry.strength_kept
-    entry.threshold = THRESHOLD if case.trimmed else -1.0
+    entry.strength_pruned = OUTSIDE if case.budgeted else entry.strength_kept
+    entry.threshold = THRESHOLD if case.budgeted else -1.0
     native.step([entry], case.kind, **{**arguments(case), **changes})
     return entry
 
@@ -259,7 +259,7 @@ def any_case(draw: Any) -> Case:
         format,
         draw(st.sampled_from(native.INSTRUCTIONS)),
         saturated=draw(st.booleans()),
-        trimmed=draw(st.booleans()),
+        budgeted=draw(st.booleans()),
         imbalance=draw(st.sampled_from([0.0, 1e-6, 0.02, 3.0])),
         imbalance_factor=draw(st.sampled_from([None, None, 0.0, 0.9, 1.0])),
         maximize=draw(st.booleans()),
@@ -301,7 +301,7 @@ def test_nan_and_infinity_stay_where_they_are(
         format = ["fp32", "fp64", "bf16", "bf16+master", "fp16", "fp16+master"][i % 6]
         format = format.removesuffix("+master") if retraction == "sparse_free" else format
         clean = Case(
-            direction, retraction, shape, groups, format, instructions, saturated, trimmed=i % 4 > 1, seed=2 * i
+            direction, retraction, shape, groups, format, instructions, saturated, budgeted=i % 4 > 1, seed=2 * i
         )
         poisoned = replace(clean, poison=True)
         check(poisoned)

@@ -57,9 +57,9 @@ def on_device(problem: Problem) -> dict[str, Tensor]:
 def run(case: Case, problem: Problem, **changes: Any) -> int:
     there = on_device(problem)
     state = {k: v for k, v in there.items() if k not in ("w", "g")}
-    if case.trimmed:
-        trim = [STRENGTH, OUTSIDE, THRESHOLD, case.imbalance_factor]
-        state["budget"] = torch.tensor(trim, dtype=torch.float64, device=DEVICE)
+    if case.budgeted:
+        budget = [STRENGTH, OUTSIDE, THRESHOLD, case.imbalance_factor]
+        state["budget"] = torch.tensor(budget, dtype=torch.float64, device=DEVICE)
     entry = triton_launch.Entry()
     triton_launch.fill(
         entry, there["w"], roles(state), case.retraction, problem.groups, fresh=bool(case.option("fresh"))
@@ -117,11 +117,11 @@ def combined(retraction: str) -> Iterator[Case]:
         for j in range(3 if retraction == "group" else 2):
             shape, groups = shapes[(3 * k + 5 * j) % len(shapes)]
             i += 1
-            trimmed = i % 3 == 0 and DIRECTIONS[direction][0] != "adam" and retraction != "plain"
+            budgeted = i % 3 == 0 and DIRECTIONS[direction][0] != "adam" and retraction != "plain"
             case = Case(
                 direction, retraction, shape, groups,
-                format=FORMS[i % len(FORMS)], saturated=i % 4 != 1, trimmed=trimmed, imbalance=(0.02, 0.0)[i % 2],
-                imbalance_factor=0.99 if trimmed or i % 5 == 0 else None, maximize=i % 7 == 3,
+                format=FORMS[i % len(FORMS)], saturated=i % 4 != 1, budgeted=budgeted, imbalance=(0.02, 0.0)[i % 2],
+                imbalance_factor=0.99 if budgeted or i % 5 == 0 else None, maximize=i % 7 == 3,
                 grad_scale=(None, 4.0)[i % 6 == 1], poison=i % 8 == 5 and math.prod(shape) > 6, seed=i,
             )  # fmt: skip
             if retraction == "plain":
@@ -208,12 +208,12 @@ def test_patterns(pattern: tuple[int, int]) -> None:
     decay = 0.01 * torch.where(outer, OUTSIDE, STRENGTH).double()
     c, scale = torch.tensor(0.02).double(), torch.tensor(1.5).double()
     expected = elementwise.sparse(w.double(), 0.01 * g.double(), decay, c, scale, snaps=outer)
-    trim = torch.tensor([STRENGTH, OUTSIDE, math.inf, 0.99], dtype=torch.float64)
-    found = one_step(w, g, "sparse", pattern=pattern, state={"budget": trim})
+    budget = torch.tensor([STRENGTH, OUTSIDE, math.inf, 0.99], dtype=torch.float64)
+    found = one_step(w, g, "sparse", pattern=pattern, state={"budget": budget})
     assert bool(((found - expected).abs() <= 8 * 2**-23 * (w.abs() + 0.02 * g.abs() + 0.02)).all())
-    trim[2] = -1.0  # nothing is outside yet
+    budget[2] = -1.0  # nothing is outside yet
     expected = elementwise.sparse(w.double(), 0.01 * g.double(), 0.01 * STRENGTH, c, scale)
-    found = one_step(w, g, "sparse", pattern=pattern, state={"budget": trim})
+    found = one_step(w, g, "sparse", pattern=pattern, state={"budget": budget})
     assert bool(((found - expected).abs() <= 8 * 2**-23 * (w.abs() + 0.02 * g.abs() + 0.02)).all())
 
 
