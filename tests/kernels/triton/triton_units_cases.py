@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import DEVICE, poisoned, pytestmark
 
+from support.interpreter import DEVICE, poisoned, pytestmark
 from support.table import tolerance
 from symopt_kernels.reference import gauge
 from symopt_kernels.triton import launch as triton_launch
