@@ -18,7 +18,7 @@ concept         what it is                                                      
                                                                                         ``triton``
 ==============  ======================================================================  ===============================
 
-- *survey*, per parameter: advance the first moment; per unit, take the sums of ``g**2``, ``lead**2``, ``lead w``, ``w**2``;
+- *survey*, per parameter: advance the first moment; per unit, sum ``g**2``, ``lead**2``, ``lead w`` and ``w**2``;
 - *combine*, per unit: add the sums of all parameters of the binding (and, where they are divided among processes, of
   all processes); advance the second moment; decide the step from the sums;
 - *move*, per parameter: apply it.
@@ -47,8 +47,8 @@ tensor([4., 4.])
 >>> step.move(units, units.parts[1], weights[1], grads[1], shrink, shift)
 tensor([0.9506, 0.9506])
 
-**A plane.**  ``{("enc.weight", "dec.weight"): Tied()}`` has one unit, what is off the plane of equal weights; the part on
-the plane takes the plain step, and :func:`~symopt_kernels.reference.plane.plane_step` moves the rest by one gate:
+**A plane.**  ``{("enc.weight", "dec.weight"): Tied()}`` has one unit, what is off the plane of equal weights; the part
+on the plane takes the plain step, and :func:`~symopt_kernels.reference.plane.plane_step` moves the rest by one gate:
 
 >>> from symopt_kernels.groups import Groups
 >>> from symopt_kernels.reference.plane import plane_step

@@ -11,8 +11,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from symopt.constraints.base import Constraint, Factors, Outs, check_depth, heavy_factor
+from symopt.constraints.base import Constraint, Factors, Outs, check_depth
 from symopt.constraints.budget import Budget, check_keep, check_scope
+from symopt.constraints.gauge import heavy_factor
 from symopt.constraints.mapping import Index, check_mapping, first_pattern, spanning_units
 from symopt.constraints.spanning import SpanningGroups
 from symopt_kernels.groups import Groups

@@ -8,8 +8,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from symopt.constraints.base import Constraint, Factors, Outs, heavy_factor
+from symopt.constraints.base import Constraint, Factors, Outs
 from symopt.constraints.budget import Budget
+from symopt.constraints.gauge import heavy_factor
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import units as kernel
 from symopt_kernels.units import Units

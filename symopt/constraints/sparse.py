@@ -8,8 +8,9 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from symopt.constraints.base import Constraint, Factors, Outs, check_depth, heavy_factor, light_factor
+from symopt.constraints.base import Constraint, Factors, Outs, check_depth
 from symopt.constraints.budget import Budget, check_scope, check_share, parse_pattern
+from symopt.constraints.gauge import heavy_factor, light_factor
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import elementwise, gauge
 

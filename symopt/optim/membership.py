@@ -74,7 +74,7 @@ class Membership:
             ValueError: if a parameter is a factor of explicit mode, cannot be stepped under its constraint, or shares
                 it with one that is in no param group or another.
         """
-        known, factors = registry.bound(), registry.factors()
+        known, factors = registry.bindings(), registry.factors()
         found: dict[Tensor, Binding] = {}
         groups: dict[int, Members] = {}
         for group in param_groups:
@@ -91,7 +91,7 @@ class Membership:
                 if (binding := found.get(p)) is None:
                     binding = self._binding(p, name, known.get(id(p)))
                     if binding.constraint is not None:
-                        self._check(binding, group, p, known.get(id(p)), inside)
+                        self._check(binding, group, p, inside)
                     found.update(dict.fromkeys(binding.parameters, binding))
                 own[id(binding)] = binding
             bound = tuple(b for b in own.values() if b.constraint is not None)
@@ -100,18 +100,14 @@ class Membership:
         self.bindings, self._groups, self._epoch = found, groups, registry.epoch()
         self.parameters = list(found)
 
-    def _binding(self, p: Tensor, name: str, bound: registry.Bound | None) -> Binding:
+    def _binding(self, p: Tensor, name: str, now: Binding | None) -> Binding:
+        """``now`` is what the registry knows; the binding of before if that is the same, with what it has cached."""
         before = self.bindings.get(p)
-        if bound is None:
+        if now is None:
             return Binding(None, (name,), (p,)) if before is None else before
-        same = before is not None and before.constraint is bound.constraint and before.names == bound.names
-        if same and before is not None and all(map(operator.is_, before.parameters, bound.parameters)):
-            return before
-        return Binding(bound.constraint, bound.names, bound.parameters)
+        return before if before is not None and before.same(now) else now
 
-    def _check(
-        self, binding: Binding, group: Options, p: Tensor, bound: registry.Bound | None, inside: set[int]
-    ) -> None:
+    def _check(self, binding: Binding, group: Options, p: Tensor, inside: set[int]) -> None:
         """Raise if the group, which holds the parameters ``inside``, cannot step the binding."""
         constraint, direction = binding.constraint, self.direction
         assert constraint is not None
@@ -126,7 +122,7 @@ class Membership:
             )
         parameters = zip(binding.names, binding.parameters, strict=True)
         lacking = [other for other, q in parameters if id(q) not in inside]
-        lacking += [] if bound is None else list(bound.missing)
+        lacking += binding.missing
         if lacking:
             raise ValueError(
                 f"{self.owner}: {name} shares a constraint with {lacking[0]}, which is not in its param group; give "

@@ -2,14 +2,15 @@
 
 :func:`cases` runs all combinations of the values of some arguments; :func:`pairs`, for arguments that are independent,
 so many that any two values of two arguments meet; :func:`some` so many that every value occurs.  With ``--exhaustive``
-(``make test-all``) all three run all combinations.  A failure names the cases that failed, and ``--case TEXT`` runs
-only those whose name has the text in it.
+(``make test-all``) these two run all combinations too, or, where those are very many, so that any three values meet.
+A failure names the cases that failed, and ``--case TEXT`` runs only those whose name has the text in it.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ import pytest
 
 EXHAUSTIVE = False
 ONLY = ""
+MOST_CASES = 5000
+"""More combinations than these are never all run."""
 MOST_FAILURES = 5
 """So many are shown; then the test stops."""
 
@@ -27,7 +30,7 @@ Where = Callable[..., bool]
 
 def cases(where: Where | None = None, **axes: Sequence[Any]) -> Callable[[Test], Test]:
     """A test of all combinations, or of those for which ``where(**combination)`` is true."""
-    return lambda test: _loop(test, axes, where, None)
+    return lambda test: _loop(test, axes, where, 0)
 
 
 def pairs(where: Where | None = None, **axes: Sequence[Any]) -> Callable[[Test], Test]:
@@ -40,60 +43,89 @@ def some(where: Where | None = None, **axes: Sequence[Any]) -> Callable[[Test], 
     return lambda test: _loop(test, axes, where, 1)
 
 
-def covering(combinations: Sequence[tuple[int, ...]], size: int) -> list[tuple[int, ...]]:
-    """Few of the combinations in which all ``size`` values at as many places occur that occur in any: greedily."""
+Indices = tuple[int, ...]
 
-    def parts(combination: tuple[int, ...]) -> Iterator[tuple[tuple[int, int], ...]]:
-        return itertools.combinations(enumerate(combination), size)
 
-    having: dict[tuple[tuple[int, int], ...], list[tuple[int, ...]]] = {}
-    for combination in combinations:
-        for part in parts(combination):
-            having.setdefault(part, []).append(combination)
-    left, chosen = dict.fromkeys(having), []
+def exhaustive(*values: Any) -> list[Any]:
+    """Values of ``pytest.mark.parametrize`` that run with ``--exhaustive`` only."""
+    return [pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
+
+
+def covering(sizes: Sequence[int], strength: int, allowed: Callable[[Indices], bool]) -> list[Indices]:
+    """Few tuples of indices below ``sizes`` that have any ``strength`` indices that an allowed one has, greedily."""
+    left = {
+        part: None
+        for places in itertools.combinations(range(len(sizes)), strength)
+        for part in itertools.product(*([(place, i) for i in range(sizes[place])] for place in places))
+    }
     used: Counter[tuple[int, int]] = Counter()
+    found = []
 
-    def gain(combination: tuple[int, ...]) -> tuple[int, int]:
-        """Of equally good ones, that whose values have occurred least."""
-        return sum(part in left for part in parts(combination)), -sum(used[value] for value in enumerate(combination))
+    def extended(part: tuple[tuple[int, int], ...]) -> Indices:
+        """With the indices that cover most with those that are chosen already, and have occurred least."""
+        chosen = dict(part)
+        for place in range(len(sizes)):
+            if place not in chosen:
+                rest = [tuple(sorted(x)) for x in itertools.combinations(chosen.items(), strength - 1)]
+
+                def gain(i: int, place: int = place, rest: list[Any] = rest) -> tuple[int, int]:
+                    return sum(tuple(sorted((*x, (place, i)))) in left for x in rest), -used[place, i]
+
+                chosen[place] = max(range(sizes[place]), key=gain)
+        return tuple(chosen[place] for place in range(len(sizes)))
+
+    def first(part: tuple[tuple[int, int], ...]) -> Indices | None:
+        fixed = dict(part)
+        axes = ([fixed[place]] if place in fixed else range(size) for place, size in enumerate(sizes))
+        return next(filter(allowed, itertools.product(*axes)), None)
 
     while left:
-        best = max(having[next(iter(left))], key=gain)
-        chosen.append(best)
+        part = next(iter(left))
+        best: Indices | None = extended(part)
+        if not allowed(best):
+            best = first(part)
+        if best is None:
+            del left[part]
+            continue
+        found.append(best)
         used.update(enumerate(best))
-        for part in parts(best):
+        for part in itertools.combinations(enumerate(best), strength):
             left.pop(part, None)
-    return chosen
+    return found
 
 
-def combinations(axes: dict[str, Sequence[Any]], where: Where | None, size: int | None) -> Iterator[dict[str, Any]]:
-    """The cases to run."""
+def combinations(axes: dict[str, Sequence[Any]], where: Where | None, strength: int) -> Iterator[dict[str, Any]]:
+    """The cases to run, by how many values are to meet; 0 for all."""
+    sizes = [len(values) for values in axes.values()]
 
-    def named(indices: tuple[int, ...]) -> dict[str, Any]:
+    def named(indices: Indices) -> dict[str, Any]:
         return {name: values[i] for (name, values), i in zip(axes.items(), indices, strict=True)}
 
-    found = list(itertools.product(*(range(len(values)) for values in axes.values())))
-    if where is not None:
-        found = [indices for indices in found if where(**named(indices))]
-    if size is not None and size < len(axes) and not EXHAUSTIVE:
-        found = covering(found, size)
-    return map(named, found)
+    def allowed(indices: Indices) -> bool:
+        return where is None or where(**named(indices))
+
+    if strength and EXHAUSTIVE:
+        strength = 0 if math.prod(sizes) <= MOST_CASES else 3
+    if 0 < strength < len(sizes):
+        return map(named, covering(sizes, strength, allowed))
+    return map(named, filter(allowed, itertools.product(*map(range, sizes))))
 
 
-def name_of(case: dict[str, Any]) -> str:
-    def text(value: Any) -> str:
-        return str(getattr(value, "id", None) or getattr(value, "__name__", None) or value)
+def name_of(case: dict[str, Any], axes: dict[str, Sequence[Any]]) -> str:
+    def text(name: str, value: Any) -> str:
+        found = str(getattr(value, "id", None) or getattr(value, "__name__", None) or value)
+        return found if len(found) < 60 and "<lambda>" not in found else f"{name}[{axes[name].index(value)}]"
 
-    return "-".join(map(text, case.values()))
+    return "-".join(itertools.starmap(text, case.items()))
 
 
-def _loop(test: Test, axes: dict[str, Sequence[Any]], where: Where | None, size: int | None) -> Test:
+def _loop(test: Test, axes: dict[str, Sequence[Any]], where: Where | None, strength: int) -> Test:
     axes = {name: list(values) for name, values in axes.items()}
 
     def loop(**fixtures: Any) -> None:
         failures: dict[str, BaseException] = {}
-        for case in combinations(axes, where, size):
-            if ONLY not in (name := name_of(case)):
+        for case in combinations(axes, where, strength):
+            if ONLY not in (name := name_of(case, axes)):
                 continue
             try:
                 test(**case, **fixtures)

@@ -51,6 +51,8 @@ def _checkerboard(w: torch.Tensor) -> torch.Tensor:
     return torch.arange(w.numel()).reshape(w.shape) % 3
 
 
+Row = ConstraintRow | PlaneRow
+
 CONSTRAINTS = [
     ConstraintRow("sparse", lambda k: symopt.Sparse(k), (6, 5)),
     ConstraintRow("sparse-1d", lambda k: symopt.Sparse(k), (7,)),
@@ -63,6 +65,23 @@ CONSTRAINTS = [
     ConstraintRow("group-block", lambda k: symopt.GroupSparse("block:2x3", k), (4, 6)),
     ConstraintRow("group-index", lambda k: symopt.GroupSparse(torch.tensor([0, 2, 2, 0, 5, 5]), k), (6, 5)),
     ConstraintRow("group-callable", lambda k: symopt.GroupSparse(_checkerboard, k), (6, 5)),
+]
+
+
+DEEP = [
+    ConstraintRow("sparse-depth-3", lambda k: symopt.Sparse(k, depth=3), (6, 5)),
+    ConstraintRow("sparse-depth-4", lambda k: symopt.Sparse(k, depth=4), (7,)),
+    ConstraintRow("sparse-depth-5", lambda k: symopt.Sparse(k, depth=5), (6, 5)),
+    ConstraintRow("group-depth-3", lambda k: symopt.GroupSparse("out", k, depth=3), (6, 5)),
+    ConstraintRow("group-in-conv-depth-4", lambda k: symopt.GroupSparse("in", k, depth=4), (4, 3, 3, 2)),
+    ConstraintRow("group-index-depth-5", lambda k: symopt.GroupSparse(_checkerboard, k, depth=5), (6, 5)),
+]
+
+
+FREE = [
+    ConstraintRow("sparse-free", lambda k: symopt.Sparse(k, gauge="free"), (6, 5)),
+    ConstraintRow("sparse-free-depth-3", lambda k: symopt.Sparse(k, depth=3, gauge="free"), (6, 5)),
+    ConstraintRow("sparse-free-depth-4", lambda k: symopt.Sparse(k, depth=4, gauge="free"), (7,)),
 ]
 
 
@@ -174,6 +193,8 @@ MATRICES = [
 ]
 """Constraints that see a weight as a matrix; their units are not weights or groups of them (test_lowrank.py)."""
 
+EVERY: list[Row] = [*CONSTRAINTS, *DEEP, *FREE, *PLANES, *MATRICES]
+
 OPTIMIZERS = [
     OptimizerRow("sgd", symopt.SGD, torch.optim.SGD, 0.05),
     OptimizerRow("sgd-momentum", symopt.SGD, torch.optim.SGD, 0.01, {"momentum": 0.9}),
@@ -209,3 +230,10 @@ def constrained_parameter(
     module = torch.nn.Module()
     module.weight = torch.nn.Parameter(torch.randn(row.shape, generator=generator, dtype=torch.float64).to(dtype))
     return symopt.constrain(module, {"weight": row.make(strength)})
+
+
+def bound_module(row: Row, strength: float | None = 0.3, *, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    """A module whose parameters obey the row's constraint."""
+    if isinstance(row, PlaneRow):
+        return plane_module(row, strength, dtype=dtype)
+    return constrained_parameter(row, strength=strength, dtype=dtype)

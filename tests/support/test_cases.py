@@ -40,6 +40,8 @@ def test_all_combinations_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(cases) == every
     monkeypatch.setattr(module, "EXHAUSTIVE", True)
     assert run(pairs) == run(some) == every
+    monkeypatch.setattr(module, "MOST_CASES", 29)
+    assert occurring(run(some), 3) == occurring(every, 3)
 
 
 @pytest.mark.parametrize("where", [None, lambda a, b, c, d: a != 3 or (b == "x" and c)])
@@ -52,7 +54,7 @@ def test_any_two_values_meet_that_may_and_every_value_occurs(where: Any) -> None
 
 
 def test_values_that_are_not_new_rotate() -> None:
-    found = covering(list(itertools.product(range(6), range(3))), 1)
+    found = covering([6, 3], 1, lambda indices: True)
     assert sorted(b for _, b in found) == [0, 0, 1, 1, 2, 2]
 
 

@@ -10,7 +10,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from symopt.constraints.base import Constraint, Factors, Outs, heavy_factor, light_factor
+from symopt.constraints.base import Constraint, Factors, Outs
+from symopt.constraints.gauge import heavy_factor, light_factor
 from symopt.constraints.planes.plane import Plane, flat
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import elementwise

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from symopt.constraints.base import Constraint, Factors, Outs, heavy_factor
+from symopt.constraints.base import Constraint, Factors, Outs
+from symopt.constraints.gauge import heavy_factor
 from symopt_kernels.groups import Groups
 from symopt_kernels.orbits import PlaneLayout, Segment
 from symopt_kernels.reference import plane as kernel
