@@ -231,12 +231,13 @@ class ExplicitRowMax(Explicit):
 
     @staticmethod
     def clipped(row: Tensor, cut: float) -> Tensor:
-        if float(row.abs().sum()) <= cut:
+        sizes = [abs(x) for x in row.tolist()]
+        if sum(sizes) <= cut:
             return torch.zeros_like(row)
-        low, high = 0.0, float(row.abs().max())
-        for _ in range(200):
+        low, high = 0.0, max(sizes)
+        for _ in range(100):
             level = (low + high) / 2
-            low, high = (level, high) if float((row.abs() - level).clamp(min=0).sum()) > cut else (low, level)
+            low, high = (level, high) if sum(max(x - level, 0.0) for x in sizes) > cut else (low, level)
         return row.clamp(-high, high)
 
 
