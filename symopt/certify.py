@@ -18,7 +18,6 @@ from symopt.optim import ConstrainedOptimizer, registry
 from symopt.optim.binding import Binding
 from symopt.optim.collapse import collapse_steps
 from symopt.optim.direction import Direction, Options, State
-from symopt.optim.registry import Bound
 
 __all__ = ["Certificate", "Certificates", "certify", "critical_strength"]
 
@@ -128,7 +127,8 @@ def certify(model: nn.Module, opt: ConstrainedOptimizer, closure: Closure, sampl
             )
     now = _gradients("certify", closure, rows, samples)
     on_plane = now
-    if any(float(r.constraint.violation(flat(r.parameters).detach())) > 0 for r in rows if r.constraint.is_plane):
+    planes = [row for row in rows if row.constrained_by.is_plane]
+    if any(float(row.constrained_by.violation(row.weight())) > 0 for row in planes):
         with _on_planes(rows):
             on_plane = _gradients("certify", closure, rows, samples)
     found = []
@@ -166,7 +166,7 @@ def critical_strength(model: nn.Module, closure: Closure, samples: int = 1, step
         >>> round(found["weight"], 4)
         1.4142
     """
-    rows = [row for row in _bound("critical_strength", model) if row.constraint.is_plane]
+    rows = [row for row in _bound("critical_strength", model) if row.constrained_by.is_plane]
     if not rows:
         raise ValueError("critical_strength: the model has no fixed plane; Sparse and GroupSparse choose their own")
     others = [p for p in model.parameters() if p.requires_grad]
@@ -178,7 +178,7 @@ def critical_strength(model: nn.Module, closure: Closure, samples: int = 1, step
         grads = _gradients("critical_strength", closure, rows, samples)
     found = {}
     for i, row in enumerate(rows):
-        value, _ = _jackknife(row.constraint, [g[i] for g in grads])
+        value, _ = _jackknife(row.constrained_by, [g[i] for g in grads])
         found.update(dict.fromkeys(row.names, value))
     return found
 
@@ -197,7 +197,7 @@ class _Evaluating:
         pass
 
 
-def _bound(owner: str, model: nn.Module) -> list[Bound]:
+def _bound(owner: str, model: nn.Module) -> list[Binding]:
     given: object = model
     if not isinstance(given, nn.Module):
         raise TypeError(f"{owner}: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -205,10 +205,10 @@ def _bound(owner: str, model: nn.Module) -> list[Bound]:
     rows = bindings(model)
     if missing := [name for names, _ in rows for name in names if name not in named]:
         raise ValueError(f"{owner}: {missing[0]} is constrained in explicit mode, which this does not look into")
-    return [Bound(constraint, names, tuple(named[name] for name in names)) for names, constraint in rows]
+    return [Binding(constraint, names, tuple(named[name] for name in names)) for names, constraint in rows]
 
 
-def _gradients(owner: str, closure: Closure, rows: list[Bound], samples: int) -> list[list[Tensor]]:
+def _gradients(owner: str, closure: Closure, rows: list[Binding], samples: int) -> list[list[Tensor]]:
     """Per sample the gradient of what every constraint sees: flat if it binds several parameters."""
     given: object = samples
     if isinstance(given, bool) or not isinstance(given, int):
@@ -238,15 +238,15 @@ def _gradient(owner: str, closure: Closure, params: Sequence[Tensor]) -> list[Te
 
 
 @contextmanager
-def _on_planes(rows: list[Bound], others: Sequence[Tensor] = ()) -> Iterator[None]:
+def _on_planes(rows: list[Binding], others: Sequence[Tensor] = ()) -> Iterator[None]:
     """Every weight that a plane binds is on it, for as long as the block lasts; then all weights are put back."""
     touched = [*(p for row in rows for p in row.parameters), *others]
     before = [p.detach().clone() for p in touched]
     try:
         with torch.no_grad():
             for row in rows:
-                if row.constraint.is_plane:
-                    on_plane = parts(row.constraint.fold(flat(row.parameters)), row.parameters)
+                if row.constrained_by.is_plane:
+                    on_plane = parts(row.constrained_by.fold(flat(row.parameters)), row.parameters)
                     _copy(row.parameters, on_plane)
         yield
     finally:
@@ -259,7 +259,7 @@ def _copy(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         p.copy_(value)
 
 
-def _descend(closure: Closure, rows: list[Bound], params: list[nn.Parameter], steps: int) -> None:
+def _descend(closure: Closure, rows: list[Binding], params: list[nn.Parameter], steps: int) -> None:
     """L-BFGS on the plane: with projected gradients all its steps are on it."""
     search = torch.optim.LBFGS(params, max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-10)
     saved = [p.grad for p in params]
@@ -271,7 +271,7 @@ def _descend(closure: Closure, rows: list[Bound], params: list[nn.Parameter], st
             p.grad = g
         for row in rows:
             grads = flat(tuple(p.grad for p in row.parameters if p.grad is not None))
-            for q, part in zip(row.parameters, parts(row.constraint.fold(grads), row.parameters), strict=True):
+            for q, part in zip(row.parameters, parts(row.constrained_by.fold(grads), row.parameters), strict=True):
                 q.grad = part
         return loss.detach()
 
@@ -305,13 +305,13 @@ def _jackknife(constraint: Constraint, grads: list[Tensor], sizes: Tensor | None
 def _certificate(
     opt: ConstrainedOptimizer,
     group: Options,
-    row: Bound,
+    row: Binding,
     binding: Binding,
     now: list[Tensor],
     on_plane: list[Tensor],
 ) -> Certificate:
     """``now`` and ``on_plane`` are gradients, one per sample: at the weights, and at their projection."""
-    constraint, direction = row.constraint, opt.direction
+    constraint, direction = row.constrained_by, opt.direction
     w, state = binding.weight(), opt.state.get(binding.parameters[0], {})
     sizes = constraint.size(w)
     now, on_plane = ([_seen(binding, direction, group, state, g) for g in grads] for grads in (now, on_plane))
@@ -359,10 +359,9 @@ def _seen(binding: Binding, direction: Direction, options: Options, state: State
     scale = binding.preconditioner(direction, options, state) if direction.decoupled(options) else None
     if scale is None:
         return grad
-    assert binding.constraint is not None
     size = binding.size(state)
     unit = 1.0 if size is None else size.sqrt()
-    multiplier = torch.as_tensor(binding.constraint.strength_multiplier(grad, decoupled=True))
+    multiplier = torch.as_tensor(binding.constrained_by.strength_multiplier(grad, decoupled=True))
     if binding.units is not None:
         return grad * binding.units.flat(scale[: binding.units.count] / (unit * multiplier)).reshape(grad.shape)
     groups = binding.groups(state)

@@ -16,10 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-
 import symopt
 import symopt_kernels
+from support.cases import cases
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (symopt, symopt_kernels)
@@ -54,7 +53,6 @@ def sources() -> dict[str, Path]:
 
 
 SOURCES = sources()
-modules = pytest.mark.parametrize("name", SOURCES)
 
 
 def tree(name: str) -> ast.Module:
@@ -99,7 +97,7 @@ def test_all_sources_are_seen() -> None:
     assert "symopt.optim.registry" in ours("symopt.optim.base") and "symopt.optim.base" in ours("symopt.optim.adam")
 
 
-@modules
+@cases(name=SOURCES)
 def test_imports_point_downward(name: str) -> None:
     for target in ours(name):
         assert layer(target) <= layer(name), f"{name} imports {target} from above"
@@ -122,7 +120,7 @@ def test_imports_have_no_cycles() -> None:
     assert done == SOURCES.keys()
 
 
-@modules
+@cases(name=SOURCES)
 def test_only_the_top_knows_modules(name: str) -> None:
     if any(within(name, top) for top in KNOW_MODULES):
         return
@@ -133,7 +131,7 @@ def test_only_the_top_knows_modules(name: str) -> None:
         assert not (used and isinstance(node.value, ast.Name) and node.value.id == "torch"), f"{name} uses torch.nn"
 
 
-@pytest.mark.parametrize("name", [n for n in SOURCES if within(n, "symopt_kernels")])
+@cases(name=[n for n in SOURCES if within(n, "symopt_kernels")])
 def test_kernels_know_tensors_and_numbers_only(name: str) -> None:
     allowed = set(sys.stdlib_module_names) | {"torch", "triton", "symopt_kernels"}
     assert {target.split(".")[0] for target in imported(name)} <= allowed
@@ -219,7 +217,7 @@ def test_all_is_complete_and_public() -> None:
     assert [name for name in symopt.__all__ if name.startswith("_")] == []
 
 
-@modules
+@cases(name=SOURCES)
 def test_every_module_says_what_it_is_for(name: str) -> None:
     assert ast.get_docstring(tree(name))
     module = importlib.import_module(name)
@@ -232,7 +230,7 @@ def callables() -> list[str]:
     return [n for n, x in public.items() if inspect.isfunction(x) or (inspect.isclass(x) and not inspect.isabstract(x))]
 
 
-@pytest.mark.parametrize("name", sorted({*REQUIRED, *callables()}))
+@cases(name=sorted({*REQUIRED, *callables()}))
 def test_public_names_are_documented_with_an_example(name: str) -> None:
     thing = getattr(symopt, name)
     assert callable(thing), f"symopt.{name} is a {type(thing).__name__}"
@@ -243,7 +241,7 @@ def test_public_names_are_documented_with_an_example(name: str) -> None:
     assert "Example:" in doc
 
 
-@pytest.mark.parametrize("name", [n for n in symopt.__all__ if not inspect.ismodule(getattr(symopt, n))])
+@cases(name=[n for n in symopt.__all__ if not inspect.ismodule(getattr(symopt, n))])
 def test_public_names_come_from_where_they_are_public(name: str) -> None:
     thing = getattr(symopt, name)
     assert thing.__doc__ and thing.__module__.startswith("symopt.")

@@ -179,14 +179,14 @@ def combine_units(
             table, per_step, main, given, ADAPTIVE, MOMENTUM, True, False, MAXIMIZE, BUDGETED
         )
         size = tl.load(address(table, main, UNIT_SIZES, tl.float32, False) + unit, mask=mask, other=1.0)
-        shrink, shift, norm, square = combine(
+        shrink, shift, norms, squares = combine(
             table, main, unit, mask, size, direction, constants, gg, uu, uw, ww,
             PEAK, ADAPTIVE, BUDGETED, COUPLED, SATURATED,
         )  # fmt: skip
         tl.store(sums + 4 * units, shrink, mask=mask)
         tl.store(sums + 5 * units, shift, mask=mask)
-        tl.store(partial + program, tl.sum(norm, 0))
-        tl.store(partial + programs + program, tl.sum(square, 0))
+        tl.store(partial + program, tl.sum(norms, 0))
+        tl.store(partial + programs + program, tl.sum(squares, 0))
         tl.debug_barrier()
         before = tl.atomic_add(arrived + main, 1, sem="acq_rel")
         begin, count = field_i32(table, main, COMBINE_BEGIN), field_i32(table, main, COMBINE_COUNT)

@@ -106,8 +106,16 @@ def finish(
     """Runs once per parameter, in whichever program is its last: zeros, ``reference.imbalance_law``, the step count."""
     if TALLY:
         begin, count = field_i32(table, row, BEGIN), field_i32(table, row, COUNT)
-        size, square = reduce_partial(partial, begin, count), reduce_partial(partial + programs, begin, count)
-        count_zeros(table, row, partial + 2 * programs, zeros)
+        lane = tl.arange(0, SAMPLE)
+        sizes, squares = tl.zeros((SAMPLE,), tl.float32), tl.zeros((SAMPLE,), tl.float32)
+        none = tl.zeros((SAMPLE,), tl.int64)
+        for i in range(0, count, SAMPLE):  # three loads under way at a time
+            at, mask = begin + i + lane, i + lane < count
+            sizes += tl.load(partial + at, mask=mask, other=0.0, cache_modifier=".cg")
+            squares += tl.load(partial + programs + at, mask=mask, other=0.0, cache_modifier=".cg")
+            none += tl.load(partial + 2 * programs + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.int64)
+        tl.store(zeros + row, tl.sum(none, 0))
         if IMBALANCE_LAW:
+            size, square = tl.sum(sizes, 0), tl.sum(squares, 0)
             decay_imbalance(table, row, constants, direction, gain, size, square, COUPLED, PEAK, SATURATED)
     count_step(table, row, arrived, direction, ADAPTIVE, MOMENTUM)

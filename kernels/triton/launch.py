@@ -104,9 +104,11 @@ def launches(
         for shape in form:
             r, c, p, unbound, aligned = shape
             fixed |= {"R": r, "C": c, "P": p, "UNBOUND": unbound, "ALIGNED": aligned}
-            warps = max(1, min(8, r * c // 256))
-            surveys.append(launch(group_units.survey_units, grid=shape, num_warps=warps))
-            moves.append(launch(group_units.move_units, grid=shape, num_warps=warps))
+            own: dict[str, Any] = {"num_warps": max(1, min(8, r * c // 256))}
+            if unbound and "maxnreg" in options:  # the sums and the whole step in registers
+                own["maxnreg"] = 168
+            surveys.append(launch(group_units.survey_units, grid=shape, **own))
+            moves.append(launch(group_units.move_units, grid=shape, **own))
         combines = []
         for add, decide in ((True, False), (False, True)) if hooked else ((True, True),):
             fixed |= {"ADD": add, "DECIDE": decide, "LANES": table.UNITS}

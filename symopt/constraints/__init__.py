@@ -5,9 +5,10 @@ from symopt.constraints.composed import Composed
 from symopt.constraints.group import GroupSparse
 from symopt.constraints.group_bridge import GroupBridge
 from symopt.constraints.lowrank import LowRank
+from symopt.constraints.planes.circulant import Circulant
 from symopt.constraints.planes.equivariant import Equivariant
 from symopt.constraints.planes.mirror import Mirror
-from symopt.constraints.planes.symmetric import Circulant, Symmetric
+from symopt.constraints.planes.symmetric import Symmetric
 from symopt.constraints.planes.tied import Tied
 from symopt.constraints.planes.zero_mean import ZeroMean
 from symopt.constraints.sparse import Sparse

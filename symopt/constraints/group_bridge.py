@@ -50,7 +50,7 @@ class GroupBridge(Constraint):
         tensor(6.)
     """
 
-    retraction: ClassVar[str] = "group_bridge"
+    retraction = "group_bridge"
     depth: ClassVar[int] = 3  # type: ignore[misc]
 
     groups: str

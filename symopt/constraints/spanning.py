@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
 
-from symopt.constraints.base import Constraint, Factors, Outs, heavy_factor
+from symopt.constraints.base import Constraint, Factors, Outs
 from symopt.constraints.budget import Budget
+from symopt.constraints.gauge import heavy_factor
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import units as kernel
 from symopt_kernels.units import Units
@@ -28,8 +29,8 @@ class SpanningGroups(Constraint):
     not decay; without free weights ``(gate, direction)``.
     """
 
-    retraction: ClassVar[str] = "units"
-    binds_many: ClassVar[bool] = True
+    retraction = "units"
+    binds_many = True
 
     label: str
     """The call that made it."""
@@ -50,7 +51,7 @@ class SpanningGroups(Constraint):
         return None if self.keep is None else Budget(self.keep)
 
     @property
-    def free_factors(self) -> int:  # type: ignore[override]
+    def free_factors(self) -> int:
         """One if there are free weights."""
         return 1 if self.units_.unbound else 0
 

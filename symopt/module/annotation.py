@@ -1,6 +1,6 @@
 """Where constraints are written down, so that no constrained weight silently becomes an unconstrained one.
 
-A :class:`Binding` is stored on every module that owns one of its parameters, with the parameter's name.  It survives
+A :class:`Annotation` is stored on every module that owns one of its parameters, with the parameter's name.  It survives
 ``deepcopy``, pickling, ``.to()``, sharding and everything else that replaces Parameter objects, because it looks up the
 module's parameter of that name anew each time.  Optimizers find it through :mod:`symopt.optim.registry`; a
 :class:`Guard` warns if a constrained parameter is trained without.
@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from symopt.constraints import Constraint
 from symopt.optim import registry
+from symopt.optim.binding import Binding
 
-__all__ = ["Binding", "Factored", "Guard", "annotated", "watch"]
+__all__ = ["Annotation", "Factored", "Guard", "annotated", "watch"]
 
 _ATTRIBUTE = "_symopt_annotations"
 
 
 @final
-class Binding:
+class Annotation:
     """A constraint and the parameters it binds, in its order: parameter i is ``owners[i].<attributes[i]>``."""
 
     def __init__(
@@ -64,10 +65,10 @@ class Binding:
         """Parameter i as it is now; None if its module no longer has it."""
         return self.owners[i]._parameters.get(self.attributes[i])
 
-    def bound(self) -> registry.Bound:
+    def binding(self) -> Binding:
         """All parameters as they are now."""
         found = [(name, self.parameter(i)) for i, name in enumerate(self.names)]
-        return registry.Bound(
+        return Binding(
             self.constraint,
             tuple(name for name, param in found if param is not None),
             tuple(param for _, param in found if param is not None),
@@ -75,7 +76,7 @@ class Binding:
         )
 
 
-def annotated(module: nn.Module) -> Iterator[tuple[str, Binding, int]]:
+def annotated(module: nn.Module) -> Iterator[tuple[str, Annotation, int]]:
     """Attribute, binding and place in it of every constrained parameter of ``module`` itself."""
     for attribute, (binding, i) in vars(module).get(_ATTRIBUTE, {}).items():
         yield attribute, binding, i

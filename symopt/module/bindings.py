@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from symopt.constraints import Constraint
-from symopt.module.annotation import Binding, annotated
+from symopt.module.annotation import Annotation, annotated
 from symopt.module.explicit import Explicit, explicit
 
 __all__ = ["annotated_bindings", "bindings", "check_module", "check_whole", "constraints", "free", "param_groups"]
@@ -49,7 +49,7 @@ def bindings(module: nn.Module) -> list[tuple[tuple[str, ...], Constraint]]:
     # A tensor that has several names has several bindings: it gets the last name, and one row.
     names = {id(binding.parameter(i)): name for name, binding, i in _annotated(module)}
     for binding in annotated_bindings(module):
-        rows[tuple(names[id(p)] for p in binding.bound().parameters)] = binding.constraint
+        rows[tuple(names[id(p)] for p in binding.binding().parameters)] = binding.constraint
     factorised = list(_explicit(module))
     explicitly = {id(holder): name for name, holder, _ in factorised}
     for _, holder, how in factorised:
@@ -114,14 +114,14 @@ def check_module(function: str, module: object) -> None:
         raise TypeError(f"{function}: expected a torch.nn.Module, got {type(module).__name__}")
 
 
-def _annotated(module: nn.Module) -> Iterator[tuple[str, Binding, int]]:
+def _annotated(module: nn.Module) -> Iterator[tuple[str, Annotation, int]]:
     """Qualified name of every parameter constrained in optimizer mode, its binding, its place in that."""
     for prefix, sub in module.named_modules():
         for name, binding, i in annotated(sub):
             yield f"{prefix}.{name}" if prefix else name, binding, i
 
 
-def annotated_bindings(module: nn.Module) -> list[Binding]:
+def annotated_bindings(module: nn.Module) -> list[Annotation]:
     """Every binding in optimizer mode that a parameter of ``module`` is in, once."""
     return list({id(binding): binding for _, binding, _ in _annotated(module)}.values())
 

@@ -10,7 +10,7 @@ from typing import TypeVar, overload
 from torch import nn
 
 from symopt.constraints import Composed
-from symopt.module.annotation import Binding, Guard, watch
+from symopt.module.annotation import Annotation, Guard, watch
 from symopt.module.bindings import annotated_bindings, check_module, check_whole
 from symopt.module.explicit import attach, detach
 from symopt.module.factors import check_init
@@ -20,7 +20,7 @@ __all__ = ["constrain", "release"]
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
-Bind = Callable[[nn.Module, list[Binding]], None]
+Bind = Callable[[nn.Module, list[Annotation]], None]
 
 
 @overload
@@ -159,13 +159,13 @@ def _decorate_class(rows: Rows, bind: Bind, cls: type[nn.Module]) -> type[nn.Mod
     return cls
 
 
-def _annotate(module: nn.Module, found: list[Binding]) -> None:
+def _annotate(module: nn.Module, found: list[Annotation]) -> None:
     for binding in found:
         binding.annotate()
     watch(module)
 
 
-def _factorise(init: str | float, module: nn.Module, found: list[Binding]) -> None:
+def _factorise(init: str | float, module: nn.Module, found: list[Annotation]) -> None:
     names: dict[int, str] = {}
     for binding in found:
         constraint, full = binding.constraint, binding.names[0]

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from symopt.backends import fused_product
 from symopt.constraints import Constraint
-from symopt.module.annotation import Binding, Factored
+from symopt.module.annotation import Annotation, Factored
 from symopt.module.factors import factors_of, keeps_weight
 from symopt.module.memory import ReusedMemory
 from symopt.module.shared_factors import SharedFactors
@@ -126,9 +126,9 @@ class Explicit(nn.Module):
 # ------------------------------------------------------------------------------------- attaching to a module, and back
 
 
-def attach(binding: Binding, init: str | float) -> None:
+def attach(binding: Annotation, init: str | float) -> None:
     """Register a parametrization on every parameter; a plain ``state_dict`` can still be loaded."""
-    weights = [w.detach() for w in binding.bound().parameters]
+    weights = [w.detach() for w in binding.binding().parameters]
     shared = SharedFactors(binding.constraint, weights, init) if len(weights) > 1 else None
     for i, (module, name) in enumerate(zip(binding.owners, binding.attributes, strict=True)):
         # Unsafe: no check of the result by torch, because it needs the factors of the parameters that come later.

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from symopt.constraints import Composed, Constraint, GroupSparse
-from symopt.module.annotation import Binding
+from symopt.module.annotation import Annotation
 from symopt.optim import registry
+from symopt.optim.binding import Binding
 
 __all__ = ["Patterns", "Rows", "checked", "match"]
 
@@ -41,7 +42,7 @@ def checked(patterns: object) -> Rows:
     return rows
 
 
-def match(module: nn.Module, rows: Rows) -> list[Binding]:
+def match(module: nn.Module, rows: Rows) -> list[Annotation]:
     """What ``rows`` bind in ``module``; everything is checked first, so that an error leaves the module as it was."""
     parameters = [
         (f"{prefix}.{name}" if prefix else name, sub, name, p)
@@ -49,10 +50,10 @@ def match(module: nn.Module, rows: Rows) -> list[Binding]:
         for name, p in sub.named_parameters(recurse=False)
     ]
     chosen: dict[int, tuple[str, Constraint | None]] = {}
-    found: list[Binding] = []
+    found: list[Annotation] = []
     shared: dict[int, list[tuple[int, Named]]] = {}
     # Looked up once, because both go through every constraint.
-    factors, known = registry.factors(), registry.bound()
+    factors, known = registry.factors(), registry.bindings()
     keys = [_Keys(*row) for row in rows]
     hits = [dict.fromkeys(row, 0) for row, _ in rows]
     for full, sub, name, p in parameters:
@@ -76,7 +77,7 @@ def match(module: nn.Module, rows: Rows) -> list[Binding]:
             if constraint.binds_many:
                 shared.setdefault(row, []).append((place, (full, sub, name, p)))
             else:
-                found.append(Binding(constraint.bind(full, p), (full,), (sub,), (name,)))
+                found.append(Annotation(constraint.bind(full, p), (full,), (sub,), (name,)))
     for (_, value), counts in zip(rows, hits, strict=True):
         for key, n in counts.items():
             if n == 0:
@@ -88,7 +89,7 @@ def match(module: nn.Module, rows: Rows) -> list[Binding]:
     return found
 
 
-def _bind_all(constraint: Constraint, parameters: list[Named]) -> Binding:
+def _bind_all(constraint: Constraint, parameters: list[Named]) -> Annotation:
     """One constraint on several parameters, in the order of the key."""
     names, owners, attributes, weights = zip(*parameters, strict=True)
     first: nn.Parameter = weights[0]
@@ -98,7 +99,7 @@ def _bind_all(constraint: Constraint, parameters: list[Named]) -> Binding:
                 f"constrain: {full} is {w.dtype} on {w.device}, {names[0]} {first.dtype} on {first.device}; "
                 "a joint constraint needs one of each"
             )
-    return Binding(constraint.bind_all(names, tuple(w.detach() for w in weights)), names, owners, attributes)
+    return Annotation(constraint.bind_all(names, tuple(w.detach() for w in weights)), names, owners, attributes)
 
 
 def _matrix(p: nn.Parameter) -> bool:
@@ -155,7 +156,7 @@ def _nothing(key: str, value: Constraint | None, parameters: list[Named]) -> str
     return f"constrain: pattern {key!r} binds nothing: earlier patterns already bind {before}; put it first"
 
 
-def _check_free(full: str, p: nn.Parameter, factors: set[int], known: dict[int, registry.Bound]) -> None:
+def _check_free(full: str, p: nn.Parameter, factors: set[int], known: dict[int, Binding]) -> None:
     if id(p) in factors:
         raise ValueError(
             f"constrain: {full} is a factor of an explicit constraint already; call symopt.release(module) first"

@@ -17,10 +17,13 @@ from symopt.constraints import Constraint
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference.gauge import math_dtype
 
-__all__ = ["Direction", "Moment", "Moments", "Options", "State"]
+__all__ = ["Direction", "Moment", "Moments", "Options", "ParamGroup", "State"]
+
+ParamGroup = dict[str, Any]
+"""One of ``param_groups``."""
 
 Options = Mapping[str, Any]
-"""A param group."""
+"""The same, read only."""
 
 State = MutableMapping[str, Any]
 """State of one parameter."""
@@ -81,8 +84,9 @@ class Direction(ABC):
         """Its numbers, as the fused kernels take them."""
         return {}
 
-    def check(self, name: str, options: Options, constraint: Constraint) -> None:
-        """Raise if these options cannot step a parameter under ``constraint``."""
+    def why_not(self, options: Options, constraint: Constraint) -> str | None:
+        """Why these options cannot step a parameter under ``constraint``, and what to do; None if they can."""
+        return None
 
     @abstractmethod
     def lead(self, options: Options, state: State, grad: Tensor) -> tuple[Tensor, Moments]:
@@ -181,8 +185,12 @@ class Direction(ABC):
         if self.scaled_by is None:
             return lead, self.gain(options, 1.0, size, grad.shape, decoupled=decoupled)
         square = grad * grad if self.scaled_by == "gradient" else lead * lead
-        scale = self.rescale(options, state, square if groups is None else groups.sum(square) / size)
-        update = scale * lead if groups is None else groups.scale(scale, lead)
+        if groups is not None and size is not None:
+            scale = self.rescale(options, state, groups.sum(square) / size)
+            update = groups.scale(scale, lead)
+        else:
+            scale = self.rescale(options, state, square)
+            update = scale * lead
         return update, self.gain(options, scale, size, grad.shape, decoupled=decoupled)
 
 

@@ -21,7 +21,7 @@ from symopt_kernels.triton import launch as triton
 
 __all__ = ["FusedStep", "step_fused"]
 
-_OTHER_STATE = ("step", "imbalance", "metric_scale", "critical", "master", "group_index", "factor_0", "factor_1", BUDGET)
+_OTHER_STATE = ("step", "imbalance", "metric_scale", "critical", "master", "group_index", "factor_0", "factor_1")
 
 _FIX = "load state that belongs to this weight"
 
@@ -45,7 +45,7 @@ class FusedStep:
                 fresh.clear()
         slot.note()
         used = []
-        keys = (*(moment.key for moment in moments), *_OTHER_STATE)
+        keys = (*(moment.key for moment in moments), *_OTHER_STATE, BUDGET)
         for p, state, fresh in zip(binding.parameters, states, self._fresh, strict=True):
             used.append({key: state[key] for key in keys if state.get(key) is not None} | fresh)
             _check_shapes(p, used[-1], {moment.key for moment in moments if moment.per_unit}, count)
@@ -101,8 +101,8 @@ def _lay_out(slot: Slot) -> None:
         for name, value in state.items():
             if not isinstance(value, Tensor) or value.shape != p.shape or value.stride() == p.stride():
                 continue
-            like = {"dtype": value.dtype, "device": p.device}
-            state[name] = torch.empty_strided(p.shape, p.stride(), **like).copy_(value)
+            laid_out = torch.empty_strided(p.shape, p.stride(), dtype=value.dtype, device=p.device)
+            state[name] = laid_out.copy_(value)
     if slot.backend == "triton" and "step" in states[0]:  # counted on the device, as torch's fused step does
         step = states[0]["step"].to(device=binding.parameters[0].device, dtype=torch.float32)
         for state in states:
@@ -147,7 +147,8 @@ def _filled(slot: Slot, used: list[dict[str, Tensor]], *, fresh: bool) -> tuple[
         kernel.fill_units(entry, parameters, used, units, fresh=fresh)
         entry.entries[0].decoupled = slot.has_budget
         return entry, entry.entries
-    entry, pattern = kernel.Entry(), None if constraint is None or constraint.budget is None else constraint.budget.pattern
+    budget = None if constraint is None else constraint.budget
+    entry, pattern = kernel.Entry(), None if budget is None else budget.pattern
     row, depth = ("plain", 2) if constraint is None else (constraint.retraction, constraint.depth)
     if slot.backend == "native":
         native.fill(entry, parameters[0], used[0], row, groups, fresh=fresh)

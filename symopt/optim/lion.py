@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from symopt.optim.base import ConstrainedOptimizer
-from symopt.optim.direction import Direction, Moment, Moments, Options, State
+from symopt.optim.direction import Direction, Moment, Moments, Options, ParamGroup, State
+from symopt.optim.options import Params
 from symopt_kernels.reference import directions
 
 __all__ = ["Lion"]
@@ -74,7 +75,7 @@ class Lion(ConstrainedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: Params,
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
@@ -87,7 +88,7 @@ class Lion(ConstrainedOptimizer):
     ) -> None:
         if not lr >= 0:
             raise ValueError(f"Lion: lr must be >= 0, got {lr}")
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"Lion: betas must be two numbers in [0, 1), got {betas}")
         if not weight_decay >= 0:
             raise ValueError(f"Lion: weight_decay must be >= 0, got {weight_decay}")
@@ -100,7 +101,7 @@ class Lion(ConstrainedOptimizer):
             backend=backend,
         )
 
-    def _step_plain(self, group: dict[str, Any]) -> None:
+    def _step_plain(self, group: ParamGroup) -> None:
         for p in self.unconstrained(group):
             if p.grad is None:
                 continue

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 from torch.optim import _muon
 
 from symopt.optim.base import ConstrainedOptimizer
-from symopt.optim.direction import Direction, Moment, Moments, Options, State
+from symopt.optim.direction import Direction, Moment, Moments, Options, ParamGroup, State
+from symopt.optim.options import Params
 
 __all__ = ["Muon"]
 
@@ -55,7 +56,7 @@ class MuonDirection(Direction):
 class Muon(ConstrainedOptimizer, torch.optim.Muon):
     """``torch.optim.Muon`` (same arguments, defaults and state keys) that imposes the constraints of its parameters.
 
-    The update of a matrix is orthogonalised as a whole, ``O = NS(m)``, which commutes with ``m -> Q m`` and ``m -> m Q``
+    The update of a matrix is orthogonalised as a whole, ``O = NS(m)``; this commutes with ``m -> Q m`` and ``m -> m Q``
     for orthogonal Q and with nothing else.  So a constraint is allowed where its mirrors multiply the matrix from one
     side: rows, columns and heads (:class:`symopt.GroupSparse`) and :class:`symopt.ZeroMean` over one dimension.  Others
     are refused by name.  A constrained weight takes ``delta = lr t O`` with torch's adjustment of lr, and
@@ -89,7 +90,7 @@ class Muon(ConstrainedOptimizer, torch.optim.Muon):
 
     def __init__(
         self,
-        params: Any,
+        params: Params,
         lr: float = 1e-3,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
@@ -120,7 +121,7 @@ class Muon(ConstrainedOptimizer, torch.optim.Muon):
             backend=backend,
         )
 
-    def _step_plain(self, group: dict[str, Any]) -> None:
+    def _step_plain(self, group: ParamGroup) -> None:
         params: list[Tensor] = []
         grads: list[Tensor] = []
         buffers: list[Tensor] = []

@@ -84,7 +84,12 @@ def _step_whole(slot: Slot, options: Options, grad_scale: Tensor | None) -> None
 
 
 def _step_factors(
-    binding: Binding, options: Options, state: State, delta: Tensor, decay: Tensor | float, factor: float | Tensor | None
+    binding: Binding,
+    options: Options,
+    state: State,
+    delta: Tensor,
+    decay: Tensor | float,
+    factor: float | Tensor | None,
 ) -> None:
     """The step of a constraint whose factors are state."""
     constraint, p = binding.constraint, binding.parameters[0]

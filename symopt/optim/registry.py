@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Protocol
 
 from torch import Tensor
 
-from symopt.constraints import Constraint
+from symopt.optim.binding import Binding
 
 __all__ = [
-    "Bound",
     "FactorSource",
     "Owner",
     "Source",
     "add",
     "add_factors",
-    "bound",
+    "bindings",
     "epoch",
     "factors",
     "forget",
@@ -32,27 +30,10 @@ __all__ = [
 ]
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Bound:
-    """A constraint and the parameters it binds now, in its order."""
-
-    constraint: Constraint
-    names: tuple[str, ...]
-    """One per parameter, as seen from the module that was constrained."""
-    parameters: tuple[Tensor, ...]
-    missing: tuple[str, ...] = ()
-    """Names of parameters that the constraint binds but their modules no longer have."""
-
-    def name(self, param: Tensor) -> str:
-        """The name of one of its parameters."""
-        return next(name for name, p in zip(self.names, self.parameters, strict=True) if p is param)
-
-
 class Source(Protocol):
     """Where a constraint is written down."""
 
-    def bound(self) -> Bound: ...
+    def binding(self) -> Binding: ...
 
 
 class FactorSource(Protocol):
@@ -85,7 +66,7 @@ def add(source: Source) -> None:
 def remove(source: Source) -> None:
     """The constraint of ``source`` no longer binds its parameters."""
     _sources.discard(source)
-    for param in source.bound().parameters:
+    for param in source.binding().parameters:
         forget(param)
 
 
@@ -99,9 +80,9 @@ def register_owner(owner: Owner) -> None:
     _owners.add(owner)
 
 
-def bound() -> dict[int, Bound]:
+def bindings() -> dict[int, Binding]:
     """``id(parameter)`` -> what binds it, for every constrained parameter."""
-    return {id(param): row for row in [source.bound() for source in _sources] for param in row.parameters}
+    return {id(param): row for row in [source.binding() for source in _sources] for param in row.parameters}
 
 
 def factors() -> set[int]:

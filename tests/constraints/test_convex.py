@@ -13,10 +13,10 @@ from skglm import GroupLasso
 from sklearn.linear_model import Lasso
 
 import symopt
+from support.cases import exhaustive
 from support.tolerances import tolerance
 from symopt_kernels.reference import gauge
 
-SEEDS = [0, 1, 2]
 N = 100
 
 SGD = {
@@ -102,7 +102,7 @@ def check_lasso(seed: int, kind: str, cls, options, steps: int, *, spread: float
     assert bool((distance.abs() <= slack * w.abs().mean()).all())
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [0, *exhaustive(1, 2)])
 @pytest.mark.parametrize("name", SGD | ADAM)
 def test_lasso(name, seed):
     check_lasso(seed, "convex gap", *(SGD | ADAM)[name])
@@ -110,10 +110,10 @@ def test_lasso(name, seed):
 
 @pytest.mark.parametrize("name", ["plain", "adam"])
 def test_lasso_annealed(name):
-    check_lasso(SEEDS[0], "convex gap", *(SGD | ADAM)[name], anneal=True)
+    check_lasso(0, "convex gap", *(SGD | ADAM)[name], anneal=True)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [0, *exhaustive(1, 2)])
 def test_lasso_on_badly_scaled_columns(seed):
     check_lasso(seed, "scaled convex gap", symopt.Adam, {"lr": 1e-2}, 10_000, spread=0.7)
 
@@ -137,7 +137,7 @@ def group_norms(w: torch.Tensor) -> torch.Tensor:
     return (w * w @ member).sqrt()
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [0, *exhaustive(1, 2)])
 @pytest.mark.parametrize("name", ["plain", "adam"])
 def test_group_lasso(name, seed):
     kappa, problem = 0.3, Regression(seed, INDEX.numel())
@@ -170,8 +170,8 @@ def test_group_lasso(name, seed):
 
 @pytest.mark.parametrize(
     ("cls", "options", "steps", "seed"),
-    [(symopt.SGD, {"lr": 0.1}, 2500, seed) for seed in SEEDS] + [(symopt.Adam, {"lr": 3e-2}, 4000, SEEDS[0])],
-    ids=[f"sgd-{seed}" for seed in SEEDS] + ["adam"],
+    [(symopt.SGD, {"lr": 0.1}, 2500, seed) for seed in range(3)] + [(symopt.Adam, {"lr": 3e-2}, 4000, 0)],
+    ids=["sgd-0", "sgd-1", "sgd-2", "adam"],
 )
 @pytest.mark.parametrize("grouped", [False, True], ids=["sparse", "group"])
 def test_nothing_survives_from_the_largest_initial_gradient_on(grouped, cls, options, steps, seed):

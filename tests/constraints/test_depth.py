@@ -12,21 +12,15 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 
 import symopt
+from support.cases import cases, exhaustive, pairs
 from support.oracles import Explicit, labels
 from support.runs import gradients, optimizer
-from support.table import DEEP, FREE, OPTIMIZERS, constrained_parameter, ids
+from support.table import DEEP, FREE, OPTIMIZERS, constrained_parameter
 from support.tolerances import tolerance
 from symopt_kernels.reference import elementwise, gauge
 
 STRENGTH, SNAP = 0.3, 1e-6
 DEPTHS = [2, 3, 4, 5]
-
-
-every_deep = pytest.mark.parametrize("row", DEEP, ids=ids)
-every_free = pytest.mark.parametrize("row", FREE, ids=ids)
-every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
-every_depth = pytest.mark.parametrize("depth", DEPTHS)
-every_time_scale = pytest.mark.parametrize("time_scale", ["none", "saturated"])
 
 
 def randn(shape, seed=0):
@@ -96,9 +90,7 @@ class Balanced(Explicit):
         self.w = torch.where(member @ (snapped | dead).to(self.w) > 0, 0.0, self.w)
 
 
-@every_time_scale
-@every_optimizer
-@every_deep
+@pairs(row=DEEP, opt_row=OPTIMIZERS, time_scale=["none", "saturated"])
 def test_the_balanced_step_is_the_factor_step(row, opt_row, time_scale):
     module = constrained_parameter(row, strength=STRENGTH)
     p = module.weight
@@ -112,9 +104,7 @@ def test_the_balanced_step_is_the_factor_step(row, opt_row, time_scale):
         oracle.compare(p, opt)
 
 
-@every_time_scale
-@every_optimizer
-@every_deep
+@pairs(row=DEEP, opt_row=OPTIMIZERS, time_scale=["none", "saturated"])
 def test_signs_are_locked_and_zeros_absorb(row, opt_row, time_scale):
     """Under gradients that push every unit straight through zero, along itself (a group may walk around its zero)."""
     module = constrained_parameter(row, strength=1e-3)
@@ -132,7 +122,7 @@ def test_signs_are_locked_and_zeros_absorb(row, opt_row, time_scale):
     assert bool((p.detach().abs() <= start.abs())[~dead].all()) and bool(p.detach().norm() < 0.5 * start.norm())
 
 
-@every_deep
+@cases(row=DEEP)
 def test_a_factor_that_would_turn_over_ends_at_zero(row):
     """Without the time scale one step can be larger than a: ``max(a', 0)``."""
     module = constrained_parameter(row, strength=0.0)
@@ -146,9 +136,11 @@ def test_a_factor_that_would_turn_over_ends_at_zero(row):
 # -- reductions ------------------------------------------------------------------------------------------------------
 
 
-@every_time_scale
-@every_optimizer
-@pytest.mark.parametrize("make", [symopt.Sparse, lambda **k: symopt.GroupSparse("out", **k)], ids=["sparse", "group"])
+@cases(
+    make=[symopt.Sparse, lambda **k: symopt.GroupSparse("out", **k)],
+    opt_row=OPTIMIZERS,
+    time_scale=["none", "saturated"],
+)
 def test_depth_two_is_the_default(make, opt_row, time_scale):
     ends = []
     for constraint in (make(), make(depth=2)):
@@ -162,8 +154,7 @@ def test_depth_two_is_the_default(make, opt_row, time_scale):
     assert not torch.equal(ends[0], randn((6, 5)))
 
 
-@every_time_scale
-@every_depth
+@cases(depth=DEPTHS, time_scale=["none", "saturated"])
 def test_groups_of_one_weight_are_sparse(depth, time_scale):
     shape, ends = (6, 5), []
     for constraint in (
@@ -186,16 +177,13 @@ KINDS = {
     "sparse": lambda depth: symopt.Sparse(depth=depth),
     "group": lambda depth: symopt.GroupSparse("out", depth=depth),
 }
-every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def sizes(kind, w):
     return w.abs().flatten() if kind == "sparse" else torch.stack([row.norm() for row in w])
 
 
-@pytest.mark.parametrize("imbalance", [0.0, 1e-3, 0.5, 50.0])
-@every_depth
-@every_kind
+@cases(kind=KINDS, depth=DEPTHS, imbalance=[0.0, 1e-3, 0.5, 50.0])
 def test_split_composes_back_and_is_in_its_gauge(kind, depth, imbalance):
     constraint = KINDS[kind](depth)
     for scale in (1e-4, 1.0, 1e3):
@@ -212,8 +200,7 @@ def test_split_composes_back_and_is_in_its_gauge(kind, depth, imbalance):
         close(heavy - light, torch.full_like(heavy, imbalance), "identity", (heavy + light).max())
 
 
-@every_depth
-@every_kind
+@cases(kind=KINDS, depth=DEPTHS)
 def test_the_penalty_is_the_least_decay(kind, depth):
     constraint, slack = KINDS[kind](depth), 1 + tolerance("identity")
     w = randn((6, 5), 1)
@@ -235,8 +222,7 @@ def test_the_penalty_is_the_least_decay(kind, depth):
 # -- the free gauge --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("imbalance", [1.0, 0.2, 0.0])
-@every_free
+@cases(row=FREE, imbalance=[1.0, 0.2, 0.0])
 def test_the_free_gauge_is_explicit_mode_step_for_step(row, imbalance):
     """Without time scale: torch.optim.SGD with weight decay on the factors, which autograd differentiates."""
     module = constrained_parameter(row, strength=STRENGTH)
@@ -256,7 +242,7 @@ def test_the_free_gauge_is_explicit_mode_step_for_step(row, imbalance):
             close(opt.state[p][f"factor_{i}"], factor.detach())
 
 
-@every_free
+@cases(row=FREE)
 def test_the_free_gauge_with_time_scale(row):
     module = constrained_parameter(row, strength=STRENGTH)
     p, depth, lr = module.weight, row.make(None).depth, 0.05
@@ -279,7 +265,7 @@ def test_the_free_gauge_with_time_scale(row):
         close(opt.state[p]["metric_scale"], scale)
 
 
-@every_free
+@cases(row=FREE)
 def test_signs_change_in_the_free_gauge(row):
     module = constrained_parameter(row, strength=1e-3)
     p, target = module.weight, -module.weight.detach()
@@ -293,7 +279,7 @@ def test_signs_change_in_the_free_gauge(row):
 LOW, HIGH = 1 - 1e-3, 1 + 1e-3
 
 
-@every_free
+@cases(row=FREE)
 def test_snapping_in_the_free_gauge(row):
     """The lightest factor becomes zero, the others stay, and through them the weight may come back."""
     constraint = row.make(None)
@@ -322,7 +308,7 @@ def test_snapping_in_the_free_gauge(row):
     assert bool((w > 0).all())
 
 
-@every_deep
+@cases(row=DEEP)
 def test_snapping_in_the_fixed_gauge(row):
     """Below the threshold while ``|delta| a**(depth - 2) < decay``, whichever way delta points."""
     constraint, decay = row.make(None), 1e-2
@@ -420,11 +406,9 @@ def collapse_by_quadrature(radius, scale, depth, saturated):
     return quad(slowness, lowest, cut)[0] + quad(slowness, cut, math.log(radius))[0]
 
 
-@pytest.mark.parametrize(("time_scale", "lr"), [("saturated", 0.1), ("none", 0.006)])
-@pytest.mark.parametrize("kind", ["sparse", "group", "free"])
-@pytest.mark.parametrize("depth", [3, 4])
-def test_collapse_takes_the_steps_the_formula_says(depth, kind, time_scale, lr):
-    strength = 2.0
+@pairs(depth=[3, 4], kind=["sparse", "group", "free"], time_scale=["saturated", "none"])
+def test_collapse_takes_the_steps_the_formula_says(depth, kind, time_scale):
+    strength, lr = 2.0, {"saturated": 0.1, "none": 0.006}[time_scale]
     radius = torch.logspace(-2, 1, 12, dtype=torch.float64)
     size = 3 if kind == "group" else 1
     w = radius[:, None] * torch.nn.functional.normalize(randn((12, size)), dim=1)
@@ -504,7 +488,7 @@ class SparseGroupLasso:
 
 
 @pytest.mark.parametrize(("cls", "lr"), [(symopt.SGD, 0.2), (symopt.Adam, 2e-2)], ids=["sgd", "adam"])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, *exhaustive(1)])
 def test_a_list_ends_at_the_sparse_group_lasso(seed, cls, lr):
     problem = SparseGroupLasso(seed)
     best = problem.solve()
@@ -544,8 +528,7 @@ def test_the_order_of_a_list_does_not_matter():
     assert bool((ends[0] - randn((6, 5))).abs().max() > 1e-2)
 
 
-@pytest.mark.parametrize("depth", [2, 3, 4, 5])
-@pytest.mark.parametrize("keep", [0.99, 0.5, 0.0])
+@cases(keep=[0.99, 0.5, 0.0], depth=[2, 3, 4, 5])
 def test_rebalancing_shrinks_every_imbalance_and_keeps_the_weight(depth, keep):
     g = torch.Generator().manual_seed(depth)
     factors = tuple(torch.randn(200, generator=g, dtype=torch.float64) for _ in range(depth))
@@ -560,7 +543,7 @@ def test_rebalancing_shrinks_every_imbalance_and_keeps_the_weight(depth, keep):
     assert all(bool((a.sign() * b.sign() >= 0).all()) for a, b in zip(factors, new, strict=True))
 
 
-@pytest.mark.parametrize("depth", [2, 3])
+@cases(depth=[2, 3])
 def test_anneal_balances_the_free_gauge(depth):
     torch.manual_seed(0)
     net = symopt.constrain(torch.nn.Linear(6, 4).double(), {"weight": symopt.Sparse(0.0, depth=depth, gauge="free")})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import symopt
-from support.table import tolerance
+from support.tolerances import tolerance
 
 torch.set_num_threads(1)
 

@@ -923,7 +923,7 @@ def test_the_step_count_of_a_checkpoint_of_any_kind_goes_on(count: Tensor) -> No
 def test_without_the_extension_the_reference_steps(row: ConstraintRow, monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "no compiler, no kernel"
     monkeypatch.setattr(native, "UNAVAILABLE", reason)
-    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(native, "LIBRARY", None)
     run, want = start(row, FEW[2]), start(row, FEW[2], backend="reference")
     assert equal(stepped(run), stepped(want))
     text = symopt.explain(run[1])

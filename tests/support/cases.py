@@ -46,6 +46,11 @@ def some(where: Where | None = None, **axes: Sequence[Any]) -> Callable[[Test], 
 Indices = tuple[int, ...]
 
 
+def exhaustive(*values: Any) -> list[Any]:
+    """Values of ``pytest.mark.parametrize`` that run with ``--exhaustive`` only."""
+    return [pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
+
+
 def covering(sizes: Sequence[int], strength: int, allowed: Callable[[Indices], bool]) -> list[Indices]:
     """Few tuples of indices below ``sizes`` that have any ``strength`` indices that an allowed one has, greedily."""
     left = {
@@ -106,11 +111,12 @@ def combinations(axes: dict[str, Sequence[Any]], where: Where | None, strength: 
     return map(named, filter(allowed, itertools.product(*map(range, sizes))))
 
 
-def name_of(case: dict[str, Any]) -> str:
-    def text(value: Any) -> str:
-        return str(getattr(value, "id", None) or getattr(value, "__name__", None) or value)
+def name_of(case: dict[str, Any], axes: dict[str, Sequence[Any]]) -> str:
+    def text(name: str, value: Any) -> str:
+        found = str(getattr(value, "id", None) or getattr(value, "__name__", None) or value)
+        return found if len(found) < 60 and "<lambda>" not in found else f"{name}[{axes[name].index(value)}]"
 
-    return "-".join(map(text, case.values()))
+    return "-".join(itertools.starmap(text, case.items()))
 
 
 def _loop(test: Test, axes: dict[str, Sequence[Any]], where: Where | None, strength: int) -> Test:
@@ -119,7 +125,7 @@ def _loop(test: Test, axes: dict[str, Sequence[Any]], where: Where | None, stren
     def loop(**fixtures: Any) -> None:
         failures: dict[str, BaseException] = {}
         for case in combinations(axes, where, strength):
-            if ONLY not in (name := name_of(case)):
+            if ONLY not in (name := name_of(case, axes)):
                 continue
             try:
                 test(**case, **fixtures)

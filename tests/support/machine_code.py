@@ -45,12 +45,19 @@ class Variant:
     form: tuple[Any, ...] = (2,)
     stochastic: bool = False
     kernel: str | None = None
-    """Which of a tie's launches."""
+    """Which of several launches."""
 
     @property
     def key(self) -> tuple[Any, ...]:
         flags = (self.master, self.peak, self.momentum, self.budgeted)
         return (self.retraction, self.dtype, *flags, self.form)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all its accesses are of 128 bits."""
+        if self.retraction == "units":
+            return all(aligned and not unbound for *_, unbound, aligned in self.form)
+        return bool(self.form[-1])
 
     def __str__(self) -> str:
         """As a row of the table."""
@@ -63,6 +70,10 @@ class Variant:
             words += ["elementwise"] * gate_per_orbit + ["automatic"] * automatic + [str(self.kernel)]
         elif self.retraction in ("centred", "basis"):
             words += ["x".join(map(str, self.form[:2])) + f" by {self.form[2]}"] * (self.retraction == "centred")
+            words.append(str(self.kernel))
+        elif self.retraction == "units":
+            (r, c, p, unbound, _), *_ = self.form
+            words += [f"{r}x{c} by {p}"] * (self.kernel != "combine_units") + ["some without a unit"] * unbound
             words.append(str(self.kernel))
         elif self.form != (2,):
             words.append(str(self.form[0]))
@@ -111,8 +122,26 @@ def _tiles() -> Iterator[tuple[Any, ...]]:
         yield (*triton_launch.tile(rows, run), True)
 
 
+def _units() -> Iterator[Variant]:
+    row, column = ((*triton_launch.tile(*shape), False, True) for shape in ((1, 4096), (4096, 1)))
+    for direction in ("sgd", "adam", "adamw"):
+        for kernel in ("survey_units", "combine_units", "move_units"):
+            yield Variant(direction, "units", form=(row,), kernel=kernel)
+    unbound = ((*row[:3], True, False),)
+    yield Variant("adam", "units", peak=True, form=(row,), kernel="combine_units")
+    yield Variant("adam", "units", "bfloat16", master=True, peak=True, form=unbound, kernel="survey_units")
+    yield Variant("adamw", "units", budgeted=True, form=(row,), kernel="combine_units")
+    for kernel in ("survey_units", "move_units"):
+        yield Variant("adamw", "units", form=(column,), kernel=kernel)
+        yield Variant("adamw", "units", "bfloat16", master=True, form=(row,), kernel=kernel)
+        yield Variant("adamw", "units", form=((*triton_launch.tile(1, 1), True, False),), kernel=kernel)
+        yield Variant("adamw", "units", form=unbound, kernel=kernel)
+
+
 VARIANTS = (
     *(Variant(d, r) for d in ("sgd", "adam", "adamw") for r in ("plain", "sparse", "sparse_free")),
+    *(Variant("lion", r) for r in ("plain", "sparse")),
+    Variant("lion", "nm", budgeted=True, form=(4,)),
     Variant("sgd", "sparse", momentum=False),
     Variant("adamw", "sparse", peak=True),
     Variant("adamw", "sparse", budgeted=True),
@@ -127,6 +156,7 @@ VARIANTS = (
     Variant("adamw", "group", "bfloat16", master=True, form=(*triton_launch.tile(1, 4096), True)),
     *_ties(),
     *_coordinates(),
+    *_units(),
 )
 
 
@@ -173,7 +203,12 @@ def traffic(v: Variant) -> tuple[int, int]:
         if str(v.kernel).startswith("survey"):
             return weight + size + state + basis, state
         return weight + (state or size) + basis, weight
-    if v.direction != "sgd" and v.retraction != "group":
+    if v.retraction == "units":  # one second moment for many
+        weight = size + 4 * v.master
+        if v.kernel == "combine_units":
+            return 0, 0
+        return (weight + size + state, state) if v.kernel == "survey_units" else (weight + (state or size), weight)
+    if v.direction not in ("sgd", "lion") and v.retraction != "group":
         state += 4 + 4 * v.peak
     factors = 8 if v.retraction == "sparse_free" else 0
     own = size + 4 * v.master + state + factors

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import symopt
+from support.cases import cases
 from support.kernel_cases import (
     AXES,
     BETA1,
@@ -100,8 +101,7 @@ def test_the_extension_is_built() -> None:
     assert native.UNAVAILABLE is None
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@cases(direction=DIRECTIONS, retraction=RETRACTIONS)
 def test_a_step_is_the_references(direction: str, retraction: str) -> None:
     for case in product_of_axes(direction, retraction):
         check(case)
@@ -124,7 +124,7 @@ def large_cases(retraction: str) -> Iterator[Case]:
             yield case if applies(case) else replace(case, format=case.format.removesuffix("+master"))
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
+@cases(retraction=RETRACTIONS)
 def test_a_step_is_the_references_at_every_size(retraction: str) -> None:
     for case in large_cases(retraction):
         check(case)
@@ -151,7 +151,7 @@ def meets(case: Case) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS[1:])
+@cases(retraction=RETRACTIONS[1:])
 def test_the_cases_above_reach_every_branch(retraction: str) -> None:
     directions = ("momentum", "adam", "adamw")
     together = set().union(*(meets(case) for d in directions for case in product_of_axes(d, retraction)))
@@ -166,7 +166,7 @@ def test_the_cases_above_reach_every_branch(retraction: str) -> None:
     }
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
+@cases(retraction=RETRACTIONS)
 def test_every_value_of_every_axis_occurs_at_large_sizes_too(retraction: str) -> None:
     cases = list(large_cases(retraction))
     for axis, values in (*AXES.items(), ("direction", DIRECTIONS)):
@@ -175,7 +175,7 @@ def test_every_value_of_every_axis_occurs_at_large_sizes_too(retraction: str) ->
         assert seen == wanted, axis
 
 
-@pytest.mark.parametrize("instructions", native.INSTRUCTIONS)
+@cases(instructions=native.INSTRUCTIONS)
 def test_a_group_whose_terms_nearly_cancel_is_not_taken_for_zero(instructions: str) -> None:
     """Its norm comes from four fp32 sums and drowns in their rounding; the members know that they are not yet zero."""
     n, lr, decay = 1 << 16, 1.0, 0.1
@@ -203,8 +203,7 @@ MEANT = {"lr": Case().lr, "strength": STRENGTH, "beta1": BETA1, "beta2": BETA2, 
 MEANT |= {"imbalance_factor": 0.9, "weight_decay": 0.1, "grad_scale": 3.0}
 
 
-@pytest.mark.parametrize("format", ["fp32", "fp64", "bf16+master"])
-@pytest.mark.parametrize("name", MEANT)
+@cases(name=MEANT, format=["fp32", "fp64", "bf16+master"])
 def test_the_comparison_notices_a_relative_error_of_1e_5(name: str, format: str) -> None:
     """In any one number handed to the kernel."""
     direction = "dampening" if name in ("momentum", "dampening", "grad_scale") else "adam"
@@ -217,7 +216,7 @@ def test_the_comparison_notices_a_relative_error_of_1e_5(name: str, format: str)
         check(case, **{name: torch.tensor(wrong) if name == "grad_scale" else wrong})
 
 
-@pytest.mark.parametrize("key", ["w", "g", "exp_avg", "exp_avg_sq", "imbalance", "metric_scale", "factor_0"])
+@cases(key=["w", "g", "exp_avg", "exp_avg_sq", "imbalance", "metric_scale", "factor_0"])
 def test_the_comparison_notices_a_single_wrong_element(key: str) -> None:
     """A thousandth of one element of the smallest input that shows."""
     case = Case("adam", "sparse_free" if key == "factor_0" else "sparse", (2000,))
@@ -290,8 +289,8 @@ POISONED: list[tuple[str, tuple[int, ...], str | int | None]] = [
 ]
 
 
-@pytest.mark.parametrize("instructions", native.INSTRUCTIONS)
 @pytest.mark.parametrize(("retraction", "shape", "groups"), POISONED, ids=str)
+@cases(instructions=native.INSTRUCTIONS)
 def test_nan_and_infinity_stay_where_they_are(
     retraction: str, shape: tuple[int, ...], groups: str | int | None, instructions: str
 ) -> None:
@@ -320,8 +319,7 @@ def test_nan_and_infinity_stay_where_they_are(
             assert bool(with_it.state["imbalance"].isfinite())
 
 
-@pytest.mark.parametrize("instructions", native.INSTRUCTIONS)
-@pytest.mark.parametrize("direction", ["adam", "adam-amsgrad"])
+@cases(direction=["adam", "adam-amsgrad"], instructions=native.INSTRUCTIONS)
 def test_many_nan_gradients_leave_the_imbalance_what_the_finite_ones_make_it(direction: str, instructions: str) -> None:
     """Adam's rate of the imbalance is a quantile of preconditioners, some of which are NaN now."""
     for share in (0.05, 0.5, 0.8):
@@ -387,7 +385,7 @@ def test_results_do_not_depend_on_the_number_of_threads(direction: str, format: 
         assert all(same(x, y) for x, y in zip(have, want, strict=True)), f"{count} threads"
 
 
-@pytest.mark.parametrize("direction", ["nesterov", "adamw"])
+@cases(direction=["nesterov", "adamw"])
 def test_a_tensor_does_not_notice_its_neighbours(direction: str) -> None:
     pairs = everything(direction, "fp32")
     together = run_all(pairs)[1:]
@@ -418,8 +416,7 @@ def test_a_tensor_large_enough_for_large_chunks(threads: None) -> None:
 # ------------------------------------------------------------------------------------------------ nothing may change
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@cases(direction=DIRECTIONS, retraction=RETRACTIONS)
 def test_a_step_of_length_zero_changes_no_bit_of_a_weight(direction: str, retraction: str) -> None:
     """Nor of factors and masters.  Only a negative zero may lose its sign."""
     for case in itertools.islice(product_of_axes(direction, retraction), 0, None, 5):
@@ -446,8 +443,7 @@ def test_a_step_of_length_zero_changes_no_bit_of_a_weight(direction: str, retrac
                     assert same(problem.state[key][valid], problem.start[key][valid]), f"{case}: {key}"
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@cases(direction=DIRECTIONS, retraction=RETRACTIONS)
 def test_gradients_that_overflowed_change_nothing(direction: str, retraction: str) -> None:
     shape, groups = GROUPS["in"] if retraction == "group" else ((50,), None)
     for flag in (1.0, 0.0):
@@ -477,10 +473,12 @@ def test_no_tensors_and_empty_tensors() -> None:
 # ----------------------------------------------------------------------------------------------------- torch's numbers
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("format", ["fp32", "fp64"])
-@pytest.mark.parametrize("direction", [d for d in DIRECTIONS if d != "nesterov-dampening"])
+@cases(
+    direction=DIRECTIONS,
+    format=["fp32", "fp64"],
+    maximize=[False, True],
+    weight_decay=[0.0, 0.1],
+)
 def test_plain_tensors_take_torchs_own_step(direction: str, format: str, maximize: bool, weight_decay: float) -> None:
     for instructions, scale in itertools.product(native.INSTRUCTIONS, (None, 1024.0, 3.0)):
         case = Case(direction, "plain", (1000,), None, format, instructions, maximize=maximize, grad_scale=scale)
@@ -527,8 +525,7 @@ def test_the_step_count_may_be_fp32_or_fp64_and_large() -> None:
 # ------------------------------------------------------------------------------------------------------- imbalance law
 
 
-@pytest.mark.parametrize("keep", [1.0, 0.9, 1e-3, 0.0])
-@pytest.mark.parametrize("retraction", RETRACTIONS[1:])
+@cases(retraction=RETRACTIONS[1:], keep=[1.0, 0.9, 1e-3, 0.0])
 def test_a_given_decay_of_the_imbalance(retraction: str, keep: float) -> None:
     """Alike in every direction and instruction set; in the free gauge it rebalances each weight's factors."""
     for i, (direction, instructions) in enumerate(itertools.product(DIRECTIONS, native.INSTRUCTIONS)):
@@ -541,7 +538,7 @@ def test_a_given_decay_of_the_imbalance(retraction: str, keep: float) -> None:
         assert ("imbalance" in errors) == (retraction != "sparse_free")
 
 
-@pytest.mark.parametrize("keep", [None, 0.9])
+@cases(keep=[None, 0.9])
 def test_an_imbalance_at_its_end_becomes_zero(keep: float | None) -> None:
     for retraction, (shape, groups) in {"sparse": ((50,), None), "group": GROUPS["out"]}.items():
         for factor in (1 - 1e-3, 1 + 1e-3):
@@ -553,7 +550,7 @@ def test_an_imbalance_at_its_end_becomes_zero(keep: float | None) -> None:
             assert bool(problem.state["imbalance"] == 0) == (factor < 1), case
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@cases(dtype=[torch.float32, torch.float64])
 def test_the_reference_rebalances_to_the_same_weight(dtype: torch.dtype) -> None:
     """Whatever the sizes of the factors: the oracle above is its closed form, and the product is the weight."""
     for ratio in (1.0, 0.5, 1e-1, 1e-2, 1e-3, 1e-4):
@@ -574,8 +571,7 @@ def halves(dtype: torch.dtype) -> Tensor:
     return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
-@pytest.mark.parametrize("instructions", native.INSTRUCTIONS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@cases(dtype=[torch.bfloat16, torch.float16], instructions=native.INSTRUCTIONS)
 def test_every_half_precision_number_is_read_and_written_as_torch_does(dtype: torch.dtype, instructions: str) -> None:
     """All 65 536 of them, at every offset of a vector; and fp32 numbers at and next to the midpoints between them."""
     every = halves(dtype)

@@ -14,15 +14,11 @@ import pytest
 import torch
 
 import symopt
+from support.cases import cases, pairs
 from support.oracles import SNAP, STRENGTH, labels
 from support.runs import follow, gradients, optimizer
-from support.table import CONSTRAINTS, CPU_BACKENDS, OPTIMIZERS, constrained_parameter, ids
+from support.table import CONSTRAINTS, CPU_BACKENDS, OPTIMIZERS, constrained_parameter
 from support.tolerances import tolerance
-
-every_constraint = pytest.mark.parametrize("row", CONSTRAINTS, ids=ids)
-every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
-every_time_scale = pytest.mark.parametrize("time_scale", ["none", "saturated"])
-
 
 # -- the oracle ------------------------------------------------------------------------------------------------------
 
@@ -30,17 +26,18 @@ every_time_scale = pytest.mark.parametrize("time_scale", ["none", "saturated"])
 # -- the step is the factor step -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("imbalance", [1.0, 0.2, 0.0])
-@every_time_scale
-@every_optimizer
-@every_constraint
+@pairs(
+    row=CONSTRAINTS,
+    opt_row=OPTIMIZERS,
+    time_scale=["none", "saturated"],
+    imbalance=[1.0, 0.2, 0.0],
+    backend=CPU_BACKENDS,
+)
 def test_steps_are_those_of_explicit_factors(row, opt_row, time_scale, imbalance, backend):
     follow(row, opt_row, time_scale, imbalance, backend=backend)
 
 
-@every_optimizer
-@every_constraint
+@cases(row=CONSTRAINTS, opt_row=OPTIMIZERS)
 def test_moments_are_torchs(row, opt_row):
     """The state a checkpoint carries is the one torch.optim makes of the same gradients."""
     p = (module := constrained_parameter(row)).weight
@@ -65,8 +62,7 @@ def test_moments_are_torchs(row, opt_row):
             torch.testing.assert_close(opt.state[p][key], value, rtol=tol, atol=tol)
 
 
-@pytest.mark.parametrize("decoupled", [True, False])
-@every_constraint
+@cases(row=CONSTRAINTS, decoupled=[True, False])
 def test_the_strength_is_amplified_like_the_gradient(row, decoupled):
     """A step at zero gradient multiplies by (1 - lr kappa gain)**2, gain: SGD's amplification, AdamW's root size."""
     label = labels(row.make(None), row.shape)
@@ -88,9 +84,7 @@ def test_the_strength_is_amplified_like_the_gradient(row, decoupled):
 # -- rho stays >= 0 --------------------------------------------------------------------------------------------------
 
 
-@every_time_scale
-@every_optimizer
-@every_constraint
+@pairs(row=CONSTRAINTS, opt_row=OPTIMIZERS, time_scale=["none", "saturated"])
 def test_a_huge_strength_never_turns_a_weight_over(row, opt_row, time_scale):
     p = (module := constrained_parameter(row)).weight
     opt = optimizer(module, opt_row, time_scale=time_scale, strength=1e7)
@@ -107,9 +101,7 @@ def test_a_huge_strength_never_turns_a_weight_over(row, opt_row, time_scale):
     assert int(p.count_nonzero()) == 0
 
 
-@every_time_scale
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True}], ids=["adam", "amsgrad"])
-@every_constraint
+@pairs(row=CONSTRAINTS, options=[{}, {"amsgrad": True}], time_scale=["none", "saturated"])
 def test_units_without_any_gradient_stay_finite_under_adam(row, options, time_scale):
     """Their preconditioner is 1 / eps, which multiplies the strength: unbounded, rho would be about -lr kappa / eps."""
     p = (module := constrained_parameter(row)).weight
@@ -141,8 +133,7 @@ def snap(row, *, size, pull, decay, saturated, imbalance=0.0, scale=2.0):
     return new, unit
 
 
-@pytest.mark.parametrize("saturated", [True, False])
-@every_constraint
+@cases(row=CONSTRAINTS, saturated=[True, False])
 def test_attracted_units_below_the_threshold_become_zero(row, saturated):
     decay, scale = 1e-2, 2.0
     t = 1 / scale if saturated else 1.0
@@ -155,8 +146,7 @@ def test_attracted_units_below_the_threshold_become_zero(row, saturated):
         torch.testing.assert_close(new, HIGH * SNAP * scale * unit, rtol=tolerance("factor step"), atol=0)
 
 
-@pytest.mark.parametrize("saturated", [True, False])
-@every_constraint
+@cases(row=CONSTRAINTS, saturated=[True, False])
 def test_units_that_are_not_attracted_never_snap(row, saturated):
     decay, scale, size = 1e-2, 2.0, 1e-7
     t = 1 / scale if saturated else 1.0
@@ -167,15 +157,14 @@ def test_units_that_are_not_attracted_never_snap(row, saturated):
         assert pull or strength or torch.equal(new, size * unit)  # no force: not one ulp
 
 
-@every_constraint
+@cases(row=CONSTRAINTS)
 def test_a_zero_can_revive_while_there_is_imbalance_only(row):
     for imbalance in (0.5, 0.0):
         new, unit = snap(row, size=0.0, pull=0.1, decay=0.01, saturated=True, imbalance=imbalance)
         assert bool((new * unit > 0).all() if imbalance else (new == 0).all())
 
 
-@pytest.mark.parametrize("decay", [None, 1 - 1e-9], ids=["law", "annealed"])
-@every_constraint
+@cases(row=CONSTRAINTS, decay=[None, 1 - 1e-9])
 def test_an_imbalance_below_the_threshold_becomes_zero(row, decay):
     for factor in (LOW, HIGH):
         p = (module := constrained_parameter(row)).weight
@@ -192,7 +181,7 @@ def test_an_imbalance_below_the_threshold_becomes_zero(row, decay):
 # -- the time scale --------------------------------------------------------------------------------------------------
 
 
-@every_constraint
+@cases(row=CONSTRAINTS)
 def test_units_above_the_metric_scale_move_as_under_the_plain_optimizer(row):
     """Along the weight by delta, across it (a gate's direction) by half of it, up to delta**2 / |w|; sgn(w) for one."""
     p = (module := constrained_parameter(row, strength=0.0)).weight
@@ -222,8 +211,7 @@ def test_units_above_the_metric_scale_move_as_under_the_plain_optimizer(row):
 # -- where there is nothing to start from ----------------------------------------------------------------------------
 
 
-@every_optimizer
-@every_constraint
+@cases(row=CONSTRAINTS, opt_row=OPTIMIZERS)
 def test_an_all_zero_tensor_can_train(row, opt_row):
     p = (module := constrained_parameter(row, strength=1e-3)).weight
     p.data.zero_()
@@ -243,8 +231,7 @@ def test_an_all_zero_tensor_can_train(row, opt_row):
     assert bool((p - target).norm() < 0.99 * target.norm())
 
 
-@every_optimizer
-@every_constraint
+@cases(row=CONSTRAINTS, opt_row=OPTIMIZERS)
 def test_an_all_zero_tensor_without_imbalance_is_refused(row, opt_row):
     p = (module := constrained_parameter(row)).weight
     p.data.zero_()
@@ -256,7 +243,6 @@ def test_an_all_zero_tensor_without_imbalance_is_refused(row, opt_row):
 
 # -- half precision --------------------------------------------------------------------------------------------------
 
-HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 RATE = 2e-4  # relative change per step; half an ulp below 1 is 2.4e-4 in fp16 and eight times that in bf16
 
 
@@ -277,9 +263,7 @@ HALF_CONSTRAINTS = [row for row in CONSTRAINTS if row.id in ("sparse", "group-ou
 HALF_OPTIMIZERS = [row for row in OPTIMIZERS if row.id in ("sgd", "adamw")]
 
 
-@HALF
-@pytest.mark.parametrize("opt_row", HALF_OPTIMIZERS, ids=ids)
-@pytest.mark.parametrize("row", HALF_CONSTRAINTS, ids=ids)
+@cases(row=HALF_CONSTRAINTS, opt_row=HALF_OPTIMIZERS, dtype=[torch.bfloat16, torch.float16])
 def test_half_precision_weights_collapse_below_their_own_rounding(row, opt_row, dtype):
     p, opt = half(row, opt_row, dtype)
     # Without an fp32 copy the first step, and so every step, would be lost.
@@ -290,9 +274,7 @@ def test_half_precision_weights_collapse_below_their_own_rounding(row, opt_row, 
     assert int(p.count_nonzero()) == 0 == int(opt.state[p]["master"].count_nonzero())
 
 
-@HALF
-@pytest.mark.parametrize("opt_row", HALF_OPTIMIZERS, ids=ids)
-@pytest.mark.parametrize("row", HALF_CONSTRAINTS, ids=ids)
+@cases(row=HALF_CONSTRAINTS, opt_row=HALF_OPTIMIZERS, dtype=[torch.bfloat16, torch.float16])
 def test_entries_changed_from_outside_win_over_the_copy(row, opt_row, dtype):
     p, opt = half(row, opt_row, dtype)
     for _ in range(3):

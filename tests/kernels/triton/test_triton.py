@@ -20,7 +20,7 @@ MODES = ["interpreted", *(["gpu"] if torch.cuda.is_available() else [])]
 
 
 PARTS = [("triton_cases", "references"), ("triton_cases", "not references")]
-PARTS += [("triton_mirror_cases", "many"), ("triton_mirror_cases", "not many")]
+PARTS += [("triton_mirror_cases", "many"), ("triton_mirror_cases", "not many"), ("triton_units_cases", "test")]
 
 
 @pytest.mark.parametrize(("cases", "part"), PARTS)
@@ -64,6 +64,11 @@ COMPILED = [
     (Variant("adam", "centred", form=(*_ROW[:3], 1, True, True), kernel="combine_coordinates"), "sm_100"),
     (Variant("sgd", "centred", form=(*_COLUMN[:3], 32, True, True), kernel="move_means"), "sm_80"),
     (Variant("adamw", "basis", form=(2, 1024, True, True), kernel="survey_basis"), "sm_90"),
+    (Variant("adamw", "units", form=((*_ROW[:3], False, True),), kernel="survey_units"), "sm_100"),
+    (Variant("adamw", "units", form=((*_ROW[:3], True, False),), kernel="survey_units"), "sm_90"),
+    (Variant("adam", "units", form=((*_ROW[:3], False, True),), kernel="combine_units"), "gfx942"),
+    (Variant("adamw", "units", form=((*_COLUMN[:3], False, True),), kernel="move_units"), "sm_80"),
+    (Variant("lion", "sparse"), "sm_90"),
     (Variant("adam", "basis", form=(2, 1024, True, True), kernel="combine_coordinates"), "gfx942"),
 ]
 
@@ -79,7 +84,7 @@ def test_machine_code(variant: Variant, target: str) -> None:
     code = build(variant, target)
     assert code.stack == 0, "spills"
     assert code.calls == 0 and code.doubles == 0
-    if target != "gfx942" and variant.form[-1]:
+    if target != "gfx942" and variant.aligned:
         # Nothing but 128-bit accesses is counted, so this is also the test that there are no narrower ones.
         assert (code.read, code.written) == traffic(variant)
 

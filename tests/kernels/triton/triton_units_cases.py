@@ -256,7 +256,7 @@ def expect(case: Case, problem: Problem) -> Found:
     at = units.count
     for k, part in enumerate(units.parts):
         value, terms = found["weight"][k]
-        own = part.bound().expand(part.shape).logical_not()
+        own = part.bound.expand(part.shape).logical_not()
         for place in own.nonzero():
             j = tuple(place.tolist())
             rate = LR
