@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import DEVICE, poisoned, pytestmark
 
-from support.table import tolerance
+from support.interpreter import DEVICE, poisoned, pytestmark
+from support.roles import roles
+from support.tolerances import tolerance
 from symopt_kernels.reference import gauge
 from symopt_kernels.triton import launch as triton_launch
 from symopt_kernels.triton import table as triton_table
@@ -155,7 +156,8 @@ def make(case: Case) -> Problem:
 def entry_of(case: Case, problem: Problem, **changes: Any) -> triton_launch.UnitsEntry:
     entry = triton_launch.UnitsEntry()
     units = changes.get("units", problem.units)
-    triton_launch.fill_units(entry, problem.weights, problem.states, units, fresh=case.option("fresh", False))
+    states = [roles(state) for state in problem.states]
+    triton_launch.fill_units(entry, problem.weights, states, units, fresh=case.option("fresh", False))
     for own, g in zip(entry.entries, problem.grads, strict=True):
         own.grad, own.strength_kept = g.data_ptr(), changes.get("strength", STRENGTH)
     return entry
