@@ -31,6 +31,7 @@ from symopt.constraints import (
     Circulant,
     Constraint,
     Equivariant,
+    GroupBridge,
     GroupSparse,
     LowRank,
     Mirror,
@@ -39,10 +40,12 @@ from symopt.constraints import (
     Tied,
     ZeroMean,
 )
-from symopt.folding.fold import fold, resize
-from symopt.module.constrain import constrain, constraints, param_groups, release
+from symopt.folding.fold import fold
+from symopt.folding.resize import resize
+from symopt.module.bindings import constraints, param_groups
+from symopt.module.constrain import constrain, release
 from symopt.module.explicit import plain_state_dict
-from symopt.optim import SGD, Adam, AdamW
+from symopt.optim import SGD, Adam, AdamW, Lion, Muon
 from symopt.report import report
 
 __version__ = "0.1.0"
@@ -55,9 +58,12 @@ __all__ = [
     "Circulant",
     "Constraint",
     "Equivariant",
+    "GroupBridge",
     "GroupSparse",
+    "Lion",
     "LowRank",
     "Mirror",
+    "Muon",
     "Sparse",
     "Symmetric",
     "Tied",

@@ -18,6 +18,7 @@ from symopt.constraints.planes.plane import parts
 from symopt.optim import ConstrainedOptimizer
 from symopt.optim.binding import Binding
 from symopt.optim.collapse import collapse_steps, metric_scale
+from symopt.optim.direction import Options, State
 from symopt.optim.own_step import own_step
 
 __all__ = ["Anneal"]
@@ -132,7 +133,7 @@ class Anneal:
         for decision in decide(due, self.last_step, self.total_steps, self.commit, self.plan):
             self._write(due[decision.scheduled], decision)
 
-    def _scheduled(self, group: dict[str, Any], binding: Binding, state: dict[str, Any]) -> Scheduled:
+    def _scheduled(self, group: Options, binding: Binding, state: State) -> Scheduled:
         constraint, p, direction = binding.constraint, binding.parameters[0], self.optimizer.direction
         assert constraint is not None
         groups = binding.groups(state)
@@ -161,7 +162,7 @@ class Anneal:
         squares = [torch.as_tensor(x) ** 2 for x in found]
         return torch.stack(squares).sum().sqrt() if any(isinstance(x, Tensor) for x in found) else found[0]
 
-    def _is_committed(self, binding: Binding, state: dict[str, Any]) -> bool:
+    def _is_committed(self, binding: Binding, state: State) -> bool:
         """:func:`is_committed`, read once: to look at the tensor is to wait for the device."""
         stored = state.get(BUDGET)
         if stored is None:

@@ -29,58 +29,7 @@ FUSED = BACKENDS[:-1]
 """Those that step unconstrained tensors too, if asked for by name."""
 
 
-_R = ("plain", "sparse", "nm", "sparse_free", "group", "orbit", "centred", "basis")
-
-
-class _Interim(Backend):
-    def refuses(self, request: Request) -> str | None:
-        for p in request.weights:
-            reason = self._one(request, p)
-            if reason:
-                return reason
-        return None
-
-    def _one(self, request: Request, p: Tensor) -> str | None:
-        groups, backend = request.groups if len(request.weights) == 1 else None, self.name
-        all_groups = request.groups
-        plane = request.retraction in ("orbit", "centred", "basis")
-        if backend == "native" and p.device.type != "cpu":
-            return f"it runs on CPUs, the tensor is on {p.device}"
-        if backend == "triton" and p.device.type != ("cpu" if triton.INTERPRETED else "cuda"):
-            return f"it runs on GPUs, the tensor is on {p.device}"
-        if plane and not p.is_contiguous():
-            return f"strides {p.stride()} of shape {tuple(p.shape)} are not those of a contiguous tensor"
-        pattern = request.pattern
-        if pattern and p.stride(1) != 1:
-            return f"the {pattern[0]}:{pattern[1]} neighbours do not lie side by side (channels_last would place them so)"
-        if pattern and backend == "triton" and pattern[1] not in triton.PATTERNS:
-            return f"it knows N:M with M in {triton.PATTERNS}, not {pattern[0]}:{pattern[1]}"
-        gathered = request.retraction == "orbit" and all_groups is not None and all_groups.index is not None
-        if gathered and p.numel() >= 2**31:
-            return f"its index of equal weights ends at 2**31, the tensor has {p.numel()}"
-        if gathered and backend == "triton" and groups is not None and p.numel() > 64 * groups.count:
-            return f"orbits of more than {64} weights leave a GPU too few to step side by side"
-        if backend == "triton" and not gathered and groups is not None and groups.index is not None:
-            return "it knows groups that are a view of the weight, not an index map"
-        if p.data_ptr() % p.element_size():
-            return "the tensor's memory is not aligned to its element size"
-        if native.layout(p) is None:
-            return f"strides {p.stride()} of shape {tuple(p.shape)} are not those of a dense tensor"
-        if groups is not None and native.layout(p, groups) is None:
-            return f"strides {p.stride()} interleave the groups in memory"
-        return None
-
-
-def _rows(*more: str) -> frozenset[tuple[str, str]]:
-    return frozenset((d, r) for d in ("sgd", "adam", "adamw") for r in (*_R, *more))
-
-
-class _Triton(_Interim):
-    name, rows, dtypes = "triton", _rows("sparse_deep"), triton.DTYPES
-    unavailable = property(lambda self: triton.UNAVAILABLE)
-
-
-_BACKENDS = {"native": NATIVE, "triton": _Triton()}
+_BACKENDS: dict[str, Backend] = {"native": NATIVE, "triton": triton.BACKEND}
 
 
 class Explained(Protocol):

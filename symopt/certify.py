@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from symopt.constraints import Constraint
 from symopt.constraints.planes.plane import flat, parts
-from symopt.module.constrain import bindings
+from symopt.module.bindings import bindings
 from symopt.optim import ConstrainedOptimizer, registry
 from symopt.optim.binding import Binding
 from symopt.optim.collapse import collapse_steps
@@ -24,6 +24,7 @@ __all__ = ["Certificate", "Certificates", "certify", "critical_strength"]
 Closure = Callable[[], Tensor]
 
 
+@final
 @dataclass(frozen=True)
 class Certificate:
     """One constraint: numbers in the units of its ``strength`` (see :func:`certify`)."""
@@ -50,13 +51,14 @@ class Certificate:
     """Still needed at the current rate and gradient; inf if it is not attracted, None if unknown."""
 
 
+@final
 @dataclass(frozen=True)
 class Certificates:
     """What :func:`certify` returns; prints as one sentence per constraint."""
 
     rows: tuple[Certificate, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain numbers, strings, lists and dicts (JSON)."""
         return asdict(self)
 
@@ -73,7 +75,7 @@ def certify(model: nn.Module, opt: ConstrainedOptimizer, closure: Closure, sampl
     Verdicts:
 
     - ``exact``: the structure is exact, and the strength is above kappa* (above its upper confidence bound);
-    - ``attracting``: not there yet, but the strength is, so it arrives in about ``steps`` more steps;
+    - ``attracting``: the structure is not exact yet, but the strength is above kappa*: about ``steps`` more steps;
     - ``not reached``: the strength is not above kappa*, or there is no structure.
 
     With SGD and Adam all numbers are in the units of the loss's gradient.  With AdamW the gradient first passes
@@ -111,27 +113,29 @@ def certify(model: nn.Module, opt: ConstrainedOptimizer, closure: Closure, sampl
     """
     if not isinstance(opt, ConstrainedOptimizer):
         raise TypeError(f"certify: opt must be a symopt optimizer, got {type(opt).__name__}")
-    held = _held("certify", model)
+    rows = _bound("certify", model)
     owners = {p: (group, binding) for group, binding in opt.bindings() for p in binding.parameters}
-    for names, params, _ in held:
-        if any(p not in owners for p in params):
-            raise ValueError(f"certify: {', '.join(names)} is in no group of opt; pass the optimizer that trains it")
-        if opt.direction.decoupled(owners[params[0]][0]) and opt.direction.scaled_by != "gradient":
+    for row in rows:
+        if any(p not in owners for p in row.parameters):
+            raise ValueError(
+                f"certify: {', '.join(row.names)} is in no group of opt; pass the optimizer that trains it"
+            )
+        if opt.direction.decoupled(owners[row.parameters[0]][0]) and opt.direction.scaled_by != "gradient":
             raise ValueError(
                 f"certify: the strength of {type(opt).__name__} is compared with its updates, not with a gradient that "
                 "could be certified; train with symopt.SGD, Adam or AdamW to certify"
             )
-    here = _gradients("certify", closure, held, samples)
-    away = any(float(c.violation(flat(params).detach())) > 0 for _, params, c in held if c.is_plane)
-    there = here
-    if away:
-        with _folded(held):
-            there = _gradients("certify", closure, held, samples)
-    rows = []
-    for i, (names, params, constraint) in enumerate(held):
-        group, binding = owners[params[0]]
-        rows.append(_row(opt, group, names, binding, constraint, [g[i] for g in here], [g[i] for g in there]))
-    return Certificates(tuple(rows))
+    now = _gradients("certify", closure, rows, samples)
+    on_plane = now
+    planes = [row for row in rows if row.constrained_by.is_plane]
+    if any(float(row.constrained_by.violation(row.weight())) > 0 for row in planes):
+        with _on_planes(rows):
+            on_plane = _gradients("certify", closure, rows, samples)
+    found = []
+    for i, row in enumerate(rows):
+        group, binding = owners[row.parameters[0]]
+        found.append(_certificate(opt, group, row, binding, [g[i] for g in now], [g[i] for g in on_plane]))
+    return Certificates(tuple(found))
 
 
 def critical_strength(model: nn.Module, closure: Closure, samples: int = 1, steps: int = 0) -> dict[str, float]:
@@ -162,28 +166,29 @@ def critical_strength(model: nn.Module, closure: Closure, samples: int = 1, step
         >>> round(found["weight"], 4)
         1.4142
     """
-    held = [row for row in _held("critical_strength", model) if row[2].is_plane]
-    if not held:
+    rows = [row for row in _bound("critical_strength", model) if row.constrained_by.is_plane]
+    if not rows:
         raise ValueError("critical_strength: the model has no fixed plane; Sparse and GroupSparse choose their own")
     others = [p for p in model.parameters() if p.requires_grad]
     evaluating = _Evaluating()
-    registry.register_owner(evaluating)  # nobody trains these weights here, so nobody has to impose anything
-    with _folded(held, others):
+    registry.register_owner(evaluating)  # no optimizer trains these weights here, so there is nothing to warn of
+    with _on_planes(rows, others):
         if steps:
-            _descend(closure, held, others, steps)
-        grads = _gradients("critical_strength", closure, held, samples)
+            _descend(closure, rows, others, steps)
+        grads = _gradients("critical_strength", closure, rows, samples)
     found = {}
-    for i, (names, _, constraint) in enumerate(held):
-        value, _ = _jackknife(constraint, [g[i] for g in grads])
-        found.update(dict.fromkeys(names, value))
+    for i, row in enumerate(rows):
+        value, _ = _jackknife(row.constrained_by, [g[i] for g in grads])
+        found.update(dict.fromkeys(row.names, value))
     return found
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients
 
 
+@final
 class _Evaluating:
-    """Stands for an optimizer, for as long as it lives."""
+    """Counts as the optimizer of every weight while it exists."""
 
     def owns(self, param: Tensor) -> bool:
         return True
@@ -192,38 +197,35 @@ class _Evaluating:
         pass
 
 
-Held = list[tuple[tuple[str, ...], tuple[nn.Parameter, ...], Constraint]]
-
-
-def _held(owner: str, model: nn.Module) -> Held:
-    given: Any = model
+def _bound(owner: str, model: nn.Module) -> list[Binding]:
+    given: object = model
     if not isinstance(given, nn.Module):
         raise TypeError(f"{owner}: model must be a torch.nn.Module, got {type(model).__name__}")
     named = dict(model.named_parameters(remove_duplicate=False))
     rows = bindings(model)
     if missing := [name for names, _ in rows for name in names if name not in named]:
         raise ValueError(f"{owner}: {missing[0]} is constrained in explicit mode, which this does not look into")
-    return [(names, tuple(named[name] for name in names), constraint) for names, constraint in rows]
+    return [Binding(constraint, names, tuple(named[name] for name in names)) for names, constraint in rows]
 
 
-def _gradients(owner: str, closure: Closure, held: Held, samples: int) -> list[list[Tensor]]:
-    """Per sample the gradient of every constraint's weight, flat if it has several members."""
-    given: Any = samples
+def _gradients(owner: str, closure: Closure, rows: list[Binding], samples: int) -> list[list[Tensor]]:
+    """Per sample the gradient of what every constraint sees: flat if it binds several parameters."""
+    given: object = samples
     if isinstance(given, bool) or not isinstance(given, int):
         raise TypeError(f"{owner}: samples must be an integer, got {samples!r}")
     if samples < 1:
         raise ValueError(f"{owner}: samples must be >= 1, got {samples}")
-    params = [p for _, members, _ in held for p in members]
+    params = [p for row in rows for p in row.parameters]
     found = []
     for _ in range(samples):
         grads = iter(_gradient(owner, closure, params))
-        found.append([flat(tuple(next(grads) for _ in members)) for _, members, _ in held])
+        found.append([flat(tuple(next(grads) for _ in row.parameters)) for row in rows])
     return found
 
 
-def _gradient(owner: str, closure: Closure, params: list[nn.Parameter]) -> list[Tensor]:
+def _gradient(owner: str, closure: Closure, params: Sequence[Tensor]) -> list[Tensor]:
     with torch.enable_grad():
-        loss: Any = closure()
+        loss: object = closure()
     if not isinstance(loss, Tensor):
         raise TypeError(f"{owner}: closure must return the loss as a tensor, got {type(loss).__name__}")
     if loss.numel() != 1 or not loss.requires_grad:
@@ -236,28 +238,28 @@ def _gradient(owner: str, closure: Closure, params: list[nn.Parameter]) -> list[
 
 
 @contextmanager
-def _folded(held: Held, others: list[nn.Parameter] | None = None) -> Iterator[None]:
-    """Every fixed structure exact, for as long as the block lasts."""
-    touched = [*(p for _, members, _ in held for p in members), *(others or [])]
+def _on_planes(rows: list[Binding], others: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Every weight that a plane binds is on it, for as long as the block lasts; then all weights are put back."""
+    touched = [*(p for row in rows for p in row.parameters), *others]
     before = [p.detach().clone() for p in touched]
     try:
         with torch.no_grad():
-            for _, members, constraint in held:
-                if constraint.is_plane:
-                    _write(members, constraint.fold(flat(members)))
+            for row in rows:
+                if row.constrained_by.is_plane:
+                    on_plane = parts(row.constrained_by.fold(flat(row.parameters)), row.parameters)
+                    _copy(row.parameters, on_plane)
         yield
     finally:
         with torch.no_grad():
-            for p, value in zip(touched, before, strict=True):
-                p.copy_(value)
+            _copy(touched, before)
 
 
-def _write(members: tuple[nn.Parameter, ...], value: Tensor) -> None:
-    for p, part in zip(members, parts(value, members), strict=True):
-        p.copy_(part)
+def _copy(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for p, value in zip(params, values, strict=True):
+        p.copy_(value)
 
 
-def _descend(closure: Closure, held: Held, params: list[nn.Parameter], steps: int) -> None:
+def _descend(closure: Closure, rows: list[Binding], params: list[nn.Parameter], steps: int) -> None:
     """L-BFGS on the plane: with projected gradients all its steps are on it."""
     search = torch.optim.LBFGS(params, max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-10)
     saved = [p.grad for p in params]
@@ -267,10 +269,10 @@ def _descend(closure: Closure, held: Held, params: list[nn.Parameter], steps: in
             loss = closure()
         for p, g in zip(params, _gradient("critical_strength", lambda: loss, params), strict=True):
             p.grad = g
-        for _, members, constraint in held:
-            grads = flat(tuple(p.grad for p in members if p.grad is not None))
-            for p, part in zip(members, parts(constraint.fold(grads), members), strict=True):
-                p.grad = part
+        for row in rows:
+            grads = flat(tuple(p.grad for p in row.parameters if p.grad is not None))
+            for q, part in zip(row.parameters, parts(row.constrained_by.fold(grads), row.parameters), strict=True):
+                q.grad = part
         return loss.detach()
 
     search.step(projected)
@@ -282,7 +284,8 @@ def _jackknife(constraint: Constraint, grads: list[Tensor], sizes: Tensor | None
     """Critical strength of the mean gradient, bias removed, and its standard error."""
 
     def critical(total: Tensor, n: int) -> float:
-        norms = constraint.inner(total / n, total / n).clamp(min=0).sqrt()
+        mean = constraint.dual(total / n)
+        norms = constraint.inner(mean, mean).clamp(min=0).sqrt()
         norms = norms if sizes is None or constraint.is_plane else norms[sizes == 0]
         return float(norms.max()) if norms.numel() else 0.0
 
@@ -299,20 +302,21 @@ def _jackknife(constraint: Constraint, grads: list[Tensor], sizes: Tensor | None
 # -------------------------------------------------------------------------------------------------------------- verdict
 
 
-def _row(
+def _certificate(
     opt: ConstrainedOptimizer,
-    group: dict[str, Any],
-    names: tuple[str, ...],
+    group: Options,
+    row: Binding,
     binding: Binding,
-    constraint: Constraint,
-    here: list[Tensor],
-    there: list[Tensor],
+    now: list[Tensor],
+    on_plane: list[Tensor],
 ) -> Certificate:
-    w, state, direction = binding.weight(), opt.state.get(binding.parameters[0], {}), opt.direction
+    """``now`` and ``on_plane`` are gradients, one per sample: at the weights, and at their projection."""
+    constraint, direction = row.constrained_by, opt.direction
+    w, state = binding.weight(), opt.state.get(binding.parameters[0], {})
     sizes = constraint.size(w)
-    here, there = ([_seen(binding, direction, group, state, g) for g in grads] for grads in (here, there))
-    critical, error = _jackknife(constraint, there, sizes)
-    interval = None if len(there) == 1 else (max(0.0, critical - 1.96 * error), critical + 1.96 * error)
+    now, on_plane = ([_seen(binding, direction, group, state, g) for g in grads] for grads in (now, on_plane))
+    critical, error = _jackknife(constraint, on_plane, sizes)
+    interval = None if len(on_plane) == 1 else (max(0.0, critical - 1.96 * error), critical + 1.96 * error)
     residual, strength = float(constraint.violation(w)), float(binding.strength(direction, group, state))
     on = residual <= constraint.rounding(w) and (constraint.is_plane or bool((sizes == 0).any()))
     most = critical if interval is None else interval[1]
@@ -335,7 +339,7 @@ def _row(
         words = f"the strength is automatic and unknown before the first step; the critical one is {bound}"
     scale = state.get("metric_scale")
     return Certificate(
-        names=names,
+        names=row.names,
         constraint=str(constraint),
         verdict=verdict,
         words=words,
@@ -344,9 +348,7 @@ def _row(
         interval=interval,
         strength=strength,
         # What is on the plane up to rounding has no direction off it.
-        kkt=_kkt(
-            constraint, w, torch.stack(here).mean(0), sizes * 0 if on and constraint.is_plane else sizes, strength
-        ),
+        kkt=_kkt(constraint, w, torch.stack(now).mean(0), sizes * 0 if on and constraint.is_plane else sizes, strength),
         balance=None if scale is None else float(state["imbalance"] / scale),
         steps=steps,
     )
@@ -357,19 +359,19 @@ def _seen(binding: Binding, direction: Direction, options: Options, state: State
     scale = binding.preconditioner(direction, options, state) if direction.decoupled(options) else None
     if scale is None:
         return grad
-    assert binding.constraint is not None
     size = binding.size(state)
     unit = 1.0 if size is None else size.sqrt()
-    multiplier = torch.as_tensor(binding.constraint.strength_multiplier(grad, decoupled=True))
+    multiplier = torch.as_tensor(binding.constrained_by.strength_multiplier(grad, decoupled=True))
     if binding.units is not None:
-        return grad * binding.units.flat(scale[: binding.units.count] / (unit * multiplier))
+        return grad * binding.units.flat(scale[: binding.units.count] / (unit * multiplier)).reshape(grad.shape)
     groups = binding.groups(state)
     scaled = scale / (unit * multiplier)
     return grad * scaled if groups is None else groups.scale(scaled.expand(groups.count), grad)
 
 
 def _kkt(constraint: Constraint, w: Tensor, grad: Tensor, sizes: Tensor, strength: float) -> float:
-    slope, along = constraint.inner(grad, grad).clamp(min=0), constraint.inner(grad, w)
+    dual = constraint.dual(grad)
+    slope, along = constraint.inner(dual, dual).clamp(min=0), constraint.inner(dual, w)
     live = (slope + 2 * strength * along / sizes.clamp(min=torch.finfo(w.dtype).tiny) + strength**2).clamp(min=0).sqrt()
     rest = torch.where(sizes > 0, live, (slope.sqrt() - strength).clamp(min=0))
     tangent = constraint.fold(grad) if constraint.is_plane else torch.zeros_like(grad)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import nn
 
 from symopt.constraints import Constraint, GroupSparse, Sparse
-from symopt.module.constrain import constrain, param_groups
+from symopt.module.bindings import param_groups
+from symopt.module.constrain import constrain
 from symopt.module.patterns import Patterns
 
 
@@ -46,7 +47,7 @@ class Recipe:
     constraint: Constraint
     init: str | float
     optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.SGD
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, float] = field(default_factory=dict)
     """Of the optimizer, as published."""
     strength_at: Callable[[float], float] = _constant
     """Share of the strength in force after a share ``progress`` of training."""
@@ -56,7 +57,7 @@ class Recipe:
         rows: Patterns = {tuple(patterns): self.constraint}
         return constrain(module, rows, mode="explicit", init=self.init)
 
-    def optimizer(self, module: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    def optimizer(self, module: nn.Module, **options: object) -> torch.optim.Optimizer:
         """The published optimizer on :func:`symopt.param_groups`; ``options`` override its settings."""
         return self.optimizer_class(param_groups(module), **{**self.options, **options})
 

@@ -4,25 +4,45 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Protocol, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from symopt.budgets.state import BUDGET, BudgetState, is_committed
 from symopt.constraints import Constraint
 from symopt.constraints.planes.plane import flat
+from symopt.folding.compare import Inputs
 from symopt.folding.fold import fold
-from symopt.module.constrain import bindings, constraints, free
+from symopt.module.bindings import bindings, constraints, free
 from symopt.module.explicit import plain_state_dict
 from symopt.optim import ConstrainedOptimizer, registry
 from symopt.optim.binding import Binding
 from symopt.optim.collapse import collapse_steps
+from symopt.optim.direction import Options
 
-__all__ = ["Report", "Row", "report"]
+__all__ = ["Axes", "Report", "Row", "report"]
 
 
+class Axes(Protocol):
+    """What a plot needs of matplotlib's axes, which symopt works without."""
+
+    def barh(self, y: list[str], width: list[float], *, color: str = ...) -> object: ...
+
+    def set(self, *, xlim: tuple[float, float], xlabel: str) -> object: ...
+
+    def invert_yaxis(self) -> object: ...
+
+
+class _ConsoleOptions(Protocol):
+    """What a table needs of rich's options."""
+
+    max_width: int
+
+
+@final
 @dataclass(frozen=True)
 class Row:
     """One constrained tensor."""
@@ -36,7 +56,7 @@ class Row:
     """Units (weights, groups) that are not exactly zero."""
     units: int
     penalty: float
-    """What the factors' weight decay charges: ``||w||_1``, ``sum ||w_g||_2``, ..., of all members of a joint one."""
+    """``||w||_1``, ``sum ||w_g||_2``, ..., of all parameters that the constraint binds."""
     violation: float
     """Relative change of the tensor if its nearly-zero units were rounded to zero; relative distance from a plane."""
     strength: float | None
@@ -48,6 +68,7 @@ class Row:
     """Steps at the current rate until the median live unit is zero if no gradient holds it; None if unknown."""
 
 
+@final
 @dataclass(frozen=True)
 class Report:
     """What :func:`report` returns; prints as a table."""
@@ -61,21 +82,21 @@ class Report:
     flops_folded: int | None
     notes: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain numbers, strings, lists and dicts (JSON)."""
         return asdict(self)
 
-    def plot(self, ax: Any = None) -> Any:
-        """Bar chart of the share of weights still alive per tensor; returns the matplotlib axes."""
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Bar chart of the share of nonzero weights per tensor; returns the matplotlib axes."""
         import matplotlib.pyplot as plt
 
-        ax = plt.subplots(figsize=(6, 0.5 * len(self.rows) + 1.5))[1] if ax is None else ax
+        axes: Axes = plt.subplots(figsize=(6, 0.5 * len(self.rows) + 1.5))[1] if ax is None else ax
         names = [row.name for row in self.rows]
-        ax.barh(names, [1.0] * len(names), color="0.9")
-        ax.barh(names, [1 - row.zeros / math.prod(row.shape) for row in self.rows])
-        ax.set(xlim=(0, 1), xlabel="share of weights alive")
-        ax.invert_yaxis()
-        return ax
+        axes.barh(names, [1.0] * len(names), color="0.9")
+        axes.barh(names, [1 - row.zeros / math.prod(row.shape) for row in self.rows])
+        axes.set(xlim=(0, 1), xlabel="share of nonzero weights")
+        axes.invert_yaxis()
+        return axes
 
     def _cells(self) -> list[list[str]]:
         def number(x: float | None) -> str:
@@ -113,7 +134,7 @@ class Report:
         text = ["  ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip() for line in table]
         return "\n".join(text + self._lines())
 
-    def __rich_console__(self, console: Any, options: Any) -> Any:
+    def __rich_console__(self, console: object, options: _ConsoleOptions) -> Iterator[object]:
         from rich.table import Table
 
         widths = self._widths()
@@ -143,7 +164,7 @@ _COLUMNS = ("parameter", "constraint", "shape", "zeros", "live", "penalty", "vio
 
 @torch.no_grad()
 def report(
-    model: nn.Module, optimizer: ConstrainedOptimizer | None = None, example_inputs: Any | None = None
+    model: nn.Module, optimizer: ConstrainedOptimizer | None = None, example_inputs: Tensor | Inputs | None = None
 ) -> Report:
     """State of every constraint of ``model``, and what folding it would save.
 
@@ -172,7 +193,7 @@ def report(
     if optimizer is not None and not isinstance(optimizer, ConstrainedOptimizer):
         raise TypeError(f"report: optimizer must be a symopt optimizer or None, got {type(optimizer).__name__}")
     bound = constraints(model)
-    named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     composed = {name: w for name, w in plain_state_dict(model).items() if name in bound and name not in named}
     named |= composed  # explicit mode: what the factors make
     found = [] if optimizer is None else optimizer.bindings()
@@ -196,11 +217,11 @@ def report(
 
 def _row(
     name: str,
-    p: torch.Tensor,
-    w: torch.Tensor,
+    p: Tensor,
+    w: Tensor,
     constraint: Constraint,
     optimizer: ConstrainedOptimizer | None,
-    stepped: tuple[dict[str, Any], Binding] | None,
+    stepped: tuple[Options, Binding] | None,
 ) -> Row:
     """``w`` is what the constraint sees: ``p``, or all parameters that it binds; ``stepped`` is how it is stepped."""
     strength = imbalance = steps = None
@@ -232,14 +253,14 @@ def _row(
     )
 
 
-def _count(model: nn.Module, composed: dict[str, Any] | None = None) -> int:
+def _count(model: nn.Module, composed: dict[str, Tensor] | None = None) -> int:
     """Parameters, with a composed weight in place of its factors."""
     factors = registry.factors()
     own = sum(p.numel() for p in model.parameters() if id(p) not in factors)
     return own + sum(int(w.numel()) for w in (composed or {}).values())
 
 
-def _flops(model: nn.Module, example_inputs: Any | None) -> int | None:
+def _flops(model: nn.Module, example_inputs: Tensor | Inputs | None) -> int | None:
     if example_inputs is None:
         return None
     from torch.utils.flop_counter import FlopCounterMode
@@ -248,4 +269,4 @@ def _flops(model: nn.Module, example_inputs: Any | None) -> int | None:
     mode = FlopCounterMode(display=False)
     with mode:
         copy.deepcopy(model).eval()(*inputs)  # a copy: submodules may each have a mode of their own
-    return int(mode.get_total_flops() // max(1, inputs[0].shape[0]))
+    return int(mode.get_total_flops() // max(1, getattr(inputs[0], "shape", (1,))[0]))

@@ -7,8 +7,6 @@ import torch
 
 import symopt
 
-torch.set_num_threads(1)
-
 TARGET = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
 CRITICAL = 2**0.5  # || (T - T^t) / 2 ||
 
@@ -66,6 +64,27 @@ def test_nothing_is_changed():
     symopt.certify(net, opt, loss_of(net), samples=3)
     symopt.critical_strength(net, loss_of(net), steps=5)
     assert torch.equal(net.weight, before) and torch.equal(net.weight.grad, grad)
+
+
+def test_units_over_several_parameters_of_different_scale():
+    """The critical strength of a dead unit is ``(||g_weight||**2 + a**2 g_bias**2)**(1/2)``; live ones rest."""
+    net = torch.nn.Linear(3, 2, dtype=torch.float64)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(net.weight)
+    groups = {"weight": (0, None), "bias": (0, None)}
+    symopt.constrain(net, {"*": symopt.GroupSparse(groups, strength=1.0, factors={"bias": 2.0})})
+    weight = torch.tensor([[0.2, 0.0, 0.0], [3.0, 1.0, 0.0]], dtype=torch.float64)
+    bias = torch.tensor([0.1, 2.0], dtype=torch.float64)
+
+    def loss():
+        return ((net.weight - weight).square().sum() + (net.bias - bias).square().sum()) / 2
+
+    opt = symopt.SGD(net, lr=0.1, imbalance=0.0)
+    train(net, opt, 500, loss)
+    (row,) = symopt.certify(net, opt, loss).rows
+    assert row.verdict == "exact" and not net.weight[0].any() and net.bias[0] == 0 and net.bias[1] != 0
+    assert row.critical == pytest.approx((0.2**2 + 2**2 * 0.1**2) ** 0.5)
+    assert row.kkt < 1e-9
 
 
 @pytest.mark.parametrize("samples", [8, 40])

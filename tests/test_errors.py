@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 import symopt
-from support.table import OPTIMIZERS, OptimizerRow, ids
-from symopt.folding.fold import fold, resize
+from support.cases import cases
+from support.table import OPTIMIZERS, OptimizerRow
+from symopt.folding.fold import fold
+from symopt.folding.resize import resize
 from symopt.report import report
 
 S, G = symopt.Sparse, symopt.GroupSparse
@@ -196,7 +198,7 @@ def test_explicit_mode_refuses_and_leaves_the_module_alone(
     assert list(module.state_dict()) == keys and symopt.constraints(module) == before
 
 
-@pytest.mark.parametrize("row", OPTIMIZERS, ids=ids)
+@cases(row=OPTIMIZERS)
 def test_symopts_optimizers_refuse_explicit_modules(row: OptimizerRow) -> None:
     module = symopt.constrain(net(), {"0.weight": S()}, mode="explicit")
     fix = "explicit.*param_groups"
@@ -341,12 +343,9 @@ OPTIONS: list[tuple[str, type[Exception], tuple[str, ...], dict[str, Any]]] = [
     ("imbalance vector", (TypeError, ValueError), ("imbalance",), {"imbalance": torch.ones(2)}),  # type: ignore[list-item]
 ]
 
-classes = pytest.mark.parametrize("row", [r for r in OPTIMIZERS if r.id in ("sgd", "adam", "adamw")], ids=ids)
 
-
-@pytest.mark.parametrize("where", ["constructor", "group", "added"])
 @pytest.mark.parametrize(("error", "parts", "options"), **table(OPTIONS))
-@classes
+@cases(row=[r for r in OPTIMIZERS if r.id in ("sgd", "adam", "adamw")], where=["constructor", "group", "added"])
 def test_optimizers_refuse_their_own_options(
     row: OptimizerRow, error: type[Exception], parts: tuple[str, ...], options: dict[str, Any], where: str
 ) -> None:
@@ -359,7 +358,7 @@ def test_optimizers_refuse_their_own_options(
     assert [part for part in (row.cls.__name__, *parts) if part not in message] == [], message
 
 
-@pytest.mark.parametrize("momentum", [1, 1.0, 1.5])
+@cases(momentum=[1, 1.0, 1.5])
 def test_momentum_of_one_or_more_is_for_unconstrained_parameters_only(momentum: float) -> None:
     module = bound()
     groups = [{"params": [module[0].bias]}, {"params": [module[0].weight], "momentum": momentum}]
@@ -374,8 +373,7 @@ def test_momentum_of_one_or_more_is_for_unconstrained_parameters_only(momentum: 
     assert opt.defaults["momentum"] == momentum
 
 
-@pytest.mark.parametrize("constraint", [S(), G("out")], ids=["sparse", "group"])
-@pytest.mark.parametrize("row", OPTIMIZERS, ids=ids)
+@cases(row=OPTIMIZERS, constraint=[S(), G("out")])
 def test_a_zero_weight_without_imbalance_could_never_train(row: OptimizerRow, constraint: symopt.Constraint) -> None:
     module = symopt.constrain(nn.Sequential(nn.Linear(3, 2)), {"0.weight": constraint})
     nn.init.zeros_(module[0].weight)
@@ -431,7 +429,7 @@ TORCHS: list[tuple[str, Callable[[Any], Any]]] = [
 
 
 @pytest.mark.parametrize(("call",), **table(TORCHS))
-@classes
+@cases(row=[r for r in OPTIMIZERS if r.id in ("sgd", "adam", "adamw")])
 def test_what_torch_refuses_is_refused_in_torchs_words(row: OptimizerRow, call: Callable[[Any], Any]) -> None:
     with pytest.raises(Exception) as want:
         call(row.torch_cls)

@@ -10,10 +10,9 @@ from skglm import GroupLasso
 from sklearn.linear_model import Lasso
 
 import symopt
-from support.table import tolerance
+from support.cases import cases, exhaustive
+from support.tolerances import tolerance
 from symopt import recipes
-
-torch.set_num_threads(1)
 
 # A row per public recipe: what it constrains with, starts from and publishes.  A new recipe without a row fails.
 RECIPES = {
@@ -29,7 +28,6 @@ RECIPES = {
     "d_gating": (recipes.d_gating, symopt.GroupSparse, 2, "gates", "D-Gating", {"lr": 0.1, "momentum": 0.9}),
     "pilot": (recipes.pilot, symopt.Sparse, 2, 1.0, "2408.09966", {"lr": 0.1, "momentum": 0.9}),
 }
-every_recipe = pytest.mark.parametrize("name", RECIPES)
 
 
 class Regression:
@@ -79,7 +77,7 @@ def test_every_public_recipe_has_a_row():
     assert {name for name in defined if not name.startswith("_")} == functions
 
 
-@every_recipe
+@cases(name=RECIPES)
 def test_a_recipe_is_what_its_row_says(name):
     make, kind, depth, init, source, options = RECIPES[name]
     recipe = make(0.25)
@@ -92,7 +90,7 @@ def test_a_recipe_is_what_its_row_says(name):
             setattr(recipe, field.name, None)
 
 
-@every_recipe
+@cases(name=RECIPES)
 def test_a_recipe_trains(name):
     """A net with a bias: the loss falls, its factors alone decay, options override, and it folds to plain weights."""
     recipe = RECIPES[name][0](1e-3)
@@ -123,7 +121,7 @@ def test_a_recipe_trains(name):
 # -- schedule --------------------------------------------------------------------------------------------------------
 
 
-@every_recipe
+@cases(name=RECIPES)
 def test_schedule(name):
     """Constant ones keep the strength; pilot's is in force until ``off``; unconstrained weights are left alone."""
     recipe = RECIPES[name][0](0.3)
@@ -159,7 +157,7 @@ def test_schedule_leaves_decay_of_other_weights_alone():
 # -- the papers' claims ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("seed", "strength"), [(0, 0.1), (0, 0.5), (1, 0.1)])
+@pytest.mark.parametrize(("seed", "strength"), [(0, 0.1), *exhaustive((0, 0.5), (1, 0.1))])
 def test_spred_is_the_lasso(seed, strength):
     """Many irrelevant features, Adam at 1e-2 with coupled decay as in the paper's notebook: scikit-learn's zeros."""
     problem = Regression(seed, 100, 2000, 10, 0.1)
@@ -177,7 +175,7 @@ def test_spred_is_the_lasso(seed, strength):
     assert abs(float(objective(w) / objective(best) - 1)) <= tolerance("trembling gap")
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, *exhaustive(1)])
 def test_deep_weight_factorization_is_sparser_at_equal_fit(seed):
     """Depth 2 keeps several times as many weights even where it fits slightly worse: it shrinks the live ones."""
     problem = Regression(seed, 100, 200, 10, 0.3)
@@ -189,7 +187,7 @@ def test_deep_weight_factorization_is_sparser_at_equal_fit(seed):
     assert problem.error(deep) < problem.error(flat)
 
 
-@pytest.mark.parametrize("depth", [2, 3, 4])
+@cases(depth=[2, 3, 4])
 def test_deep_weight_factorization_starts_variance_matched(depth):
     """D factors of deviation std**(1/D) whose product has the weight's, and no factor near zero or far out."""
     torch.manual_seed(0)
@@ -209,7 +207,7 @@ def test_deep_weight_factorization_starts_variance_matched(depth):
 GROUPS, SIZE = 20, 5
 
 
-@pytest.mark.parametrize("strength", [0.03, 0.1, 0.3, 1.2])
+@pytest.mark.parametrize("strength", [0.1, 1.2, *exhaustive(0.03, 0.3)])
 def test_d_gating_follows_the_group_lasso(strength):
     problem = Regression(0, 150, GROUPS * SIZE, 4 * SIZE, 0.3)
     members = torch.arange(GROUPS * SIZE).reshape(GROUPS, SIZE).tolist()
@@ -247,7 +245,7 @@ def test_d_gating_starts_with_open_gates():
     assert torch.equal(direction, before) and torch.equal(net.weight, before)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, *exhaustive(1)])
 def test_pilot_ends_nearer_to_the_truth(seed):
     """n = 40, p = 100, 5 live, no noise: constant decay is biased by shrinkage, none by the l2 start."""
     problem, strength = Regression(seed, 40, 100, 5, 0.0), 0.1

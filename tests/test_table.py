@@ -4,10 +4,11 @@ from collections import Counter
 
 import pytest
 import torch
-from test_steps import follow
 
 import symopt
-from support.table import CONSTRAINTS, MATRICES, OPTIMIZERS, PLANES, ids, tolerance
+from support.runs import follow
+from support.table import CONSTRAINTS, MATRICES, OPTIMIZERS, PLANES, ids
+from support.tolerances import tolerance
 from symopt.constraints import CONSTRAINTS as PUBLIC_CONSTRAINTS
 from symopt.optim import OPTIMIZERS as PUBLIC_OPTIMIZERS
 from symopt.optim import ConstrainedOptimizer

@@ -35,7 +35,7 @@ class Case:
     """Tensors under one constraint."""
 
 
-# Bytes per weight that each step must read and write; tests/kernels/triton/test_triton.py finds the same in the machine code.
+# Bytes per weight that each step must read and write; test_triton.py finds the same in the machine code.
 CASES = (
     Case("AdamW, Sparse", symopt.Sparse, 16, 12),
     Case("AdamW, Sparse, bf16 with fp32 master", symopt.Sparse, 16, 14,

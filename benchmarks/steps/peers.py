@@ -188,23 +188,30 @@ class Factored(Variant):
             return [w.detach() for w in self.compose()]
 
 
-class Explicit(Factored):
-    """symopt's own explicit mode, stepped by torch's fused optimizer."""
+class Parametrized(Factored):
+    """Weights are parametrizations of torch's: to read one composes it."""
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         self.net = _holder(case)
         self.names = _names(self.net)
+
+    def compose(self) -> list[Tensor]:
+        return [getattr(self.net, name) for name in self.names]
+
+
+class Explicit(Parametrized):
+    """symopt's own explicit mode, stepped by torch's fused optimizer."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
         symopt.constrain(self.net, {tuple(self.names): case.make_constraint()}, mode="explicit")
         self.make_optimizer(symopt.param_groups(self.net))
 
     def kept(self) -> list[torch.UntypedStorage]:
         # Explicit mode keeps the memory of large temporaries for the next step.
-        pools: list[Any] = [getattr(module, "_pool", None) for module in self.net.modules()]
+        pools: list[Any] = [getattr(module, "_memory", None) for module in self.net.modules()]
         return [*super().kept(), *(storage for pool in pools if pool for storage in pool.storages)]
-
-    def compose(self) -> list[Tensor]:
-        return [getattr(self.net, name) for name in self.names]
 
 
 class Product(nn.Module):
@@ -226,20 +233,17 @@ def _gate(groups: Any, view: tuple[int, ...]) -> list[int]:
     return [1 if groups is not None and d in groups.dims else n for d, n in enumerate(view)]
 
 
-class Parametrize(Factored):
+class Parametrize(Parametrized):
+    """The product above, registered with torch's parametrization."""
+
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        self.net = _holder(case)
-        self.names = _names(self.net)
         rows, columns = case.size.shape
         blocks = (rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
         for name in self.names:
             view = blocks if case.constraint == "group-block" else (rows, columns)
             parametrize.register_parametrization(self.net, name, Product(case, view))
         self.make_optimizer([{"params": list(self.net.parameters()), "weight_decay": case.strength}])
-
-    def compose(self) -> list[Tensor]:
-        return [getattr(self.net, name) for name in self.names]
 
 
 class Compiled(Parametrize):

@@ -53,8 +53,9 @@ def bent(function: Callable[..., Any], by: float) -> Callable[..., Any]:
         ("sparse", "sparse", "adamw"),
         ("group", "group-in", "sgd"),
         ("sparse_free", "sparse_free", "adam"),
-        ("adamw", "group-block", "adamw"),
-        ("sgd", "group-out", "sgd-momentum"),
+        ("adam_lead", "group-block", "adamw"),
+        ("adam_scale", "sparse", "adam"),
+        ("sgd_lead", "group-out", "sgd-momentum"),
         ("imbalance_law", "sparse", "adamw"),
     ],
 )

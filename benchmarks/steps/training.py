@@ -53,7 +53,7 @@ class Transformer(nn.Module):
 
 
 def mlp() -> nn.Module:
-    """The quickstart's network."""
+    """LeNet-300-100, the quickstart's network."""
     return nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
 
 

@@ -67,7 +67,7 @@ def extra(variant: Variant) -> float:
     n = variant.x.shape[1] ** 2 * 4
     held = {p.untyped_storage().data_ptr() for p in variant.net.parameters()}
     held |= {p.grad.untyped_storage().data_ptr() for p in variant.net.parameters() if p.grad is not None}
-    pools = [m._pool for m in variant.net.modules() if hasattr(m, "_pool")]
+    pools = [m._memory for m in variant.net.modules() if hasattr(m, "_memory")]
     return sum(s.nbytes() / n for pool in pools for s in pool.storages if s.data_ptr() not in held)
 
 

@@ -1,6 +1,6 @@
 """The figure and the numbers of docs/gauges.md: explicit, free, fixed.
 
-    python -m benchmarks.studies.gauges            a few minutes; writes docs/gauges.png and prints the tables
+python -m benchmarks.studies.gauges            a few minutes; writes docs/gauges.png and prints the tables
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.steps.training import Transformer
+from benchmarks.steps.training import Transformer, mlp
 
 __all__ = ["TASKS", "Data", "Task", "text_hash"]
 
@@ -79,10 +79,6 @@ def _accuracy(net: nn.Module, data: list[Batch]) -> float:
     right = sum(int((net(x).argmax(1) == y).sum()) for x, y in data)
     net.train()
     return 100 * right / sum(len(y) for _, y in data)
-
-
-def _lenet_300_100() -> nn.Module:
-    return nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
 
 
 def _lenet_5() -> nn.Module:
@@ -173,7 +169,7 @@ TASKS = {
         Task(
             "lenet-300-100",
             30 * 55,
-            _lenet_300_100,
+            mlp,
             _mnist,
             ("0.weight", "2.weight", "4.weight"),
             ("0.weight", "2.weight"),

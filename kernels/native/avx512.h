@@ -3,7 +3,7 @@
 // A hardware root and division keep one unit busy for 16 cycles per sixteen weights (Zen 4) that nothing else can use.
 // Here inverses start from the processor's 14-bit estimate and take one Newton step on the multipliers, which leaves
 // about 1 ulp.  What remains is bound by the multipliers: more unrolling, shorter chains and two loops instead of one
-// changed nothing (benchmarks/loops.py).
+// changed nothing (benchmarks/steps/loops.py).
 
 #pragma once
 

@@ -1,9 +1,9 @@
 """Directions: a gradient and its moments become an update, in two parts.
 
-The *lead* advances the first moment and is the update before the scale of its unit; it needs nothing from other weights.
-The *scale* advances the second moment of a unit (a weight, or a group that shares one) from the mean squares of the
-gradient and of the lead over the unit.  The update is ``scale * lead``.  The split is what lets a unit span several
-tensors: leads are taken per tensor, sums are added up, and then every unit has its scale.
+The *lead* advances the first moment and is the update before the scale of its unit; it needs nothing from other
+weights.  The *scale* advances the second moment of a unit (a weight, or a group that shares one) from the mean square
+of the gradient or of the lead over the unit.  The update is ``scale * lead``.  This split lets a unit span several
+tensors: leads are taken per tensor, sums are added, and then every unit has its scale.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from torch import Tensor
 
 __all__ = [
     *("AUTO_STRENGTH_MARGIN", "CRITICAL_EMA", "CRITICAL_FLOOR", "MIN_IMBALANCE_FACTOR", "SAMPLE", "SNAP"),
-    *("imbalance_law", "math_dtype", "next_imbalance", "partial_products", "product", "sum_of_products", "sum_of_squares"),
-    *("time_scale", "weight_scale"),
+    *("imbalance_law", "math_dtype", "next_imbalance", "partial_products", "product", "sum_of_products"),
+    *("sum_of_squares", "time_scale", "weight_scale"),
 ]
 
 SNAP = 1e-6

@@ -1,9 +1,9 @@
-"""The step of weights whose means over groups, or coordinates in a basis, vanish: ``mirror.mirror`` of those numbers.
+"""The step of weights whose means over groups, or coordinates in a basis, vanish: ``reference.plane_step`` of those.
 
 A coordinate is the sum over a group divided by the root of its size, or the inner product with a direction.  One launch
-advances the moments and sums (``reduce_groups``, ``reduce_basis``); in the next, ``settle``, the first program of every
-plane decides from the sums what each coordinate changes by and whether the plane is reached; the last moves the weights
-(``shift_groups``, ``shift_basis``):
+advances the moments and adds up (``survey_means``, ``survey_basis``); in the next, ``combine_coordinates``, the first
+program of every plane finds from the sums what each coordinate changes by and whether the plane is reached; the last
+moves the weights (``move_means``, ``move_basis``):
 
     w' = w - lr p u + add.
 """
@@ -15,109 +15,101 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from symopt_kernels.triton.directions import shared_gain
-from symopt_kernels.triton.imbalance import count_step, decay_imbalance, settings
+from symopt_kernels.triton.constants import LARGEST, SNAP, prepare
+from symopt_kernels.triton.directions import advance_second
+from symopt_kernels.triton.group_tiles import line_offsets, per_column, per_group, reload_line
+from symopt_kernels.triton.imbalance import count_step, decay_imbalance
 from symopt_kernels.triton.memory import (
     BEGIN,
     GROUPS,
     LINES,
     PARTS,
     PLACES,
-    ROOM,
-    SNAP,
-    UNITS,
+    SCRATCH,
+    TILES,
     WEIGHTS,
     address,
     field,
-    get,
+    field_i32,
+    load_f32,
     load_grad,
     load_weight,
-    narrow,
     store_weight,
 )
-from symopt_kernels.triton.orbit import ATTRACTS, decided, one_gate, weigh
-from symopt_kernels.triton.orbit_places import block, owner
-from symopt_kernels.triton.table import GATE as _GATE
-from symopt_kernels.triton.tiles import per_column, per_group, place, recall
+from symopt_kernels.triton.orbit import ATTRACTS, GATE_NUMBERS, combine_gate, one_gate_step, with_combined_decay
+from symopt_kernels.triton.orbit_places import block_offsets, owner
 
-__all__ = ["reduce_basis", "reduce_groups", "settle", "shift_basis", "shift_groups"]
+__all__ = ["combine_coordinates", "move_basis", "move_means", "part_of", "survey_basis", "survey_means"]
 
-GATE = tl.constexpr(_GATE)
-LARGEST = tl.constexpr(3.4028234663852886e38)
-ENTRIES = tl.constexpr(2048)  # partial sums that are added up at a time: with 4096 ptxas spills
+SUMMANDS = tl.constexpr(2048)  # partial sums that are added up at a time: with 4096 ptxas spills
 
 
 @triton.jit
-def sums_at(table, entry, unit, part, G: tl.constexpr):
+def sums_at(table, row, tile, part, G: tl.constexpr):
     """Where the four sums of a part lie, G numbers each."""
-    parts = field(table, entry, PARTS)
-    return field(table, entry, ROOM) + (unit * parts + part) * (4 * G)
+    parts = field(table, row, PARTS)
+    return field(table, row, SCRATCH) + (tile * parts + part) * (4 * G)
 
 
 @triton.jit
-def moves_at(table, entry, G: tl.constexpr):
-    """Where three numbers of every coordinate lie: first itself, its update and preconditioner, then what it adds."""
-    return sums_at(table, entry, field(table, entry, UNITS), 0, G)
+def coordinates_at(table, row, G: tl.constexpr):
+    """Where three numbers of every coordinate lie: itself, its update and preconditioner; later what it adds."""
+    return sums_at(table, row, field(table, row, TILES), 0, G)
 
 
 @triton.jit
-def coordinates(table, entry, G: tl.constexpr):
+def coordinates(table, row, G: tl.constexpr):
     """How many there are."""
-    groups = narrow(table, entry, GROUPS)
-    return narrow(table, entry, UNITS) // tl.cdiv(groups, G) * groups
+    groups = field_i32(table, row, GROUPS)
+    return field_i32(table, row, TILES) // tl.cdiv(groups, G) * groups
 
 
 @triton.jit
-def lines_of(table, entry, program):
+def part_of(table, row, program):
     """Tile, part, and the lines of a program."""
-    task = program - narrow(table, entry, BEGIN)
-    parts, lines = narrow(table, entry, PARTS), narrow(table, entry, LINES)
+    task = program - field_i32(table, row, BEGIN)
+    parts, lines = field_i32(table, row, PARTS), field_i32(table, row, LINES)
     per_part = (lines + parts - 1) // parts
     part = task % parts
     return task // parts, part, part * per_part, tl.minimum((part + 1) * per_part, lines)
 
 
 @triton.jit
-def direction(table, row, entry, j, at, mask, ALIGNED: tl.constexpr):
+def basis_direction(table, row, main, j, at, mask, ALIGNED: tl.constexpr):
     """Weights' share of the j-th direction of the basis."""
-    pitch = field(table, entry, WEIGHTS)
+    pitch = field(table, main, WEIGHTS)
     if ALIGNED:
         pitch = pitch // 4 * 4
-    return get(address(table, row, PLACES, tl.float32, ALIGNED), j * pitch + at, mask)
+    return load_f32(address(table, row, PLACES, tl.float32, ALIGNED), j * pitch + at, mask)
 
 
 @triton.jit(do_not_specialize=["programs"])
-def reduce_groups(
-    table, live, owners, room, lr_at, found_inf, grad_scale,
-    lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, imbalance_factor, programs,
+def survey_means(
+    table, per_step, owners, scratch, given, programs,
     LEAD: tl.constexpr, DTYPE: tl.constexpr, MASTER: tl.constexpr, ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Moments of a part of a tile, and per group the sums of g^2, u, w and u^2."""
-    if found_inf is not None:  # noqa: SIM102 (Triton must not look at None)
-        if tl.load(found_inf) != 0:
+    if given.found_inf is not None:  # noqa: SIM102 (Triton must not look at None)
+        if tl.load(given.found_inf) != 0:
             return
     G: tl.constexpr = C // P
     program = tl.program_id(0)
-    entry = tl.load(owners + program)
-    numbers, _, factor = settings(
-        table, live, entry, lr_at, grad_scale,
-        lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, 0.0, imbalance_factor,
-        ADAPTIVE, MOMENTUM, True, False, MAXIMIZE, False,
-    )  # fmt: skip
-    unit, part, begin, end = lines_of(table, entry, program)
+    row = tl.load(owners + program)
+    direction, _, grad_factor = prepare(table, per_step, row, given, ADAPTIVE, MOMENTUM, True, False, MAXIMIZE, False)
+    tile, part, begin, end = part_of(table, row, program)
     gg, us = tl.zeros((G,), tl.float32), tl.zeros((G,), tl.float32)
     ws, uu = tl.zeros((G,), tl.float32), tl.zeros((G,), tl.float32)
     for line in range(begin, end):
-        at, mask = place(table, entry, unit, line, DTYPE, R, C, P, ALIGNED)
-        w = load_weight(table, entry, at, mask, DTYPE, MASTER, ALIGNED)
-        g = load_grad(table, live, entry, at, mask, w, factor, 0.0, DTYPE, False, ALIGNED)
-        u = LEAD(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, ALIGNED)
+        at, mask = line_offsets(table, row, tile, line, DTYPE, R, C, P, ALIGNED)
+        w = load_weight(table, row, at, mask, DTYPE, MASTER, ALIGNED)
+        g = load_grad(table, per_step, row, at, mask, w, grad_factor, 0.0, DTYPE, False, ALIGNED)
+        u = LEAD(table, row, at, mask, g, direction, MOMENTUM, NESTEROV, ALIGNED)
         if ADAPTIVE:
             gg += per_group(g * g, R, C, P)
         us, ws, uu = us + per_group(u, R, C, P), ws + per_group(w, R, C, P), uu + per_group(u * u, R, C, P)
-    own = room + sums_at(table, entry, unit, part, G) + tl.arange(0, G)
+    own = scratch + sums_at(table, row, tile, part, G) + tl.arange(0, G)
     tl.store(own, gg)
     tl.store(own + G, us)
     tl.store(own + 2 * G, ws)
@@ -125,40 +117,35 @@ def reduce_groups(
 
 
 @triton.jit(do_not_specialize=["programs"])
-def reduce_basis(
-    table, live, owners, room, lr_at, found_inf, grad_scale,
-    lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, imbalance_factor, programs,
+def survey_basis(
+    table, per_step, owners, scratch, given, programs,
     LEAD: tl.constexpr, DTYPE: tl.constexpr, MASTER: tl.constexpr, ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Moments of some blocks, the sums of g^2 and u^2, and per direction the coordinates of u and w."""
-    if found_inf is not None:  # noqa: SIM102 (Triton must not look at None)
-        if tl.load(found_inf) != 0:
+    if given.found_inf is not None:  # noqa: SIM102 (Triton must not look at None)
+        if tl.load(given.found_inf) != 0:
             return
     program = tl.program_id(0)
-    row, entry = owner(table, owners, program, True)
-    numbers, _, factor = settings(
-        table, live, entry, lr_at, grad_scale,
-        lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, 0.0, imbalance_factor,
-        ADAPTIVE, MOMENTUM, True, False, MAXIMIZE, False,
-    )  # fmt: skip
-    lane, columns, lines = tl.arange(0, G), narrow(table, entry, GROUPS), narrow(table, entry, LINES)
-    first = (program - narrow(table, row, BEGIN)) * lines
+    row, main = owner(table, owners, program, True)
+    direction, _, grad_factor = prepare(table, per_step, main, given, ADAPTIVE, MOMENTUM, True, False, MAXIMIZE, False)
+    lane, columns, lines = tl.arange(0, G), field_i32(table, main, GROUPS), field_i32(table, main, LINES)
+    first = (program - field_i32(table, row, BEGIN)) * lines
     us, ws = tl.zeros((G,), tl.float32), tl.zeros((G,), tl.float32)
     gg, uu = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for line in range(0, lines):
-        at, mask = block(table, row, first + line, DTYPE, BLOCK, ALIGNED)
+        at, mask = block_offsets(table, row, first + line, DTYPE, BLOCK, ALIGNED)
         w = load_weight(table, row, at, mask, DTYPE, MASTER, ALIGNED)
-        g = load_grad(table, live, row, at, mask, w, factor, 0.0, DTYPE, False, ALIGNED)
-        u = LEAD(table, row, at, mask, g, numbers, MOMENTUM, NESTEROV, ALIGNED)
+        g = load_grad(table, per_step, row, at, mask, w, grad_factor, 0.0, DTYPE, False, ALIGNED)
+        u = LEAD(table, row, at, mask, g, direction, MOMENTUM, NESTEROV, ALIGNED)
         if ADAPTIVE:
             gg += g * g
         uu += u * u
         for j in range(0, columns):
-            o = direction(table, row, entry, j, at, mask, ALIGNED)
+            o = basis_direction(table, row, main, j, at, mask, ALIGNED)
             us += tl.where(lane == j, tl.sum(o * u, 0), 0.0)
             ws += tl.where(lane == j, tl.sum(o * w, 0), 0.0)
-    own = room + sums_at(table, entry, 0, program - narrow(table, entry, BEGIN), G) + lane
+    own = scratch + sums_at(table, main, 0, program - field_i32(table, main, BEGIN), G) + lane
     tl.store(own, tl.where(lane == 0, tl.sum(gg, 0), 0.0))
     tl.store(own + G, us)
     tl.store(own + 2 * G, ws)
@@ -166,170 +153,160 @@ def reduce_basis(
 
 
 @triton.jit
-def total(room, own, mask, parts, which: tl.constexpr, G: tl.constexpr, Q: tl.constexpr):
+def add_parts(scratch, own, mask, parts, WHICH: tl.constexpr, G: tl.constexpr, Q: tl.constexpr):
     """One of the sums of some coordinates over all parts, always in one order."""
     q = tl.arange(0, Q)
-    found = tl.zeros((ENTRIES // Q,), tl.float32)
+    found = tl.zeros((SUMMANDS // Q,), tl.float32)
     for i in range(0, parts, Q):
-        at = own[:, None] + ((i + q).to(tl.int64) * (4 * G) + which * G)[None, :]
+        at = own[:, None] + ((i + q).to(tl.int64) * (4 * G) + WHICH * G)[None, :]
         some = mask[:, None] & (i + q < parts)[None, :]
-        found += tl.sum(tl.load(room + at, mask=some, other=0.0), 1)
+        found += tl.sum(tl.load(scratch + at, mask=some, other=0.0), 1)
     return found
 
 
 @triton.jit
-def turned(kept, gate, j, number, COUPLED: tl.constexpr):
+def gate_change(found, gate, j, number, COUPLED: tl.constexpr):
     """Coordinates, their updates and preconditioners, and what the gate changes of them."""
     mask = j < number
-    z, d = tl.load(kept + j, mask=mask, other=0.0), tl.load(kept + number + j, mask=mask, other=0.0)
-    p = tl.load(kept + 2 * number + j, mask=mask, other=0.0)
-    lost, shift = one_gate(gate, p, COUPLED)
-    return z, d, p, lost * z - shift * d
+    z, d = tl.load(found + j, mask=mask, other=0.0), tl.load(found + number + j, mask=mask, other=0.0)
+    p = tl.load(found + 2 * number + j, mask=mask, other=0.0)
+    step = one_gate_step(gate, 0.0, p, COUPLED)
+    return z, d, p, step.shrink_less_one * z - step.shift * d
 
 
 @triton.jit(do_not_specialize=["programs"])
-def settle(
-    table, live, owners, arrived, gates, room, lr_at, found_inf, grad_scale,
-    lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, imbalance_factor, programs,
+def combine_coordinates(
+    table, per_step, owners, arrived, gates, scratch, given, programs,
     PEAK: tl.constexpr, ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr, DECOUPLED: tl.constexpr,
     COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, SATURATED: tl.constexpr, AUTOMATIC: tl.constexpr,
     BASIS: tl.constexpr, G: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     """Second moments, the gate, what every coordinate changes by; the imbalance and the step count."""
-    if found_inf is not None:  # noqa: SIM102 (Triton must not look at None)
-        if tl.load(found_inf) != 0:
+    if given.found_inf is not None:  # noqa: SIM102 (Triton must not look at None)
+        if tl.load(given.found_inf) != 0:
             return
     program = tl.program_id(0)
-    _, entry = owner(table, owners, program, BASIS)
-    if program != narrow(table, entry, BEGIN):
+    _, main = owner(table, owners, program, BASIS)
+    if program != field_i32(table, main, BEGIN):
         return
-    LANES: tl.constexpr = ENTRIES // Q
-    numbers, law, _ = settings(
-        table, live, entry, lr_at, grad_scale,
-        lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, 0.0, imbalance_factor,
-        ADAPTIVE, MOMENTUM, True, DECOUPLED, MAXIMIZE, False,
-    )  # fmt: skip
-    gate, parts = gates + entry * GATE, narrow(table, entry, PARTS)
-    groups, number = narrow(table, entry, GROUPS), coordinates(table, entry, G)
-    per_band, weights = tl.cdiv(groups, G), field(table, entry, WEIGHTS).to(tl.float32)
+    LANES: tl.constexpr = SUMMANDS // Q
+    direction, constants, _ = prepare(
+        table, per_step, main, given, ADAPTIVE, MOMENTUM, True, DECOUPLED, MAXIMIZE, False
+    )
+    gate, parts = gates + main * GATE_NUMBERS, field_i32(table, main, PARTS)
+    groups, number = field_i32(table, main, GROUPS), coordinates(table, main, G)
+    per_band, weights = tl.cdiv(groups, G), field(table, main, WEIGHTS).to(tl.float32)
     size = weights if BASIS else weights / number  # weights that share a second moment
     root = 1.0 if BASIS else 1 / tl.sqrt(size)
-    lane, kept = tl.arange(0, LANES), room + moves_at(table, entry, G)
-    everything, paces, ww, uu, uw, dd, dw = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    lane, found = tl.arange(0, LANES), scratch + coordinates_at(table, main, G)
+    all_uu, inverse_preconditioners, ww, uu, uw, dd, dw = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     common = 1.0
     if BASIS:
         one = lane == 0
-        own = field(table, entry, ROOM) + lane * 0
+        own = field(table, main, SCRATCH) + lane * 0
         if ADAPTIVE:
-            square = total(room, own, one, parts, 0, G, Q) / size
-            p = shared_gain(table, entry, lane, one, square, numbers, PEAK)
+            square = add_parts(scratch, own, one, parts, 0, G, Q) / size
+            p = advance_second(table, main, lane, one, square, direction, PEAK, False)
             common = tl.sum(tl.where(one, p, 0.0), 0)
-        paces = weights / common
+        inverse_preconditioners = weights / common
     for base in range(0, number, LANES):
         j = base + lane
         mask = j < number
         group = j % groups
-        unit = (j // groups) * per_band + group // G
-        own = sums_at(table, entry, unit.to(tl.int64), 0, G) + group % G
-        d, z = total(room, own, mask, parts, 1, G, Q) * root, total(room, own, mask, parts, 2, G, Q) * root
-        everything += tl.sum(total(room, own, mask, parts, 3, G, Q), 0)
+        tile = (j // groups) * per_band + group // G
+        own = sums_at(table, main, tile.to(tl.int64), 0, G) + group % G
+        d = add_parts(scratch, own, mask, parts, 1, G, Q) * root
+        z = add_parts(scratch, own, mask, parts, 2, G, Q) * root
+        all_uu += tl.sum(add_parts(scratch, own, mask, parts, 3, G, Q), 0)
         p = common + tl.zeros((LANES,), tl.float32)
         if ADAPTIVE and not BASIS:
-            square = total(room, own, mask, parts, 0, G, Q) / size
-            p = shared_gain(table, entry, j, mask, square, numbers, PEAK)
-            paces += tl.sum(tl.where(mask, size / p, 0.0), 0)
+            square = add_parts(scratch, own, mask, parts, 0, G, Q) / size
+            p = advance_second(table, main, j, mask, square, direction, PEAK, False)
+            inverse_preconditioners += tl.sum(tl.where(mask, size / p, 0.0), 0)
         p = tl.where(mask, p, 0.0)
         ww, uu, uw = ww + tl.sum(z * z, 0), uu + tl.sum(d * d, 0), uw + tl.sum(z * d, 0)
         dd, dw = dd + tl.sum(p * p * d * d, 0), dw + tl.sum(p * d * z, 0)
-        tl.store(kept + j, z, mask=mask)
-        tl.store(kept + number + j, d, mask=mask)
-        tl.store(kept + 2 * number + j, p, mask=mask)
-    weigh(
-        table, entry, gate, numbers, law, amplify, everything, ww, uu, uw, dd, dw, paces,
+        tl.store(found + j, z, mask=mask)
+        tl.store(found + number + j, d, mask=mask)
+        tl.store(found + 2 * number + j, p, mask=mask)
+    combine_gate(
+        table, main, gate, direction, constants, given.amplify, all_uu, ww, uu, uw, dd, dw, inverse_preconditioners,
         AUTOMATIC, DECOUPLED, COUPLED, SATURATED,
     )  # fmt: skip
     tl.debug_barrier()  # what other threads of this program have written
-    law = decided(gate, law)
+    constants = with_combined_decay(gate, constants)
     square = 0.0
     for base in range(0, number, LANES):
-        z, d, p, turn = turned(kept, gate, base + lane, number, COUPLED)
-        square += tl.sum((z + turn) * (z + turn), 0)
-    far = tl.sqrt(square)
-    gone = (far <= law[5] * SNAP) & (tl.load(gate + ATTRACTS) != 0)
+        z, d, p, change = gate_change(found, gate, base + lane, number, COUPLED)
+        square += tl.sum((z + change) * (z + change), 0)
+    total = tl.sqrt(square)
+    gone = (total <= constants.metric_scale * SNAP) & (tl.load(gate + ATTRACTS) != 0)
     for base in range(0, number, LANES):
         j = base + lane
-        z, d, p, turn = turned(kept, gate, j, number, COUPLED)
-        forth = law[0] * numbers[7] * p
-        tl.store(kept + j, (forth * d + tl.where(gone, -z, turn)) * root, mask=j < number)
-        tl.store(kept + 2 * number + j, forth, mask=j < number)
-    counts = (far <= LARGEST) & (gone == 0)
-    far, square = tl.where(counts, far, 0.0), tl.where(counts, square, 0.0)
-    decay_imbalance(table, entry, law, numbers, 1.0, far, square, COUPLED, PEAK, SATURATED)
-    count_step(table, entry, arrived, numbers, ADAPTIVE, MOMENTUM)
+        z, d, p, change = gate_change(found, gate, j, number, COUPLED)
+        step_scale = constants.lr * direction.unbias1 * p
+        tl.store(found + j, (step_scale * d + tl.where(gone, -z, change)) * root, mask=j < number)
+        tl.store(found + 2 * number + j, step_scale, mask=j < number)
+    counts = (total <= LARGEST) & (gone == 0)
+    total, square = tl.where(counts, total, 0.0), tl.where(counts, square, 0.0)
+    decay_imbalance(table, main, constants, direction, 1.0, total, square, COUPLED, PEAK, SATURATED)
+    count_step(table, main, arrived, direction, ADAPTIVE, MOMENTUM)
 
 
 @triton.jit(do_not_specialize=["programs"])
-def shift_groups(
-    table, live, owners, room, lr_at, found_inf, grad_scale,
-    lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, imbalance_factor, programs,
+def move_means(
+    table, per_step, owners, scratch, given, programs,
     DTYPE: tl.constexpr, MASTER: tl.constexpr, ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Every weight by what its group has decided."""
-    if found_inf is not None:  # noqa: SIM102 (Triton must not look at None)
-        if tl.load(found_inf) != 0:
+    """Every weight by what the coordinate of its group adds."""
+    if given.found_inf is not None:  # noqa: SIM102 (Triton must not look at None)
+        if tl.load(given.found_inf) != 0:
             return
     G: tl.constexpr = C // P
     program = tl.program_id(0)
-    entry = tl.load(owners + program)
-    numbers, _, factor = settings(
-        table, live, entry, lr_at, grad_scale,
-        lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, 0.0, imbalance_factor,
-        ADAPTIVE, MOMENTUM, True, False, MAXIMIZE, False,
-    )  # fmt: skip
-    unit, _, begin, end = lines_of(table, entry, program)
-    groups = narrow(table, entry, GROUPS)
+    row = tl.load(owners + program)
+    direction, _, grad_factor = prepare(table, per_step, row, given, ADAPTIVE, MOMENTUM, True, False, MAXIMIZE, False)
+    tile, _, begin, end = part_of(table, row, program)
+    groups = field_i32(table, row, GROUPS)
     per_band = tl.cdiv(groups, G)
-    group = (unit % per_band) * G + tl.arange(0, G)
-    own = room + moves_at(table, entry, G) + (unit // per_band).to(tl.int64) * groups + group
+    group = (tile % per_band) * G + tl.arange(0, G)
+    own = scratch + coordinates_at(table, row, G) + (tile // per_band).to(tl.int64) * groups + group
     add = tl.load(own, mask=group < groups, other=0.0)
-    forth = tl.load(own + 2 * coordinates(table, entry, G), mask=group < groups, other=0.0)
+    step_scale = tl.load(own + 2 * coordinates(table, row, G), mask=group < groups, other=0.0)
     for line in range(begin, end):
-        at, mask = place(table, entry, unit, line, DTYPE, R, C, P, ALIGNED)
-        w, u = recall(
-            table, live, entry, at, mask, numbers, factor, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, ALIGNED
+        at, mask = line_offsets(table, row, tile, line, DTYPE, R, C, P, ALIGNED)
+        w, u = reload_line(
+            table, per_step, row, at, mask, direction, grad_factor, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, ALIGNED
         )
-        new = w - per_column(forth, C, P) * u + per_column(add, C, P)
-        store_weight(table, entry, at, mask, new, 0, 0, DTYPE, MASTER, False, ALIGNED)
+        new = w - per_column(step_scale, C, P) * u + per_column(add, C, P)
+        store_weight(table, row, at, mask, new, 0, 0, DTYPE, MASTER, False, ALIGNED)
 
 
 @triton.jit(do_not_specialize=["programs"])
-def shift_basis(
-    table, live, owners, room, lr_at, found_inf, grad_scale,
-    lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, imbalance_factor, programs,
+def move_basis(
+    table, per_step, owners, scratch, given, programs,
     DTYPE: tl.constexpr, MASTER: tl.constexpr, ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Every weight, along all directions."""
-    if found_inf is not None:  # noqa: SIM102 (Triton must not look at None)
-        if tl.load(found_inf) != 0:
+    if given.found_inf is not None:  # noqa: SIM102 (Triton must not look at None)
+        if tl.load(given.found_inf) != 0:
             return
     program = tl.program_id(0)
-    row, entry = owner(table, owners, program, True)
-    numbers, _, factor = settings(
-        table, live, entry, lr_at, grad_scale,
-        lr, fresh1, beta2, fresh2, log1, log2, eps, momentum, undamped, amplify, 0.0, imbalance_factor,
-        ADAPTIVE, MOMENTUM, True, False, MAXIMIZE, False,
-    )  # fmt: skip
-    columns, lines = narrow(table, entry, GROUPS), narrow(table, entry, LINES)
-    first = (program - narrow(table, row, BEGIN)) * lines
-    kept = room + moves_at(table, entry, G)
-    forth = tl.load(kept + 2 * columns)
+    row, main = owner(table, owners, program, True)
+    direction, _, grad_factor = prepare(table, per_step, main, given, ADAPTIVE, MOMENTUM, True, False, MAXIMIZE, False)
+    columns, lines = field_i32(table, main, GROUPS), field_i32(table, main, LINES)
+    first = (program - field_i32(table, row, BEGIN)) * lines
+    found = scratch + coordinates_at(table, main, G)
+    step_scale = tl.load(found + 2 * columns)
     for line in range(0, lines):
-        at, mask = block(table, row, first + line, DTYPE, BLOCK, ALIGNED)
-        w, u = recall(table, live, row, at, mask, numbers, factor, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, ALIGNED)
-        new = w - forth * u
+        at, mask = block_offsets(table, row, first + line, DTYPE, BLOCK, ALIGNED)
+        w, u = reload_line(
+            table, per_step, row, at, mask, direction, grad_factor, DTYPE, MASTER, ADAPTIVE, MOMENTUM, NESTEROV, ALIGNED
+        )
+        new = w - step_scale * u
         for j in range(0, columns):
-            new += tl.load(kept + j) * direction(table, row, entry, j, at, mask, ALIGNED)
+            new += tl.load(found + j) * basis_direction(table, row, main, j, at, mask, ALIGNED)
         store_weight(table, row, at, mask, new, 0, 0, DTYPE, MASTER, False, ALIGNED)

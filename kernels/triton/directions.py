@@ -1,7 +1,8 @@
 """Directions as Triton device functions; names and formulas are ``reference``'s.
 
-They load, advance and store the moments, and return the update and what multiplies the strength.  ``numbers`` are
-momentum, 1 - dampening, whether the buffer is new; 1 - beta1, beta2, 1 - beta2, eps, and 1 / the bias corrections.
+They load, advance and store the moments, and return the update and what multiplies the strength.  Of a direction whose
+second moment several weights share, the part that every weight has for itself is a function of its own (``lead``): the
+first moment, and the update up to one factor per gate.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call, attr-defined"
@@ -11,83 +12,82 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from symopt_kernels.triton.memory import FIRST, PEAK_, SECOND, address, get, put
+from symopt_kernels.triton.memory import FIRST, PEAK_, SECOND, address, load_f32, store
 
-__all__ = ["adam", "adam_lead", "sgd", "sgd_lead", "shared_gain", "unbias"]
+__all__ = ["adam", "adam_lead", "adamw", "advance_second", "lion", "sgd", "sgd_lead"]
 
 
 @triton.jit
 def sgd(
-    table, entry, at, mask, g, numbers,
+    table, row, at, mask, g, direction,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, PEAK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """``reference.sgd``."""
-    return sgd_lead(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, ALIGNED), 1.0
+    return sgd_lead(table, row, at, mask, g, direction, MOMENTUM, NESTEROV, ALIGNED), 1.0
 
 
 @triton.jit
 def sgd_lead(
-    table, entry, at, mask, g, numbers, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ALIGNED: tl.constexpr
+    table, row, at, mask, g, direction, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
-    """Its part that every weight of a group owns."""
+    """The whole update: SGD has no second moment."""
     update = g
     if MOMENTUM:
-        buffer = address(table, entry, FIRST, tl.float32, ALIGNED)
-        b = get(buffer, at, mask)
-        b = tl.where(numbers[2] != 0, g, numbers[0] * b + numbers[1] * g)
-        put(buffer, at, b, mask)
-        update = g + numbers[0] * b if NESTEROV else b
+        buffer = address(table, row, FIRST, tl.float32, ALIGNED)
+        b = load_f32(buffer, at, mask)
+        b = tl.where(direction.fresh != 0, g, direction.momentum * b + direction.one_minus_dampening * g)
+        store(buffer, at, b, mask)
+        update = g + direction.momentum * b if NESTEROV else b
     return update
 
 
 @triton.jit
 def adam(
-    table, entry, at, mask, g, numbers,
+    table, row, at, mask, g, direction,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, PEAK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """``reference.adam``."""
-    m = adam_lead(table, entry, at, mask, g, numbers, MOMENTUM, NESTEROV, ALIGNED)
-    second = address(table, entry, SECOND, tl.float32, ALIGNED)
-    v = numbers[4] * get(second, at, mask) + numbers[5] * (g * g)
-    put(second, at, v, mask)
-    if PEAK:
-        peak = address(table, entry, PEAK_, tl.float32, ALIGNED)
-        v = tl.maximum(v, get(peak, at, mask), propagate_nan=tl.PropagateNan.ALL)
-        put(peak, at, v, mask)
-    gain = 1 / (tl.sqrt(v * numbers[8]) + numbers[6])
-    return gain * (m * numbers[7]), gain
+    m = adam_lead(table, row, at, mask, g, direction, MOMENTUM, NESTEROV, ALIGNED)
+    gain = advance_second(table, row, at, mask, g * g, direction, PEAK, ALIGNED)
+    return gain * (m * direction.unbias1), gain
+
+
+adamw = adam
 
 
 @triton.jit
 def adam_lead(
-    table, entry, at, mask, g, numbers, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ALIGNED: tl.constexpr
+    table, row, at, mask, g, direction, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
-    """Its part that every weight of a group owns: the first moment, an update up to one factor per group."""
-    exp_avg = address(table, entry, FIRST, tl.float32, ALIGNED)
-    m = get(exp_avg, at, mask)
-    m = m + numbers[3] * (g - m)
-    put(exp_avg, at, m, mask)
+    """The first moment."""
+    exp_avg = address(table, row, FIRST, tl.float32, ALIGNED)
+    m = load_f32(exp_avg, at, mask)
+    m = m + direction.one_minus_beta1 * (g - m)
+    store(exp_avg, at, m, mask)
     return m
 
 
 @triton.jit
-def shared_gain(table, entry, at, mask, square, numbers, PEAK: tl.constexpr):
-    """Advance second moments that several weights share by their mean squared gradient; the preconditioner."""
-    second = address(table, entry, SECOND, tl.float32, False)
-    v = numbers[4] * tl.load(second + at, mask=mask, other=0.0) + numbers[5] * square
-    tl.store(second + at, v, mask=mask)
+def advance_second(table, row, at, mask, square, direction, PEAK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Advance second moments by (mean) squared gradients; the preconditioner."""
+    second = address(table, row, SECOND, tl.float32, ALIGNED)
+    v = direction.beta2 * load_f32(second, at, mask) + direction.one_minus_beta2 * square
+    store(second, at, v, mask)
     if PEAK:
-        peak = address(table, entry, PEAK_, tl.float32, False)
-        v = tl.maximum(v, tl.load(peak + at, mask=mask, other=0.0), propagate_nan=tl.PropagateNan.ALL)
-        tl.store(peak + at, v, mask=mask)
-    return 1 / (tl.sqrt(v * numbers[8]) + numbers[6])
+        peak = address(table, row, PEAK_, tl.float32, ALIGNED)
+        v = tl.maximum(v, load_f32(peak, at, mask), propagate_nan=tl.PropagateNan.ALL)
+        store(peak, at, v, mask)
+    return 1 / (tl.sqrt(v * direction.unbias2) + direction.eps)
 
 
 @triton.jit
-def unbias(step, log_beta):
-    """``1 / (1 - beta**step)``: by the series of expm1, because 1 - beta loses its digits in fp32."""
-    x = step * log_beta
-    y = 1 + x / 12
-    for i in tl.static_range(10):
-        y = 1 + x * y / (11 - i)
-    return 1 / tl.where(x > -1, -x * y, 1 - tl.exp(x))
+def lion(
+    table, row, at, mask, g, direction,
+    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, PEAK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """``reference.lion``: the sign of ``beta1 m + (1 - beta1) g``, NaN where that is NaN; ``m`` forgets by beta2."""
+    exp_avg = address(table, row, FIRST, tl.float32, ALIGNED)
+    m = load_f32(exp_avg, at, mask)
+    lead = direction.beta1 * m + direction.one_minus_beta1 * g
+    store(exp_avg, at, direction.beta2 * m + direction.one_minus_beta2 * g, mask)
+    return tl.where(lead > 0, 1.0, tl.where(lead < 0, -1.0, lead * 0.0)), 1.0

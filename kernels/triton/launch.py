@@ -1,4 +1,4 @@
-"""The fused step on GPUs: ``native``'s interface in front of the kernels of :mod:`symopt_kernels.triton.elementwise`.
+"""The fused step on GPUs: the interface of ``native.binding`` in front of the Triton kernels.
 
 Nothing is ever read back from the device, and Triton itself is imported by the first step.
 """
@@ -6,42 +6,50 @@ Nothing is ever read back from the device, and Triton itself is imported by the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from symopt_kernels.triton import table as triton_table
-from symopt_kernels.triton.table import (
-    DTYPES,
-    INTERPRETED,
-    PATTERNS,
-    UNAVAILABLE,
-    Entry,
-    LaunchPlan,
-    PlaneEntry,
-    fill,
-    fill_plane,
-    straight,
-    tile,
-)
+from symopt_kernels.reference.directions import amplification
+from symopt_kernels.triton import table
+from symopt_kernels.triton.backend import BACKEND, DIRECTIONS, DTYPES, PATTERNS, ROWS, why_not
+from symopt_kernels.triton.launch_plan import Bucket, LaunchPlan, gradients_aligned
+from symopt_kernels.triton.table import INTERPRETED, UNAVAILABLE, Entry, fill, tile
+from symopt_kernels.triton.table_planes import PlaneEntry, fill_plane
+from symopt_kernels.triton.table_units import UnitsEntry, fill_units
 
 __all__ = [
+    "BACKEND",
     "DTYPES",
     "INTERPRETED",
     "PATTERNS",
+    "ROWS",
     "UNAVAILABLE",
     "Entry",
+    "Launch",
     "PlaneEntry",
+    "UnitsEntry",
     "fill",
     "fill_plane",
+    "fill_units",
     "launches",
     "step",
     "tile",
+    "why_not",
 ]
 
-Launch = tuple[Any, dict[str, Any], dict[str, Any]]
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its compile-time arguments, its launch options, and which of the bucket's grids it has."""
+
+    kernel: Any
+    fixed: dict[str, Any]
+    options: dict[str, Any]
+    grid: Any = "all"
 
 
 def launches(
@@ -53,81 +61,92 @@ def launches(
     saturated: bool = True,
     weight_decay: bool = False,
     stochastic: bool = False,
+    hooked: bool = False,
 ) -> list[Launch]:
-    """What steps a bucket: kernels, one after the other, with their compile-time arguments and launch options."""
+    """What steps a bucket: launches one after the other.  ``hooked``: sums of units are reduced in between."""
     import triton.language as tl
 
-    from symopt_kernels.triton import coordinates as triton_coordinates
-    from symopt_kernels.triton import directions as triton_directions
-    from symopt_kernels.triton import elementwise as triton_step
-    from symopt_kernels.triton import group as triton_groups
-    from symopt_kernels.triton import orbit as triton_mirror
-    from symopt_kernels.triton import retractions as triton_retractions
+    from symopt_kernels.triton import coordinates, directions, elementwise, elementwise_step, group, group_units, orbit
 
-    retraction, dtype, master, peak, first, trimmed, form = key
-    adaptive = direction != "sgd"
-    shared: dict[str, Any] = {
+    retraction, dtype, master, peak, first, budgeted, form = key
+    if (direction, retraction) not in ROWS:
+        raise ValueError(f"the Triton step has no direction {direction!r} with the retraction {retraction!r}")
+    known = DIRECTIONS[direction]
+    momentum = first and known.buffer
+    fixed: dict[str, Any] = {
         "DTYPE": getattr(tl, dtype),
         "MASTER": master,
         "PEAK": peak,
-        "ADAPTIVE": adaptive,
-        "MOMENTUM": first and not adaptive,
-        "NESTEROV": nesterov and first and not adaptive,
+        "ADAPTIVE": known.moments,
+        "DECOUPLED": known.decoupled,
+        "MOMENTUM": momentum,
+        "NESTEROV": nesterov and momentum,
         "MAXIMIZE": maximize,
-        "TRIMMED": trimmed,
-        "COUPLED": direction == "adam" and not trimmed,  # a budget's strengths are AdamW's
+        "BUDGETED": budgeted,
+        "COUPLED": known.coupled and not budgeted,  # a budget's strengths are AdamW's
         "SATURATED": saturated,
         "STOCHASTIC": stochastic and dtype == "bfloat16" and not master,
+        "LEAD": None if known.lead is None else getattr(directions, known.lead),
     }
     # FMA contraction is on: fewer roundings.  Its default differs between Triton's versions.
-    options = {"num_warps": max(1, triton_table.BLOCK // 256), "enable_fp_fusion": True}
+    options = {"num_warps": max(1, table.BLOCK // 256), "enable_fp_fusion": True}
     if torch.version.hip is None:
         options["maxnreg"] = 128  # ptxas 12.9 otherwise sometimes spills 8 bytes to get by with 64
 
-    def fit(kernel: Any, options: dict[str, Any]) -> Launch:
-        return kernel, {k: v for k, v in shared.items() if k in kernel.arg_names}, options
+    def launch(kernel: Any, grid: Any = "all", **changed: Any) -> Launch:
+        return Launch(kernel, {k: v for k, v in fixed.items() if k in kernel.arg_names}, options | changed, grid)
 
-    lead = triton_directions.adam_lead if adaptive else triton_directions.sgd_lead
     if retraction == "group":
         r, c, p, aligned = form
-        options["num_warps"] = max(1, min(8, r * c // 256))
-        return [(triton_groups.groups, {"LEAD": lead, **shared, "R": r, "C": c, "P": p, "ALIGNED": aligned}, options)]
-    if retraction == "mirror":
-        pair, each, automatic, gathered, aligned = form
-        if (each or gathered) and "maxnreg" in options:  # moments, weights and their copies, or places, in registers
+        fixed |= {"R": r, "C": c, "P": p, "ALIGNED": aligned}
+        return [launch(group.step_groups, num_warps=max(1, min(8, r * c // 256)))]
+    if retraction == "units":
+        surveys, moves = [], []
+        for shape in form:
+            r, c, p, unbound, aligned = shape
+            fixed |= {"R": r, "C": c, "P": p, "UNBOUND": unbound, "ALIGNED": aligned}
+            own: dict[str, Any] = {"num_warps": max(1, min(8, r * c // 256))}
+            if unbound and "maxnreg" in options:  # the sums and the whole step in registers
+                own["maxnreg"] = 168
+            surveys.append(launch(group_units.survey_units, grid=shape, **own))
+            moves.append(launch(group_units.move_units, grid=shape, **own))
+        combines = []
+        for add, decide in ((True, False), (False, True)) if hooked else ((True, True),):
+            fixed |= {"ADD": add, "DECIDE": decide, "LANES": table.UNITS}
+            combines.append(launch(group_units.combine_units, grid="combine", num_warps=4))
+        return [*surveys, *combines, *moves]
+    if retraction == "orbit":
+        two_copies, gate_per_orbit, automatic, gathered, aligned = form
+        if (gate_per_orbit or gathered) and "maxnreg" in options:  # moments, weights, their copies, places in registers
             options["maxnreg"] = 168 if master or gathered else 144
-        options["num_warps"] = max(1, triton_table.BLOCK // 512)
-        shared |= {"LEAD": lead, "DECOUPLED": direction == "adamw", "PAIR": pair, "EACH": each, "AUTOMATIC": automatic}
-        shared |= {"GATHERED": gathered, "BLOCK": triton_table.BLOCK // 2, "ALIGNED": aligned}
-        several = [triton_mirror.surveys, triton_mirror.moves, triton_mirror.snaps]
-        kernels = [triton_mirror.moves] if each else several
-        return [fit(kernel, options) for kernel in kernels]
+        options["num_warps"] = max(1, table.BLOCK // 512)
+        fixed |= {"TWO_COPIES": two_copies, "GATE_PER_ORBIT": gate_per_orbit, "AUTOMATIC": automatic}
+        fixed |= {"GATHERED": gathered, "BLOCK": table.BLOCK // 2, "ALIGNED": aligned}
+        phases = [orbit.survey_orbits, orbit.move_orbits, orbit.snap_orbits]
+        return [launch(kernel) for kernel in (phases[1:2] if gate_per_orbit else phases)]
     if retraction in ("centred", "basis"):
-        *form, together, automatic, aligned = form
-        shared |= {"LEAD": lead, "DECOUPLED": direction == "adamw", "AUTOMATIC": automatic, "ALIGNED": aligned}
-        shared |= {"BASIS": retraction == "basis", "Q": together}
+        *shape, side_by_side, automatic, aligned = form
+        fixed |= {"AUTOMATIC": automatic, "ALIGNED": aligned, "BASIS": retraction == "basis", "Q": side_by_side}
         if retraction == "centred":
-            r, c, p = form
-            shared |= {"R": r, "C": c, "P": p, "G": c // p}
-            kernels = [triton_coordinates.reduce_groups, triton_coordinates.settle, triton_coordinates.shift_groups]
+            r, c, p = shape
+            fixed |= {"R": r, "C": c, "P": p, "G": c // p}
+            survey, move = coordinates.survey_means, coordinates.move_means
             options["num_warps"] = max(1, min(8, r * c // 256))
         else:
-            shared |= {"G": form[0], "BLOCK": triton_table.BLOCK // 2}
-            kernels = [triton_coordinates.reduce_basis, triton_coordinates.settle, triton_coordinates.shift_basis]
-            options["num_warps"] = max(1, triton_table.BLOCK // 512)
-        before, settle, after = kernels
-        return [fit(before, options), fit(settle, {**options, "num_warps": 16}), fit(after, options)]
-    own = {
-        "DIRECTION": triton_directions.adam if adaptive else triton_directions.sgd,
-        "RETRACTION": getattr(triton_retractions, retraction),
-        "DECOUPLED": direction == "adamw",
+            fixed |= {"G": shape[0], "BLOCK": table.BLOCK // 2}
+            survey, move = coordinates.survey_basis, coordinates.move_basis
+            options["num_warps"] = max(1, table.BLOCK // 512)
+        return [launch(survey), launch(coordinates.combine_coordinates, num_warps=16), launch(move)]
+    fixed |= {
+        "DIRECTION": getattr(directions, direction),
+        "RETRACTION": getattr(elementwise, retraction),
         "CONSTRAINED": retraction != "plain",
-        "LAW": retraction in ("sparse", "nm"),
-        "DECAYS": retraction == "plain" and weight_decay and direction != "adamw",
+        "IMBALANCE_LAW": retraction in ("sparse", "nm"),
+        "DECAYS": retraction == "plain" and weight_decay and not known.decoupled,
         "DEPTH": form[0],
-        "BLOCK": triton_table.BLOCK,
+        "BLOCK": table.BLOCK,
     }
-    return [(triton_step.singles, {**shared, **own}, options)]
+    return [launch(elementwise_step.step_elementwise)]
 
 
 def step(
@@ -148,44 +167,57 @@ def step(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     seed: int | None = None,
+    combine: Callable[[Tensor], None] | None = None,
 ) -> None:
-    """``native.step`` on the device: one launch per bucket (of planes up to three), and the host waits for nothing.
+    """``native.step`` on the device: one launch per bucket, or one per phase, and the host waits for nothing.
 
-    ``lr`` and an entry's strength (``inside``) may be fp32 tensors on the device, read when the kernel runs.  With a
-    ``seed``, bf16 weights without an fp32 copy are rounded stochastically; give every step another one.
+    ``lr`` and an entry's strength (``strength_kept``) may be fp32 tensors on the device, read when the kernel runs.
+    With a ``seed``, bf16 weights without an fp32 copy are rounded stochastically; give every step another one.
+
+    ``combine`` is called for every :class:`UnitsEntry` between survey and move, with the fp32 tensor ``(4, count)`` of
+    the sums ``gg, mm, mw, ww`` on the device, to reduce it in place over other processes.
     """
+    from symopt_kernels.triton.constants import LaunchSettings
+
     plan = entries[0].plan
-    if plan is None or plan.entries != list(entries) or plan.straight != straight(entries):
+    if plan is None or plan.entries != list(entries) or plan.gradients_aligned != gradients_aligned(entries):
         plan = entries[0].plan = LaunchPlan(entries)
     lr_at = lr if isinstance(lr, Tensor) else None
-    numbers = {
-        "lr": 0.0 if lr_at is not None else float(lr),
-        "fresh1": 1 - beta1,
-        "beta2": beta2,
-        "fresh2": 1 - beta2,
-        "log1": math.log(beta1) if beta1 else -math.inf,
-        "log2": math.log(beta2) if beta2 else -math.inf,
-        "eps": eps,
-        "momentum": momentum,
-        "undamped": 1 - dampening,
-        "weight_decay": weight_decay,
-        "imbalance_factor": -1.0 if imbalance_factor is None else imbalance_factor,
-    }
-    for key, bucket in plan.buckets:
-        given: dict[str, Any] = {name: float(value) for name, value in numbers.items()}
-        amplified = direction == "sgd" and key[4]
-        given["amplify"] = float((1 - dampening) / (1 - momentum)) if amplified else 1.0
-        given |= {"lr_at": lr_at, "found_inf": found_inf, "grad_scale": grad_scale}
-        given |= {"seed": 0 if seed is None else seed, "programs": bucket.programs}
+    given = LaunchSettings(
+        lr_at=lr_at,
+        found_inf=found_inf,
+        grad_scale=grad_scale,
+        lr=0.0 if lr_at is not None else float(lr),
+        beta1=float(beta1),
+        one_minus_beta1=float(1 - beta1),
+        beta2=float(beta2),
+        one_minus_beta2=float(1 - beta2),
+        log_beta1=math.log(beta1) if beta1 else -math.inf,
+        log_beta2=math.log(beta2) if beta2 else -math.inf,
+        eps=float(eps),
+        momentum=float(momentum),
+        one_minus_dampening=float(1 - dampening),
+        amplify=1.0,
+        weight_decay=float(weight_decay),
+        imbalance_factor=-1.0 if imbalance_factor is None else float(imbalance_factor),
+    )
+    amplified = given._replace(amplify=float(amplification(momentum, dampening)))
+    options = {"nesterov": nesterov, "maximize": maximize, "saturated": saturated, "weight_decay": weight_decay != 0}
+    options |= {"stochastic": seed is not None, "hooked": combine is not None}
+    found = [(key, bucket, launches(key, direction, **options)) for key, bucket in plan.buckets]
+    for key, bucket, kernels in found:
         bucket.send()
-        for kernel, fixed, options in launches(
-            key,
-            direction,
-            nesterov=nesterov,
-            maximize=maximize,
-            saturated=saturated,
-            weight_decay=weight_decay != 0,
-            stochastic=seed is not None,
-        ):
-            own = {k: given[k] if k in given else getattr(bucket, k) for k in kernel.arg_names if k not in fixed}
-            kernel[(bucket.programs,)](**own, **fixed, **options)
+        settings = amplified if DIRECTIONS[direction].buffer and key[4] else given
+        for launch in kernels:
+            _run(launch, bucket, settings, 0 if seed is None else seed)
+            if combine is not None and launch.fixed.get("DECIDE") is False:
+                for entry in bucket.entries:
+                    combine(bucket.unit_sums(entry))
+
+
+def _run(launch: Launch, bucket: Bucket, given: Any, seed: int) -> None:
+    grid = bucket.grids[launch.grid]
+    found = {"given": given, "seed": seed, "programs": grid.programs, "owners": grid.owners}
+    names = [name for name in launch.kernel.arg_names if name not in launch.fixed]
+    arguments = {name: found[name] if name in found else getattr(bucket, name) for name in names}
+    launch.kernel[(grid.programs,)](**arguments, **launch.fixed, **launch.options)

@@ -19,7 +19,7 @@ from symopt_kernels.orbits import PlaneLayout
 from symopt_kernels.reference.gauge import SNAP, weight_scale
 from symopt_kernels.units import Units
 
-__all__ = ["Constraint", "Factors", "Outs", "check_depth", "check_number", "heavy_factor", "light_factor"]
+__all__ = ["Constraint", "Factors", "Outs", "check_depth", "check_number"]
 
 Factors = tuple[Tensor, ...]
 Outs = tuple[Tensor | None, ...]
@@ -42,8 +42,10 @@ class Constraint(ABC):
     ``out`` is memory to write to, as in torch: a tensor for ``compose``, one or None per factor for ``pullback``.
     """
 
-    retraction: ClassVar[str]
-    """Name under which fused backends list its step; one that none lists is stepped by the reference."""
+    @property
+    @abstractmethod
+    def retraction(self) -> str:
+        """Name under which fused backends list its step; one that none lists is stepped by the reference."""
 
     strength: float | None
     """Decay of the factors; None is :meth:`default_strength`."""
@@ -51,17 +53,23 @@ class Constraint(ABC):
     depth: int = 2
     """Number of factors of a weight."""
 
-    carries_factors: ClassVar[bool] = False
-    """Whether the factors themselves are optimizer state (free gauge)."""
+    @property
+    def carries_factors(self) -> bool:
+        """Whether the factors themselves are optimizer state (free gauge)."""
+        return False
 
-    binds_many: ClassVar[bool] = False
-    """Whether everything one key matches is bound into one: :meth:`bind_all` instead of :meth:`bind`."""
+    @property
+    def binds_many(self) -> bool:
+        """Whether everything one key matches is bound into one: :meth:`bind_all` instead of :meth:`bind`."""
+        return False
 
     is_plane: ClassVar[bool] = False
     """Whether the structure is known beforehand, so that any large enough strength will do: None is automatic."""
 
-    parameters_identical: bool = False
-    """Whether the tensors of a joint constraint end up equal, so that one can serve as all."""
+    @property
+    def parameters_identical(self) -> bool:
+        """Whether the tensors of a joint constraint end up equal, so that one can serve as all."""
+        return False
 
     plan: ClassVar[BudgetPlan] = BudgetPlan()
     """How its budget is imposed."""
@@ -75,8 +83,10 @@ class Constraint(ABC):
     is_matrix: ClassVar[bool] = False
     """Whether a weight is a product of two matrices, which ``thin`` gives, and not of factors of its own shape."""
 
-    free_factors: ClassVar[int] = 0
-    """How many factors, the first ones, do not decay."""
+    @property
+    def free_factors(self) -> int:
+        """How many factors, the first ones, do not decay."""
+        return 0
 
     def __post_init__(self) -> None:
         check_number(type(self).__name__, "strength", self.strength)
@@ -170,9 +180,14 @@ class Constraint(ABC):
         groups = self.partition(x)
         return (x * y).flatten() if groups is None else groups.sum(x * y)
 
+    def dual(self, grad: Tensor) -> Tensor:
+        """The gradient for :meth:`inner`: ``inner(dual(grad), x)`` is the sum of ``grad * x`` over each unit."""
+        return grad
+
     def critical(self, grad: Tensor) -> Tensor:
         """The strength above which a unit without weight stays so against ``grad``: the penalty's dual norm of it."""
-        return self.inner(grad, grad).clamp(min=0).sqrt().max()
+        dual = self.dual(grad)
+        return self.inner(dual, dual).clamp(min=0).sqrt().max()
 
     def needed(self, x: Tensor, running: Tensor | None, *, per_coordinate: bool) -> Tensor:
         """The automatic strength's running estimate of the critical one, if the structure is ``fixed``."""
@@ -285,20 +300,3 @@ def check_depth(owner: str, depth: object) -> None:
         raise TypeError(f"{owner}: depth must be an integer, got {type(depth).__name__}")
     if depth < 2:
         raise ValueError(f"{owner}: depth must be >= 2 (one factor has no symmetry), got {depth}")
-
-
-def heavy_factor(size: Tensor, imbalance: Tensor | float, depth: int) -> Tensor:
-    """The factor ``s`` of a weight ``s**(depth-1) * d`` in the gauge ``s**2 - |d|**2 = imbalance``."""
-    if depth == 2:
-        return ((imbalance + (imbalance**2 + 4 * size * size).sqrt()) / 2).sqrt()
-    x = imbalance + size ** (2 / depth)
-    for _ in range(64):  # Newton on x**(D-1) (x - c) = size**2; convex and started on the right, so monotone
-        slope = x ** (depth - 2) * (depth * x - (depth - 1) * imbalance)
-        x = x - (x ** (depth - 1) * (x - imbalance) - size * size) / slope.clamp(min=torch.finfo(size.dtype).tiny)
-    return x.clamp(min=0).sqrt()
-
-
-def light_factor(w: Tensor, heavy: Tensor, depth: int) -> Tensor:
-    """The rest of ``w`` once ``depth - 1`` factors are ``heavy``; 0 where they are."""
-    power = heavy ** (depth - 1)
-    return torch.where(power > 0, w / power.clamp(min=torch.finfo(w.dtype).tiny), 0.0)

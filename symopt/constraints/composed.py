@@ -35,7 +35,7 @@ class Composed(Constraint):
         TypeError, ValueError: for fewer than two parts, other constraints, or groups given by an index tensor.
     """
 
-    retraction: ClassVar[str] = "composed"
+    retraction = "composed"
     uniform_strength: ClassVar[bool] = False
 
     parts: tuple[Constraint, ...]

@@ -11,8 +11,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from symopt.constraints.base import Constraint, Factors, Outs, check_depth, heavy_factor
+from symopt.constraints.base import Constraint, Factors, Outs, check_depth
 from symopt.constraints.budget import Budget, check_keep, check_scope
+from symopt.constraints.gauge import heavy_factor
 from symopt.constraints.mapping import Index, check_mapping, first_pattern, spanning_units
 from symopt.constraints.spanning import SpanningGroups
 from symopt_kernels.groups import Groups
@@ -62,7 +63,8 @@ class GroupSparse(Constraint):
         factors: with a mapping, ``{pattern: a}``: the unit sees these parameters divided by a > 0 (default 1), so that
             members of different scales move alike: ``w_t = a_t * gate * direction_t``, charged
             ``kappa * sum_g (sum_t ||w_t||**2 / a_t**2)**(1/2)``.
-        depth: number D >= 2 of factors (a budget and a mapping need 2); above 2 balanced, which makes every zero permanent.
+        depth: number D >= 2 of factors (a budget and a mapping need 2); above 2 balanced, which makes every zero
+            permanent.
 
     Raises:
         TypeError, ValueError: for an unknown ``groups``, one that does not fit the weight, or a bad ``strength``.
@@ -86,7 +88,7 @@ class GroupSparse(Constraint):
     """
 
     @property
-    def retraction(self) -> str:  # type: ignore[override]
+    def retraction(self) -> str:
         """By depth."""
         return "group" if self.depth == 2 else "group_deep"
 
@@ -157,7 +159,7 @@ class GroupSparse(Constraint):
         return f"GroupSparse({ {pattern: dim for pattern, (dim, _) in self.groups.items()} }{shown})"
 
     @property
-    def binds_many(self) -> bool:  # type: ignore[override]
+    def binds_many(self) -> bool:
         """Whether units span parameters."""
         return isinstance(self.groups, Mapping)
 

@@ -65,8 +65,8 @@ class LowRank(Constraint):
                 [0., 4.]])
     """
 
-    retraction: ClassVar[str] = "lowrank"
-    carries_factors: ClassVar[bool] = True
+    retraction = "lowrank"
+    carries_factors = True
     is_matrix: ClassVar[bool] = True
     # Directions show early, once what is learned stands out of the random start, and want long training at the end.
     plan: ClassVar[BudgetPlan] = BudgetPlan(

@@ -26,9 +26,11 @@ def check_mapping(groups: Mapping[str, tuple[int, Index]], factors: Mapping[str,
     if depth != 2:
         raise ValueError(f"{_OWNER}: units that span parameters need depth=2, got depth={depth}")
     for pattern, value in groups.items():
-        if not isinstance(pattern, str):
-            raise TypeError(f"{_OWNER}: a key of groups must be a pattern, got {type(pattern).__name__}")
-        if not isinstance(value, tuple) or len(value) != 2:
+        key: object = pattern
+        if not isinstance(key, str):
+            raise TypeError(f"{_OWNER}: a key of groups must be a pattern, got {type(key).__name__}")
+        pair: object = value
+        if not isinstance(pair, tuple) or len(pair) != 2:
             raise TypeError(f"{_OWNER}: groups[{pattern!r}] must be a pair (dim, index), got {value!r}")
         dim, index = value
         if isinstance(dim, bool) or not isinstance(dim, int):

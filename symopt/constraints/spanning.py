@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
 
-from symopt.constraints.base import Constraint, Factors, Outs, heavy_factor
+from symopt.constraints.base import Constraint, Factors, Outs
 from symopt.constraints.budget import Budget
+from symopt.constraints.gauge import heavy_factor
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import units as kernel
 from symopt_kernels.units import Units
@@ -28,8 +29,8 @@ class SpanningGroups(Constraint):
     not decay; without free weights ``(gate, direction)``.
     """
 
-    retraction: ClassVar[str] = "units"
-    binds_many: ClassVar[bool] = True
+    retraction = "units"
+    binds_many = True
 
     label: str
     """The call that made it."""
@@ -50,7 +51,7 @@ class SpanningGroups(Constraint):
         return None if self.keep is None else Budget(self.keep)
 
     @property
-    def free_factors(self) -> int:  # type: ignore[override]
+    def free_factors(self) -> int:
         """One if there are free weights."""
         return 1 if self.units_.unbound else 0
 
@@ -89,9 +90,9 @@ class SpanningGroups(Constraint):
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         return self._sum(x * y / self._factors_of_parts(x) ** 2)
 
-    def critical(self, grad: Tensor) -> Tensor:
-        """The largest norm of a unit's gradient, ``(sum_t a_t**2 ||g_t||**2)**(1/2)``."""
-        return self._sum((grad * self._factors_of_parts(grad)) ** 2).sqrt().max()
+    def dual(self, grad: Tensor) -> Tensor:
+        """Per unit its norm is ``(sum_t a_t**2 ||g_t||**2)**(1/2)``."""
+        return grad * self._factors_of_parts(grad) ** 2
 
     def units(self, truth: Tensor, w: Tensor, groups: Groups | None) -> Tensor:
         return self._given(truth.to(torch.uint8), w).bool()
@@ -153,9 +154,6 @@ class SpanningGroups(Constraint):
 
     def penalty(self, w: Tensor) -> Tensor:
         return self.size(w).sum()
-
-    def one_sided(self, w: Tensor) -> bool:
-        return w.dim() == 2
 
     def default_strength(self, *, decoupled: bool) -> float:
         return 0.06 if decoupled else 1e-4

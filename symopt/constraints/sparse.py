@@ -8,8 +8,9 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from symopt.constraints.base import Constraint, Factors, Outs, check_depth, heavy_factor, light_factor
+from symopt.constraints.base import Constraint, Factors, Outs, check_depth
 from symopt.constraints.budget import Budget, check_scope, check_share, parse_pattern
+from symopt.constraints.gauge import heavy_factor, light_factor
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import elementwise, gauge
 
@@ -91,14 +92,14 @@ class Sparse(Constraint):
     is_product: ClassVar[bool] = True
 
     @property
-    def retraction(self) -> str:  # type: ignore[override]
+    def retraction(self) -> str:
         """By gauge, depth and pattern."""
         if self.pattern is not None:
             return "nm"
         return ("sparse_free" if self.gauge == "free" else "sparse") + ("" if self.depth == 2 else "_deep")
 
     @property
-    def carries_factors(self) -> bool:  # type: ignore[override]
+    def carries_factors(self) -> bool:
         """Whether the factors are optimizer state."""
         return self.gauge == "free"
 

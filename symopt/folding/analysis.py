@@ -1,12 +1,12 @@
-"""The two passes over a network's graph: forwards for constants, backwards for the units that nothing alive needs."""
+"""The two passes over a network's graph: forwards for constant units, backwards for units that no layer needs."""
 
 from __future__ import annotations
 
 import copy
 import textwrap
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -14,7 +14,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.parametrize import is_parametrized
 
 from symopt.folding.rules import IN_PLACE, SIZED, SOURCES, VIEWS, rule_of, rule_of_module
-from symopt.folding.units import Axis, Call, Keep, Layer
+from symopt.folding.units import Axis, Call, KeepShape, Layer
 
 __all__ = ["FoldPlan", "Opaque", "Traced", "analyse", "obstacles_of", "same_graph", "shapes_of", "trace"]
 
@@ -46,7 +46,7 @@ class _Proxy(fx.Proxy):
     """Records ``x += 1`` as the in-place operation it is, where torch.fx would record ``x = x + 1``."""
 
 
-def _augmented(function: Any) -> Any:
+def _augmented(function: Callable[..., object]) -> Callable[[_Proxy, object], fx.Proxy]:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
@@ -59,18 +59,18 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # Hooks are code that must not run on fakes: the module becomes a black box, of which nothing is known.
+        # Hooks are code that must not run on proxies: the module becomes a leaf of which nothing is known.
         return _hooked(m) or rule_of_module(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module, *, training: bool = False) -> Traced:
-    """A shadow of ``model`` and its graph.  User code runs, so it runs on a copy, which shares only the parameters."""
+    """A copy of ``model`` that shares its parameters, and the graph of its forward: user code runs on the copy."""
     if isinstance(model, torch.jit.ScriptModule):
         raise Opaque("a ScriptModule cannot be traced")
-    shadow = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    shadow.train(training)
+    copied = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    copied.train(training)
     try:
-        return shadow, _Tracer().trace(shadow)
+        return copied, _Tracer().trace(copied)
     except Exception as error:
         reason = textwrap.shorten(str(error), 120, placeholder=" ...") or type(error).__name__
         raise Opaque(f"torch.fx cannot trace forward ({reason})") from error
@@ -79,15 +79,15 @@ def trace(model: nn.Module, *, training: bool = False) -> Traced:
 def same_graph(one: Traced, two: Traced, *, values: bool) -> bool:
     """Whether two traces run the same operations on the same tensors, and with the same numbers if ``values``."""
 
-    def described(shadow: nn.Module, graph: fx.Graph) -> list[str]:
+    def described(model: nn.Module, graph: fx.Graph) -> list[str]:
         rows = [f"{n.op} {n.target} {n.all_input_nodes} {(n.args, n.kwargs) if values else ''}" for n in graph.nodes]
         made = {str(n.target) for n in graph.nodes if n.op == "get_attr" and "_tensor_constant" in str(n.target)}
-        return rows + [str(getattr(shadow, name).tolist()) for name in sorted(made) if values]
+        return rows + [str(getattr(model, name).tolist()) for name in sorted(made) if values]
 
     return described(*one) == described(*two)
 
 
-def shapes_of(traced: Traced, inputs: tuple[Any, ...]) -> Shapes:
+def shapes_of(traced: Traced, inputs: tuple[object, ...]) -> Shapes:
     """The shape of every tensor in the graph, from running it once."""
     ran = fx.GraphModule(*traced)
     try:
@@ -102,11 +102,11 @@ def shapes_of(traced: Traced, inputs: tuple[Any, ...]) -> Shapes:
 # -- the two passes ----------------------------------------------------------------------------------------------------
 
 
-def analyse(traced: Traced, shapes: Shapes, barred: dict[str, str]) -> FoldPlan:
-    """Find what every layer may lose in eval mode; modules in ``barred`` keep their shape, for the reason given."""
+def analyse(traced: Traced, shapes: Shapes, fixed: dict[str, str]) -> FoldPlan:
+    """Which units every layer may lose in eval mode; modules in ``fixed`` keep their shape, for the reason given."""
     model, graph = traced
     modules = dict(model.named_modules())
-    obstacles = _obstacles(modules, graph) | barred
+    obstacles = _obstacles(modules, graph) | fixed
     plan = FoldPlan(notes={name: f"{why}, shape kept" for name, why in obstacles.items()})
     axes: dict[fx.Node, Axis] = {}
     for node in graph.nodes:
@@ -117,7 +117,7 @@ def analyse(traced: Traced, shapes: Shapes, barred: dict[str, str]) -> FoldPlan:
             call.name, call.module = str(node.target), modules[str(node.target)]
         try:
             axis = _step(call, modules, obstacles, shapes)
-        except Keep as why:
+        except KeepShape as why:
             call.pin(why)
             if call.module is not None and rule_of_module(call.module) is None and _has_parameters(call.module):
                 plan.notes.setdefault(call.name, f"no rule for {type(call.module).__name__}, shape kept")
@@ -126,7 +126,7 @@ def analyse(traced: Traced, shapes: Shapes, barred: dict[str, str]) -> FoldPlan:
             axes[node] = axis
             if all(axis.layer is not other.layer for other in call.inputs):
                 plan.layers.append(axis.layer)
-    _find_dead(plan)
+    _find_unused(plan)
     plan.notes = {name or "model": plan.notes[name] for name in modules if name in plan.notes}
     return plan
 
@@ -134,9 +134,9 @@ def analyse(traced: Traced, shapes: Shapes, barred: dict[str, str]) -> FoldPlan:
 def _step(call: Call, modules: dict[str, nn.Module], obstacles: dict[str, str], shapes: Shapes) -> Axis | None:
     rule = rule_of(call.node, modules)
     if call.module is not None and call.name in obstacles:
-        raise Keep(f"which {obstacles[call.name]}")
+        raise KeepShape(f"which {obstacles[call.name]}")
     if rule is None:
-        raise Keep
+        raise KeepShape
     axis = rule(call) if call.inputs or rule in SOURCES else None
     if axis is None or call.node not in shapes:
         return axis
@@ -144,7 +144,7 @@ def _step(call: Call, modules: dict[str, nn.Module], obstacles: dict[str, str], 
     return replace(axis.sized(shape[axis.dim] if len(shape) >= -axis.dim else 0), ndim=len(shape))
 
 
-def _find_dead(plan: FoldPlan) -> None:
+def _find_unused(plan: FoldPlan) -> None:
     # Readers come after what they read, so one pass from the end sees whole chains of dead units.
     for layer in reversed(plan.layers):
         if not layer.readers and not layer.pinned:
@@ -152,19 +152,19 @@ def _find_dead(plan: FoldPlan) -> None:
         if layer.pinned:
             plan.notes[layer.name] = f"{layer.pinned}, shape kept"
             continue
-        layer.alive = torch.zeros_like(layer.alive)
+        layer.used = torch.zeros_like(layer.used)
         for reader in layer.readers:
             assert reader.source is not None
             needed = reader.needed()
-            layer.alive |= needed.view(layer.units, -1).any(1)
-            stuck = (needed & reader.source.const.isfinite()).view(layer.units, -1).any(1)
-            if count := int(stuck.sum()):
+            layer.used |= needed.view(layer.units, -1).any(1)
+            padded = (needed & reader.source.const.isfinite()).view(layer.units, -1).any(1)
+            if count := int(padded.sum()):
                 plan.notes[layer.name] = f"{count} constant channels kept, because `{reader.name}` pads with zeros"
-        if not layer.alive.any():
+        if not layer.used.any():
             plan.notes[layer.name] = "every unit is dead, one kept because torch layers need a width of at least 1"
 
 
-# -- what stands in the way --------------------------------------------------------------------------------------------
+# -- layers that must keep their shape ---------------------------------------------------------------------------------
 
 
 def _has_parameters(module: nn.Module) -> bool:
@@ -172,12 +172,12 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def obstacles_of(traced: Traced) -> dict[str, str]:
-    """Why layers of a traced model must stay what they are, by name."""
+    """By name of a layer, why it must keep its shape."""
     return _obstacles(dict(traced[0].named_modules()), traced[1])
 
 
 def _obstacles(modules: dict[str, nn.Module], graph: fx.Graph) -> dict[str, str]:
-    """Why modules that have a rule must keep their shape all the same."""
+    """By name of a module that has a rule, why it must keep its shape."""
     calls, owners, touched = Counter[int](), Counter[int](), set[str]()
     for node in graph.nodes:
         if node.op == "call_module":
@@ -232,14 +232,14 @@ def _in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def _shared(node: fx.Node, modules: dict[str, nn.Module], axes: dict[fx.Node, Axis]) -> bool:
-    """Whether units whose memory ``node`` may write are also read elsewhere, where their constants would be stale."""
+    """Whether ``node`` may write to units that other operations read, for which the constants would then be wrong."""
 
-    def fresh(n: fx.Node) -> bool:
+    def new_memory(n: fx.Node) -> bool:
         rule = rule_of(n, modules)
         if n.op == "call_module" and rule is None:
             return _has_parameters(modules[str(n.target)])
         return rule is not None and rule not in VIEWS and not _in_place(n, modules)
 
-    # An operation in place writes to its first argument only; an unknown one may return a view of any.
+    # An in-place operation writes to its first argument only; an unknown one may return a view of any argument.
     read = node.all_input_nodes[: 1 if _in_place(node, modules) else None]
-    return any((n in axes and len(n.users) > 1) or (not fresh(n) and _shared(n, modules, axes)) for n in read)
+    return any((n in axes and len(n.users) > 1) or (not new_memory(n) and _shared(n, modules, axes)) for n in read)

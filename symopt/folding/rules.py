@@ -1,27 +1,26 @@
 """What each operation of a network does to the units of the layer before it; a new operation is one line in RULES.
 
-A rule takes a call to the axis of its output, or to None if the output carries no units, or raises :class:`Keep`.
+A rule returns the axis of a call's output, or None if no units lie along that; or it raises :class:`KeepShape`.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from symopt.folding.units import Axis, Call, Keep, Layer, absorbable, bias_of
+from symopt.folding.units import Axis, Call, KeepShape, Layer, bias_of, foldable_constants
 
 __all__ = ["IN_PLACE", "RULES", "SIZED", "SOURCES", "VIEWS", "Rule", "rule_of", "rule_of_module"]
 
 Rule = Callable[[Call], "Axis | None"]
 
 
-# -- layers, and what rides on their units -----------------------------------------------------------------------------
+# -- layers, and modules with parameters per channel -------------------------------------------------------------------
 
 
 def _layer(call: Call) -> Axis | None:
@@ -35,9 +34,9 @@ def _layer(call: Call) -> Axis | None:
         try:
             source = call.only()
             if source.dim != dim:
-                raise Keep("along another dimension")
+                raise KeepShape("along another dimension")
             source, batch = source.sized(weight.shape[1]), source.batch
-        except Keep as why:
+        except KeepShape as why:
             call.pin(why)
             source = None
     elif call.node.args and isinstance(first := call.node.args[0], fx.Node) and first.op == "placeholder":
@@ -45,7 +44,7 @@ def _layer(call: Call) -> Axis | None:
     layer = Layer(call.name, call.module, source)
     if source is not None:
         source.layer.readers.append(layer)
-    # Without shapes, convolutions are taken to see a batch; a linear layer may see any number of dimensions.
+    # Without shapes, a convolution is assumed to have a batch dimension; a linear layer may have any dimensions.
     ndim = source.ndim if source is not None else weight.dim() if weight.dim() > 2 else None
     return Axis(layer, dim, layer.const, ndim, batch)
 
@@ -58,26 +57,27 @@ def _depthwise(call: Call, dim: int) -> Axis | None:
         return None
     axis = call.only()
     if axis.dim != dim:
-        raise Keep("along another dimension")
+        raise KeepShape("along another dimension")
     axis = axis.sized(groups)
-    given = absorbable(call.module, axis.const).repeat_interleave(fan_out // len(axis.const))
+    given = foldable_constants(call.module, axis.const).repeat_interleave(fan_out // len(axis.const))
     taps = weight.detach().flatten(1)
     dead = (taps == 0).all(1).cpu()
     const = bias_of(call.module) + torch.where(dead, 0.0, given * taps.double().sum(1).cpu())
-    return _ride(call, replace(axis, const=const))
+    return _channelwise(call, replace(axis, const=const))
 
 
-def _ride(call: Call, axis: Axis) -> Axis:
-    axis.layer.riders.append((call.name, axis.repeat))
+def _channelwise(call: Call, axis: Axis) -> Axis:
+    """The module of ``call`` has parameters per channel, which go with the units."""
+    axis.layer.channelwise.append((call.name, axis.repeat))
     return axis
 
 
 def _channels(call: Call, size: int) -> Axis:
     """The axis, if it is dimension 1, where normalisation and PReLU have their channels."""
     axis = call.only()
-    # Without shapes, features that as many channels as there are units normalise are taken to be dimension 1 of 2.
+    # Without shapes, a norm with as many channels as the layer has units is assumed to see two dimensions.
     if axis.dim != 1 - (axis.ndim or 2):
-        raise Keep("along another dimension")
+        raise KeepShape("along another dimension")
     return axis.sized(size)
 
 
@@ -96,7 +96,7 @@ def _norm(call: Call) -> Axis:
         const = (axis.const - mean) / (var + norm.eps).sqrt()
     if norm.weight is not None:
         const = torch.where(weight == 0, 0.0, const * weight)
-    return _ride(call, replace(axis, const=const + bias))
+    return _channelwise(call, replace(axis, const=const + bias))
 
 
 def _prelu(call: Call) -> Axis:
@@ -105,7 +105,7 @@ def _prelu(call: Call) -> Axis:
     slope = module.weight.detach().double().cpu()
     axis = _channels(call, module.num_parameters) if module.num_parameters > 1 else call.only()
     axis = replace(axis, const=torch.where(axis.const < 0, axis.const * slope, axis.const))
-    return _ride(call, axis) if module.num_parameters > 1 else axis
+    return _channelwise(call, axis) if module.num_parameters > 1 else axis
 
 
 # -- operations without parameters -------------------------------------------------------------------------------------
@@ -117,9 +117,9 @@ def _same(call: Call) -> Axis:
 
 def _elementwise(call: Call) -> Axis:
     node, first = call.node, call.inputs[0]
-    where = {(axis.layer, axis.dim, len(axis.const), axis.loose) for axis in call.inputs}
+    where = {(axis.layer, axis.dim, len(axis.const), axis.size_unknown) for axis in call.inputs}
     if len(where) > 1 or len(call.inputs) != len(node.all_input_nodes):
-        raise Keep
+        raise KeepShape
     values = dict(zip(node.all_input_nodes, (axis.const for axis in call.inputs), strict=True))
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n].clone())
     target = call.module or (getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target)
@@ -127,8 +127,8 @@ def _elementwise(call: Call) -> Axis:
     with torch.no_grad():
         const = target(*args, **kwargs)
     if not isinstance(const, Tensor) or const.shape != first.const.shape:
-        raise Keep
-    # Not every function passes NaN on (threshold does not), and infinities are no constants a bias could hold.
+        raise KeepShape
+    # Not every function returns NaN for NaN (threshold does not), and no bias can be infinite.
     known = torch.stack([value.isfinite() for value in (const, *values.values())]).all(0)
     return replace(first, const=torch.where(known, const.double(), torch.nan))
 
@@ -144,9 +144,9 @@ def _window(dims: int, average: bool = False) -> Rule:
     def rule(call: Call) -> Axis:
         axis = call.only()
         if axis.dim >= -dims:
-            raise Keep("along the same dimension")
+            raise KeepShape("along the same dimension")
         if call.option("return_indices", 99, False):
-            raise Keep
+            raise KeepShape
         if not average:
             return axis
         padding, divisor = call.option("padding", 3, 0), call.option("divisor_override", 6)
@@ -159,15 +159,16 @@ def _window(dims: int, average: bool = False) -> Rule:
 
 def _from_end(dim: int, axis: Axis) -> int:
     if dim >= 0 and axis.ndim is None:
-        raise Keep("along a dimension that is only known with example_inputs")
+        raise KeepShape("along a dimension that is only known with example_inputs")
     return dim - (axis.ndim or 0) if dim >= 0 else dim
 
 
 def _reduce(call: Call) -> Axis:
-    axis, dims, keep = call.only(), call.option("dim", 1), call.option("keepdim", 2, False)
-    dims = {_from_end(d, axis) for d in ([dims] if isinstance(dims, int) else dims or ())}
-    if not dims or min(dims) <= axis.dim:
-        raise Keep
+    axis, given, keep = call.only(), call.option("dim", 1), call.option("keepdim", 2, False)
+    given = given if isinstance(given, (tuple, list)) else (given,)
+    dims = {_from_end(d, axis) for d in given if isinstance(d, int)}
+    if not dims or len(dims) < len(given) or min(dims) <= axis.dim:
+        raise KeepShape
     lost = 0 if keep else len(dims)
     return replace(axis, dim=axis.dim + lost, ndim=axis.ndim and axis.ndim - lost)
 
@@ -178,18 +179,18 @@ def _flattened(axis: Axis, start: int, end: int) -> Axis:
         return replace(axis, ndim=2)
     start, end = _from_end(start, axis), _from_end(end, axis)
     if start < axis.dim or end != -1:
-        raise Keep
+        raise KeepShape
     merged = -1 - start
     moved = replace(axis, dim=min(axis.dim + merged, -1), ndim=axis.ndim and axis.ndim - merged)
-    return replace(moved, loose=axis.loose or (start == axis.dim and merged > 0))
+    return replace(moved, size_unknown=axis.size_unknown or (start == axis.dim and merged > 0))
 
 
 def _flatten(call: Call) -> Axis:
-    return _flattened(call.only(), call.option("start_dim", 1, 0), call.option("end_dim", 2, -1))
+    return _flattened(call.only(), call.dimension("start_dim", 1, 0), call.dimension("end_dim", 2, -1))
 
 
 def _length_of(node: object) -> object:
-    """The tensor whose dimension 0 has the size that ``node`` is, if it is that."""
+    """The tensor whose size of dimension 0 is the value of ``node``; None if it is no such size."""
     if not isinstance(node, fx.Node):
         return None
     if node.op == "call_method" and node.target == "size":
@@ -208,22 +209,22 @@ def _view(call: Call) -> Axis:
     axis, (tensor, *shape) = call.inputs[0], call.node.args
     sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
     if len(sizes) != 2 or sizes[1] != -1 or _length_of(sizes[0]) not in (tensor, axis.batch or tensor):
-        raise Keep("which may fix a size")
+        raise KeepShape("which may fix a size")
     return _flattened(axis, 1, -1)
 
 
 def _read(call: Call) -> None:
-    """Attributes and sizes of a tensor: only those of the batch dimension are sure to stay as they are."""
+    """Attributes and sizes of a tensor: only the size of the batch dimension is sure not to change."""
     node = call.node
     harmless = node.target is getattr and node.args[1] in ("device", "dtype", "ndim", "requires_grad")
     lengths = _is_shape(node) and all(_length_of(user) is node.args[0] for user in node.users)
     if not (harmless or lengths or _length_of(node) is not None):
-        raise Keep("which may read its size")
+        raise KeepShape("which may read its size")
 
 
 # -- the registry ------------------------------------------------------------------------------------------------------
 
-RULES: dict[Any, Rule] = {
+RULES: dict[Hashable, Rule] = {
     **dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), _layer),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _norm),
     **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity), _same),
@@ -260,20 +261,20 @@ for _name in """relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid logsi
 IN_PLACE = frozenset(
     getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
 )
-"""What the augmented assignments call; functions and methods that end in an underscore are in place too."""
+"""What augmented assignments call; functions and methods whose names end in an underscore are in place, too."""
 RULES |= dict.fromkeys(IN_PLACE, _elementwise)
 SOURCES = frozenset({_layer})
-"""Rules that give an axis without being given one."""
+"""Rules of operations that start a new axis."""
 SIZED = frozenset({_layer, _norm, _prelu})
-"""Rules of modules that hold something per unit."""
+"""Rules of modules that have parameters per unit."""
 VIEWS = frozenset({_same, _flatten, _view, _read, _dropout})
 """Rules of operations whose output may share memory with their input."""
 
 
 def rule_of_module(module: nn.Module) -> Rule | None:
     """The rule of the class whose ``forward`` the module runs."""
-    known: Any = next((cls for cls in type(module).__mro__ if cls in RULES), None)
-    return RULES[known] if known is not None and type(module).forward is known.forward else None
+    known = next((cls for cls in type(module).__mro__ if cls in RULES), None)
+    return RULES[known] if known is not None and type(module).forward is getattr(known, "forward", None) else None
 
 
 def rule_of(node: fx.Node, modules: dict[str, nn.Module]) -> Rule | None:

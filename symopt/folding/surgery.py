@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ def sizes_of(module: nn.Module) -> dict[str, int]:
 
 
 def carry_out(plan: FoldPlan, small: nn.Module) -> None:
-    """Cut every layer of ``small``, and what rides on its units, to the units that ``plan`` keeps."""
+    """Cut every layer of ``small``, and the modules with parameters per unit, to the units that ``plan`` keeps."""
     for layer in plan.layers:
         module, source = small.get_submodule(layer.name), layer.source
         keep = None if source is None else source.layer.keep.repeat_interleave(source.repeat)
@@ -31,12 +30,12 @@ def carry_out(plan: FoldPlan, small: nn.Module) -> None:
         _shrink(module, layer.keep.nonzero().squeeze(1), None if keep is None else keep.nonzero().squeeze(1))
         if extra is not None and extra.any():
             _add_to_bias(module, extra)
-        for name, repeat in layer.riders:
+        for name, repeat in layer.channelwise:
             _shrink(small.get_submodule(name), layer.keep.repeat_interleave(repeat).nonzero().squeeze(1), None)
 
 
 def cut_to(module: nn.Module, sizes: Mapping[str, int]) -> None:
-    """Cut a layer to ``sizes``, keeping whatever comes first."""
+    """Cut a layer to ``sizes``; the first outputs and inputs stay."""
     depthwise = sizes.get("groups", 1) > 1
     rows = next(torch.arange(sizes[key]) for key in _OUT if key in sizes)
     cols = next((torch.arange(sizes[key]) for key in _IN if key in sizes and not depthwise), None)
@@ -48,16 +47,18 @@ def cut_to(module: nn.Module, sizes: Mapping[str, int]) -> None:
 
 
 def _shrink(module: nn.Module, rows: Tensor, cols: Tensor | None) -> None:
-    """Keep ``rows`` of everything that ``module`` holds per unit, and of its weight the inputs ``cols``."""
-    stores: tuple[dict[str, Any], dict[str, Any]] = (module._parameters, module._buffers)
-    for store in stores:
-        for name, old in store.items():
-            if old is None or old.dim() == 0:
-                continue
-            new = old.detach()[rows.to(old.device)]
-            if name == "weight" and cols is not None:
-                new = new[:, cols.to(old.device)].contiguous()
-            store[name] = nn.Parameter(new, requires_grad=old.requires_grad) if store is module._parameters else new
+    """Keep ``rows`` of every parameter and buffer of ``module``, and of its weight the inputs ``cols``."""
+
+    def cut(name: str, old: Tensor) -> Tensor:
+        new = old.detach()[rows.to(old.device)]
+        return new if name != "weight" or cols is None else new[:, cols.to(old.device)].contiguous()
+
+    for name, p in module._parameters.items():
+        if p is not None:
+            module._parameters[name] = nn.Parameter(cut(name, p), requires_grad=p.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.dim() > 0:
+            module._buffers[name] = cut(name, buffer)
     sizes = sizes_of(module)
     new_sizes = {key: len(rows) for key in _OUT} | {key: len(cols) for key in _IN if cols is not None}
     if sizes.get("groups", 1) > 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,20 +60,20 @@ def make_thin(model: nn.Module, name: str, rank: int) -> None:
     """Put an uninitialised pair of layers of this rank in the place of layer ``name``."""
     layer = model.get_submodule(name)
     weight = layer.get_parameter("weight")
-    made: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    at, kind = weight.device, weight.dtype
     bias = layer.bias is not None
     if isinstance(layer, nn.Linear):
         pair = nn.Sequential(
-            nn.Linear(layer.in_features, rank, bias=False, **made),
-            nn.Linear(rank, layer.out_features, bias=bias, **made),
+            nn.Linear(layer.in_features, rank, bias=False, device=at, dtype=kind),
+            nn.Linear(rank, layer.out_features, bias=bias, device=at, dtype=kind),
         )
     else:
         assert isinstance(layer, _CONVOLUTIONS)
-        kind: Any = type(layer)
+        convolution: Callable[..., nn.Module] = type(layer)
         shape = {key: getattr(layer, key) for key in ("stride", "padding", "dilation", "padding_mode")}
         pair = nn.Sequential(
-            kind(layer.in_channels, rank, layer.kernel_size, bias=False, **shape, **made),
-            kind(rank, layer.out_channels, 1, bias=bias, **made),
+            convolution(layer.in_channels, rank, layer.kernel_size, bias=False, device=at, dtype=kind, **shape),
+            convolution(rank, layer.out_channels, 1, bias=bias, device=at, dtype=kind),
         )
     for p in pair.parameters():
         p.requires_grad_(weight.requires_grad)

@@ -1,8 +1,9 @@
 """Where constraints are written down, so that no constrained weight silently becomes an unconstrained one.
 
-A :class:`Binding` hangs on every module that owns one of its parameters and names them there; it survives ``deepcopy``,
-pickling, ``.to()``, sharding and everything else that replaces Parameter objects, because it looks up what the module
-holds *now*.  Optimizers find it through :mod:`symopt.optim.registry`; forward passes are watched by :class:`Guard`.
+A :class:`Annotation` is stored on every module that owns one of its parameters, with the parameter's name.  It survives
+``deepcopy``, pickling, ``.to()``, sharding and everything else that replaces Parameter objects, because it looks up the
+module's parameter of that name anew each time.  Optimizers find it through :mod:`symopt.optim.registry`; a
+:class:`Guard` warns if a constrained parameter is trained without.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 
 from symopt.constraints import Constraint
 from symopt.optim import registry
+from symopt.optim.binding import Binding
 
-__all__ = ["Binding", "Factored", "Guard", "annotated", "watch"]
+__all__ = ["Annotation", "Factored", "Guard", "annotated", "watch"]
 
 _ATTRIBUTE = "_symopt_annotations"
 
 
 @final
-class Binding:
+class Annotation:
     """A constraint and the parameters it binds, in its order: parameter i is ``owners[i].<attributes[i]>``."""
 
     def __init__(
@@ -51,7 +53,7 @@ class Binding:
         registry.add(self)
 
     def release(self) -> None:
-        """Take it off again."""
+        """Remove this from the modules; optimizers treat the parameters as unconstrained from then on."""
         for owner, attribute in zip(self.owners, self.attributes, strict=True):
             written = vars(owner).get(_ATTRIBUTE, {})
             written.pop(attribute, None)
@@ -63,10 +65,10 @@ class Binding:
         """Parameter i as it is now; None if its module no longer has it."""
         return self.owners[i]._parameters.get(self.attributes[i])
 
-    def bound(self) -> registry.Bound:
+    def binding(self) -> Binding:
         """All parameters as they are now."""
         found = [(name, self.parameter(i)) for i, name in enumerate(self.names)]
-        return registry.Bound(
+        return Binding(
             self.constraint,
             tuple(name for name, param in found if param is not None),
             tuple(param for _, param in found if param is not None),
@@ -74,7 +76,7 @@ class Binding:
         )
 
 
-def annotated(module: nn.Module) -> Iterator[tuple[str, Binding, int]]:
+def annotated(module: nn.Module) -> Iterator[tuple[str, Annotation, int]]:
     """Attribute, binding and place in it of every constrained parameter of ``module`` itself."""
     for attribute, (binding, i) in vars(module).get(_ATTRIBUTE, {}).items():
         yield attribute, binding, i
@@ -82,7 +84,7 @@ def annotated(module: nn.Module) -> Iterator[tuple[str, Binding, int]]:
 
 @final
 class Factored:
-    """Marks the parameters of ``holder`` as factors of an explicit constraint, for as long as it lives."""
+    """Marks the parameters of ``holder`` as factors of an explicit constraint, while this exists."""
 
     def __init__(self, holder: nn.Module) -> None:
         self.holder = holder
@@ -139,7 +141,7 @@ def watch(module: nn.Module) -> None:
 
 
 def _callers_level() -> int:
-    """``stacklevel`` of whoever called the module, past torch's own frames."""
+    """``stacklevel`` of the code that called the module, past torch's own frames."""
     frame, level = sys._getframe(2), 2
     while frame.f_back is not None and frame.f_code.co_name in ("_wrapped_call_impl", "_call_impl", "inner"):
         frame, level = frame.f_back, level + 1

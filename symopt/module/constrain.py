@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, overload
+from collections.abc import Callable, Mapping
+from typing import TypeVar, overload
 
 from torch import nn
 
-from symopt.constraints import Composed, Constraint
-from symopt.module.annotation import Binding, Guard, annotated, watch
-from symopt.module.explicit import Explicit, attach, detach, explicit
+from symopt.constraints import Composed
+from symopt.module.annotation import Annotation, Guard, watch
+from symopt.module.bindings import annotated_bindings, check_module, check_whole
+from symopt.module.explicit import attach, detach
 from symopt.module.factors import check_init
 from symopt.module.patterns import Patterns, Rows, checked, match
 
-__all__ = ["bindings", "constrain", "constraints", "free", "param_groups", "release"]
-
+__all__ = ["constrain", "release"]
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
-Bind = Callable[[nn.Module, list[Binding]], None]
+Bind = Callable[[nn.Module, list[Annotation]], None]
 
 
 @overload
@@ -30,13 +30,13 @@ def constrain(target: Patterns, *, mode: str = ..., init: str | float = ...) -> 
 
 
 def constrain(
-    target: Any, patterns: Patterns | None = None, *, mode: str = "optimizer", init: str | float = "imbalanced"
-) -> Any:
+    target: object, patterns: Patterns | None = None, *, mode: str = "optimizer", init: str | float = "imbalanced"
+) -> object:
     """Write down which parameters of a module obey which constraint.
 
     Nothing about the module changes: weights, ``state_dict`` keys, forward pass and memory stay as they are.  The
-    constraint is imposed by the symopt optimizer that trains the module, which finds it through the module: keep that
-    alive until the optimizer is built.
+    constraint is imposed by the symopt optimizer that trains the module, which finds it through the module: that has to
+    exist until the optimizer is built.
 
     Three forms: ``constrain(module, patterns)`` returns the module; ``@constrain(patterns)`` on a Module subclass
     constrains every new instance (patterns see the class's own parameters); on a factory function, what it returns.
@@ -46,8 +46,7 @@ def constrain(
         patterns: maps an :mod:`fnmatch` pattern on qualified parameter names, or a tuple of patterns, to a constraint,
             to a list of them (:class:`symopt.constraints.Composed`), or to None to leave what it matches free.  The
             first match wins.  A pattern with a wildcard binds parameters of two or more dimensions only: a bias or
-            normalisation scale must be named in full.
-
+            normalisation scale must be named in full, or in a mapping of :class:`symopt.GroupSparse`.
         mode: ``"optimizer"`` (above), or ``"explicit"``: each constrained parameter becomes a torch parametrization
             whose factors are ordinary Parameters, for any optimizer; :func:`param_groups` puts the strength on them as
             ``weight_decay``.  Keys change (:func:`plain_state_dict` undoes that on saving, a plain ``state_dict``
@@ -111,8 +110,9 @@ def release(module: M) -> M:
         >>> symopt.constraints(symopt.release(net))
         {}
     """
-    _check_whole(_module("release", module), "release the module that holds both")
-    for binding in _bindings(module):
+    check_module("release", module)
+    check_whole(module, "release the module that holds both")
+    for binding in annotated_bindings(module):
         binding.release()
     for sub in module.modules():
         for key, hook in list(sub._forward_pre_hooks.items()):
@@ -122,158 +122,18 @@ def release(module: M) -> M:
     return module
 
 
-def constraints(module: nn.Module) -> dict[str, Constraint]:
-    """Qualified parameter name -> constraint, for everything :func:`constrain` bound under ``module``.
-
-    Raises:
-        TypeError: if ``module`` is no Module.
-
-    Example:
-        >>> import torch, symopt
-        >>> symopt.constraints(symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Sparse(0.1)}))
-        {'weight': Sparse(strength=0.1)}
-    """
-    rows = {name: binding.constraint for name, binding, _ in _annotated(_module("constraints", module))}
-    return rows | {name: how.constraint for name, _, how in _explicit(module)}
-
-
-def free(module: nn.Module) -> list[str]:
-    """Names of the parameters of ``module`` that no constraint binds."""
-    bound = {id(binding.parameter(i)) for _, binding, i in _annotated(_module("free", module))}
-    bound |= {id(factor) for _, holder, _ in _explicit(module) for factor in holder.parameters(recurse=False)}
-    return [name for name, p in module.named_parameters() if id(p) not in bound]
-
-
-def bindings(module: nn.Module) -> list[tuple[tuple[str, ...], Constraint]]:
-    """Every constraint under ``module``, with the parameters it binds in its order, as :func:`constraints` names them.
-
-    Raises:
-        ValueError: if one binds parameters outside of ``module``, too.
-    """
-    _check_whole(module, "pass the module that holds them all")
-    rows = dict[tuple[str, ...], Constraint]()
-    # A tensor that has several names has several bindings: it gets the last name, and one row.
-    names = {id(binding.parameter(i)): name for name, binding, i in _annotated(module)}
-    for binding in _bindings(module):
-        rows[tuple(names[id(p)] for p in binding.bound().parameters)] = binding.constraint
-    factorised = list(_explicit(module))
-    explicitly = {id(holder): name for name, holder, _ in factorised}
-    for _, holder, how in factorised:
-        holders = [holder] if how.shared is None else how.shared.holders
-        rows[tuple(explicitly[id(h)] for h in holders)] = how.constraint
-    return list(rows.items())
-
-
-def param_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Param groups of a constrained module: one per distinct constraint, and one for the rest, which comes last.
-
-    For symopt's optimizers each group of constrained parameters has its own ``"strength"`` (None means the
-    constraint's own), which a scheduler may change.  In explicit mode the groups are for any optimizer: factors get
-    ``weight_decay = strength`` (the coupled default if None; 0 for a factor that lies on a plane), the rest keeps the
-    optimizer's own and has no ``"strength"``.
-
-    Raises:
-        TypeError: if ``module`` is no Module.
-
-    Example:
-        >>> import torch, symopt
-        >>> net = symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Sparse(strength=0.3)})
-        >>> [(len(g["params"]), g["strength"]) for g in symopt.param_groups(net)]
-        [(1, 0.3), (1, None)]
-        >>> net = symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Sparse(strength=0.3)}, mode="explicit")
-        >>> [(len(g["params"]), g.get("weight_decay")) for g in symopt.param_groups(net)]
-        [(2, 0.3), (1, None)]
-    """
-    of = {id(binding.parameter(i)): binding.constraint for _, binding, i in _annotated(_module("param_groups", module))}
-    factors = {
-        id(p): (how.constraint, i)
-        for _, holder, how in _explicit(module)
-        for i, p in zip(how.indices(), holder.parameters(recurse=False), strict=False)
-    }
-    by_constraint: dict[tuple[Constraint | None, bool], list[tuple[str, nn.Parameter]]] = {}
-    still: list[tuple[str, nn.Parameter]] = []
-    for name, p in module.named_parameters():
-        if id(p) in factors and factors[id(p)][1] < factors[id(p)][0].free_factors:
-            still.append((name, p))
-            continue
-        key = (factors[id(p)][0], True) if id(p) in factors else (of.get(id(p)), False)
-        by_constraint.setdefault(key, []).append((name, p))
-    rest = by_constraint.pop((None, False), [])
-    groups: list[dict[str, Any]] = []
-    for (constraint, explicitly), named in by_constraint.items():
-        assert constraint is not None
-        own = constraint.strength
-        if explicitly and own is None:
-            own = constraint.default_strength(decoupled=False)
-        groups.append({"params": named, "strength": own} | ({"weight_decay": own} if explicitly else {}))
-    if still:
-        groups.append({"params": still, "weight_decay": 0.0})
-    if rest:
-        groups.append({"params": rest} if factors else {"params": rest, "strength": None})
-    return groups
-
-
-# ------------------------------------------------------------------------------------------------------------ binding
-
-
-def _module(function: str, module: M) -> M:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{function}: expected a torch.nn.Module, got {type(module).__name__}")
-    return module
-
-
-def _annotated(module: nn.Module) -> Iterator[tuple[str, Binding, int]]:
-    """Qualified name of every parameter constrained in optimizer mode, its binding, its place in that."""
-    for prefix, sub in module.named_modules():
-        for name, binding, i in annotated(sub):
-            yield f"{prefix}.{name}" if prefix else name, binding, i
-
-
-def _bindings(module: nn.Module) -> list[Binding]:
-    """Every binding that a parameter of ``module`` is in, once."""
-    return list({id(binding): binding for _, binding, _ in _annotated(module)}.values())
-
-
-def _check_whole(module: nn.Module, advice: str) -> None:
-    """Raise if a constraint inside of ``module`` binds parameters outside of it, too."""
-    inside = set(map(id, module.modules()))
-    for binding in _bindings(module):
-        within = [id(owner) in inside for owner in binding.owners]
-        if not all(within):
-            name, other = binding.names[within.index(True)], binding.names[within.index(False)]
-            raise ValueError(f"{name} shares a constraint with {other}, which is outside of this module; {advice}")
-    for name, _, how in _explicit(module):
-        if how.shared is not None and any(id(holder) not in inside for holder in how.shared.holders):
-            raise ValueError(f"{name} shares an explicit constraint with weights outside of this module; {advice}")
-
-
-def _explicit(module: nn.Module) -> Iterator[tuple[str, nn.Module, Explicit]]:
-    """Qualified name, the module that holds the factors, parametrization."""
-    for prefix, sub in module.named_modules():
-        for name, holder, how in explicit(sub):
-            yield f"{prefix}.{name}" if prefix else name, holder, how
-
-
 def _apply(module: nn.Module, rows: Rows, bind: Bind) -> None:
     if found := match(module, rows):
         bind(module, found)
 
 
-def _decorate(rows: Rows, bind: Bind, target: Any) -> Any:
+def _decorate(rows: Rows, bind: Bind, target: object) -> object:
     if isinstance(target, type) and issubclass(target, nn.Module):
-        original = target.__init__
-
-        @functools.wraps(original)
-        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-            original(self, *args, **kwargs)
-            _apply(self, rows, bind)
-
-        target.__init__ = __init__  # type: ignore[method-assign]
-        return target
-    if inspect.isroutine(target):
+        return _decorate_class(rows, bind, target)
+    if inspect.isroutine(target) and callable(target):
 
         @functools.wraps(target)
-        def factory(*args: Any, **kwargs: Any) -> Any:
+        def factory(*args: object, **kwargs: object) -> nn.Module:
             module = target(*args, **kwargs)
             if not isinstance(module, nn.Module):
                 raise TypeError(f"constrain: {target.__name__} must return a Module, got {type(module).__name__}")
@@ -287,13 +147,25 @@ def _decorate(rows: Rows, bind: Bind, target: Any) -> Any:
     )
 
 
-def _annotate(module: nn.Module, found: list[Binding]) -> None:
+def _decorate_class(rows: Rows, bind: Bind, cls: type[nn.Module]) -> type[nn.Module]:
+    original: Callable[..., None] = getattr(cls, "__init__")  # noqa: B009
+
+    @functools.wraps(original)
+    def __init__(self: nn.Module, *args: object, **kwargs: object) -> None:
+        original(self, *args, **kwargs)
+        _apply(self, rows, bind)
+
+    setattr(cls, "__init__", __init__)  # noqa: B010
+    return cls
+
+
+def _annotate(module: nn.Module, found: list[Annotation]) -> None:
     for binding in found:
         binding.annotate()
     watch(module)
 
 
-def _factorise(init: str | float, module: nn.Module, found: list[Binding]) -> None:
+def _factorise(init: str | float, module: nn.Module, found: list[Annotation]) -> None:
     names: dict[int, str] = {}
     for binding in found:
         constraint, full = binding.constraint, binding.names[0]

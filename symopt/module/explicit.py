@@ -8,8 +8,7 @@ package need neither.  It is also the oracle they are tested against.
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol, final
 
 import torch
@@ -18,21 +17,22 @@ from torch.nn.utils import parametrize
 
 from symopt.backends import fused_product
 from symopt.constraints import Constraint
-from symopt.constraints.planes.plane import flat
-from symopt.module.annotation import Binding, Factored
+from symopt.module.annotation import Annotation, Factored
 from symopt.module.factors import factors_of, keeps_weight
+from symopt.module.memory import ReusedMemory
+from symopt.module.shared_factors import SharedFactors
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Explicit", "SharedFactors", "attach", "detach", "explicit", "plain_state_dict"]
+__all__ = ["Explicit", "attach", "detach", "explicit", "plain_state_dict"]
 
 
 class _Context(Protocol):
     """What autograd keeps of a call of :class:`_Compose`."""
 
     constraint: Constraint
-    pool: _Pool
+    memory: ReusedMemory
     saved_tensors: tuple[Tensor, ...]
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
@@ -44,18 +44,18 @@ class _Compose(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(constraint: Constraint, pool: _Pool, *factors: Tensor) -> Tensor:
+    def forward(constraint: Constraint, memory: ReusedMemory, *factors: Tensor) -> Tensor:
         if fused_product(constraint, factors):
             from symopt_kernels.triton import product as triton_explicit
 
             return triton_explicit.compose(factors)
-        return constraint.compose(factors, pool.like(factors[-1]))
+        return constraint.compose(factors, memory.like(factors[-1]))
 
     @staticmethod
     def setup_context(
-        ctx: _Context, inputs: tuple[Constraint, _Pool, Unpack[tuple[Tensor, ...]]], output: Tensor
+        ctx: _Context, inputs: tuple[Constraint, ReusedMemory, Unpack[tuple[Tensor, ...]]], output: Tensor
     ) -> None:
-        ctx.constraint, ctx.pool, *factors = inputs
+        ctx.constraint, ctx.memory, *factors = inputs
         ctx.save_for_backward(*factors)
 
     @staticmethod
@@ -66,101 +66,8 @@ class _Compose(torch.autograd.Function):
             from symopt_kernels.triton import product as triton_explicit
 
             return None, None, *triton_explicit.pullback(factors, grads[0])
-        out = None if double else tuple(ctx.pool.like(f) for f in factors)
+        out = None if double else tuple(ctx.memory.like(f) for f in factors)
         return None, None, *ctx.constraint.pullback(factors, grads[0], out)
-
-
-class _Pool:
-    """Memory of large CPU tensors, handed out again once nobody else holds it.
-
-    Every step composes the weight and makes gradients of the factors anew.  On the CPU each such tensor is fresh memory
-    from the system, whose page faults cost several times the arithmetic: at 4096 x 4096, 25 ms against 6 ms for
-    ``u * v`` (``python benchmarks/explicit_mode.py``).  A storage is reused only if the pool's is the one reference to
-    it, so whatever still lives (a graph, ``.grad``, a view) keeps its values.
-    """
-
-    large = 1 << 20
-
-    def __init__(self, size: int) -> None:
-        self.size, self.storages = size, list[torch.UntypedStorage]()
-
-    def like(self, x: Tensor) -> Tensor | None:
-        """Uninitialised memory of the shape of ``x``; None where torch's own allocation is as good."""
-        nbytes = x.numel() * x.element_size()
-        if nbytes < self.large or x.device.type != "cpu" or not x.is_contiguous() or not _counts_references(x):
-            return None
-        for storage in self.storages:
-            # Python's count too: the list, the loop and the call; a storage taken from a tensor is this very object.
-            free = torch._C._storage_Use_Count(storage._cdata) == 1 and sys.getrefcount(storage) <= 3
-            if free and storage.nbytes() == nbytes:
-                return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, x.stride())
-        fresh = torch.empty(x.shape, dtype=x.dtype)
-        self.storages = [*self.storages, fresh.untyped_storage()][-self.size :]
-        return fresh
-
-    def __reduce__(self) -> tuple[type[_Pool], tuple[int]]:
-        return _Pool, (self.size,)
-
-
-def _counts_references(x: Tensor) -> bool:
-    plain = type(x) in (Tensor, nn.Parameter) and not torch._C._are_functorch_transforms_active()
-    return plain and hasattr(torch._C, "_storage_Use_Count")
-
-
-@final
-class SharedFactors:
-    """The factors of a constraint over several parameters, which are those of their flat vector.
-
-    A factor with one entry per weight is stored in parts, each with the parameter it belongs to; any other (the gates
-    of units that span several parameters) is stored with the first parameter.  So every parameter needs the factors of
-    all, and this knows where they are.
-    """
-
-    def __init__(self, constraint: Constraint, weights: Sequence[Tensor], init: str | float) -> None:
-        self.constraint, self.init = constraint, init
-        self.shapes = [w.shape for w in weights]
-        self.holders: list[nn.Module] = []
-        """In the constraint's order, what holds the factors stored with each parameter."""
-        factors = factors_of(constraint, flat(weights), init)
-        self.in_parts = [factor.shape == (sum(w.numel() for w in weights),) for factor in factors]
-        self.initial: list[tuple[Tensor, ...]] = self.stored(factors)
-        """Of each parameter that has no holder yet, its factors."""
-
-    def indices(self, i: int) -> list[int]:
-        """Which factors are stored with parameter i, whole or in part."""
-        return [k for k, in_parts in enumerate(self.in_parts) if in_parts or i == 0]
-
-    def stored(self, factors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        """What is stored with each parameter, of the factors of all."""
-        split = [self.split(f) if in_parts else () for f, in_parts in zip(factors, self.in_parts, strict=True)]
-        return [
-            tuple(split[k][i] if self.in_parts[k] else factors[k] for k in self.indices(i))
-            for i in range(len(self.shapes))
-        ]
-
-    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """The flat vector of all, as one tensor per parameter."""
-        pieces = whole.flatten().split([shape.numel() for shape in self.shapes])
-        return tuple(piece.reshape(shape) for piece, shape in zip(pieces, self.shapes, strict=True))
-
-    def factors(self) -> tuple[Tensor, ...]:
-        """Those of the flat vector of all weights."""
-        stored = [
-            dict(zip(self.indices(i), h.parameters(recurse=False), strict=True)) for i, h in enumerate(self.holders)
-        ]
-        return tuple(
-            flat([mine[k] for mine in stored]) if in_parts else stored[0][k] for k, in_parts in enumerate(self.in_parts)
-        )
-
-    def assign(self, i: int, weight: Tensor) -> tuple[Tensor, ...]:
-        """Give parameter i this weight while the others keep theirs, by new factors; returns those stored with i."""
-        weights = list(self.split(self.constraint.compose(self.factors())))
-        weights[i] = weight
-        stored = self.stored(factors_of(self.constraint, flat(weights), self.init))
-        for holder, values in zip(self.holders, stored, strict=True):
-            for factor, value in zip(holder.parameters(recurse=False), values, strict=True):
-                factor.copy_(value)
-        return stored[i]
 
 
 @final
@@ -182,7 +89,7 @@ class Explicit(nn.Module):
     ) -> None:
         super().__init__()
         self.constraint, self.init, self.shared, self.place = constraint, init, shared, place
-        self._pool = _Pool(constraint.depth + 1)
+        self._memory = ReusedMemory(constraint.depth + 1)
 
     def forward(self, *factors: Tensor) -> Tensor:
         """Factors -> effective weight."""
@@ -192,7 +99,7 @@ class Explicit(nn.Module):
         if torch.compiler.is_compiling():  # the compiler fuses it, and breaks the graph at a Function
             weight = self.constraint.compose(factors)
         else:
-            weight = _Compose.apply(self.constraint, self._pool, *factors)  # type: ignore[no-untyped-call]
+            weight = _Compose.apply(self.constraint, self._memory, *factors)  # type: ignore[no-untyped-call]
         return weight if self.shared is None else self.shared.split(weight)[self.place]
 
     @torch.no_grad()
@@ -204,7 +111,7 @@ class Explicit(nn.Module):
         elif len(self.shared.holders) < len(self.shared.shapes):  # while parametrizations are registered
             found = self.shared.initial[self.place]
         else:
-            found = self.shared.assign(self.place, weight)
+            found = self.shared.assign(self.place, weight, self.init)
         return tuple(f.clone() for f in found)
 
     def indices(self) -> Iterable[int]:
@@ -219,9 +126,9 @@ class Explicit(nn.Module):
 # ------------------------------------------------------------------------------------- attaching to a module, and back
 
 
-def attach(binding: Binding, init: str | float) -> None:
+def attach(binding: Annotation, init: str | float) -> None:
     """Register a parametrization on every parameter; a plain ``state_dict`` can still be loaded."""
-    weights = [w.detach() for w in binding.bound().parameters]
+    weights = [w.detach() for w in binding.binding().parameters]
     shared = SharedFactors(binding.constraint, weights, init) if len(weights) > 1 else None
     for i, (module, name) in enumerate(zip(binding.owners, binding.attributes, strict=True)):
         # Unsafe: no check of the result by torch, because it needs the factors of the parameters that come later.
@@ -284,11 +191,12 @@ class _LoadPlain:
             return
         ((holder, how),) = [(holder, p) for name, holder, p in explicit(module) if name == self.name]
         plain = plain.to(next(holder.parameters()).dtype)  # split in the precision the factors have
+        init = how.init if keeps_weight(how.init) else "imbalanced"
         found: tuple[Tensor, ...]
         if how.shared is None:
-            found = factors_of(how.constraint, plain, how.init if keeps_weight(how.init) else "imbalanced")
+            found = factors_of(how.constraint, plain, init)
         elif plain.shape == how.shared.shapes[how.place]:
-            how.right_inverse(plain)
+            how.shared.assign(how.place, plain, init)
             # The Parameters themselves: the hooks of the other parameters still write to them.
             found = tuple(p.detach() for p in holder.parameters())
         else:

@@ -43,21 +43,22 @@ def factors_of(constraint: Constraint, weight: Tensor, init: str | float) -> tup
             "use 'imbalanced', 'balanced' or a number"
         )
     balanced = constraint.split(weight)
-    gates = balanced[:-1]
+    base, gates = balanced[: constraint.free_factors], balanced[constraint.free_factors : -1]
     if init == "gates":
         ones = tuple(torch.ones_like(g) for g in gates)
         # A constraint may fix a coefficient per weight: what its factors compose to where all of them are 1.
-        return (*ones, weight / constraint.compose((*ones, torch.ones_like(weight))))
+        coefficient = constraint.compose((*(torch.zeros_like(b) for b in base), *ones, torch.ones_like(weight)))
+        return (*base, *ones, torch.where(coefficient == 0, 0.0, weight / coefficient))
     size = weight.square().mean().sqrt()
     if not bool(size > 0):
         raise ValueError(f"constrain: init={init!r} draws factors of the weight's size, which is 0; use 'gates'")
     if init == "independent":
         # Every factor has the law of the weight itself, as if each were a freshly initialised layer.
-        return (*(torch.randn_like(g) * size for g in gates), weight.clone())
+        return (*base, *(torch.randn_like(g) * size for g in gates), weight.clone())
     # "matched": the product has the weight's variance; truncation keeps both tails of the product in check.
-    depth = len(balanced)
+    depth = len(gates) + 1
     root = size ** (1 / depth)
-    return tuple(_truncated(f, root) for f in balanced)
+    return (*base, *(_truncated(f, root) for f in (*gates, balanced[-1])))
 
 
 def _truncated(like: Tensor, std: Tensor) -> Tensor:

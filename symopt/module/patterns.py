@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import final
 
 import torch
 from torch import nn
 
 from symopt.constraints import Composed, Constraint, GroupSparse
-from symopt.module.annotation import Binding
+from symopt.module.annotation import Annotation
 from symopt.optim import registry
+from symopt.optim.binding import Binding
 
 __all__ = ["Patterns", "Rows", "checked", "match"]
 
@@ -21,7 +22,7 @@ Named = tuple[str, nn.Module, str, nn.Parameter]
 """A parameter: qualified name, the module that owns it, its name there, itself."""
 
 
-def checked(patterns: Any) -> Rows:
+def checked(patterns: object) -> Rows:
     """The mapping that ``constrain`` was given, as rows."""
     if not isinstance(patterns, Mapping):
         raise TypeError(f"constrain: patterns must be a mapping, got {type(patterns).__name__}")
@@ -41,7 +42,7 @@ def checked(patterns: Any) -> Rows:
     return rows
 
 
-def match(module: nn.Module, rows: Rows) -> list[Binding]:
+def match(module: nn.Module, rows: Rows) -> list[Annotation]:
     """What ``rows`` bind in ``module``; everything is checked first, so that an error leaves the module as it was."""
     parameters = [
         (f"{prefix}.{name}" if prefix else name, sub, name, p)
@@ -49,17 +50,18 @@ def match(module: nn.Module, rows: Rows) -> list[Binding]:
         for name, p in sub.named_parameters(recurse=False)
     ]
     chosen: dict[int, tuple[str, Constraint | None]] = {}
-    found: list[Binding] = []
+    found: list[Annotation] = []
     shared: dict[int, list[tuple[int, Named]]] = {}
-    # Looked up once: both walk every constraint there is.
-    factors, known = registry.factors(), registry.bound()
-    hits = [dict.fromkeys(keys, 0) for keys, _ in rows]
+    # Looked up once, because both go through every constraint.
+    factors, known = registry.factors(), registry.bindings()
+    keys = [_Keys(*row) for row in rows]
+    hits = [dict.fromkeys(row, 0) for row, _ in rows]
     for full, sub, name, p in parameters:
-        row, key = _first_match(full, p, rows)
-        if key is None:
+        row, place = next(((i, k) for i, row in enumerate(keys) if (k := row.first(full, p)) is not None), (-1, -1))
+        if row < 0:
             continue
-        hits[row][key] += 1
-        constraint = rows[row][1]
+        row_keys, constraint = rows[row]
+        hits[row][row_keys[place]] += 1
         if id(p) in chosen and (chosen[id(p)][1] != constraint or (constraint is not None and constraint.binds_many)):
             other, before = chosen[id(p)]  # one tensor under two names
             if constraint is not None and constraint == before:
@@ -73,9 +75,9 @@ def match(module: nn.Module, rows: Rows) -> list[Binding]:
             _check_free(full, p, factors, known)
             _check(full, sub, p, constraint)
             if constraint.binds_many:
-                shared.setdefault(row, []).append((rows[row][0].index(key), (full, sub, name, p)))
+                shared.setdefault(row, []).append((place, (full, sub, name, p)))
             else:
-                found.append(Binding(constraint.bind(full, p), (full,), (sub,), (name,)))
+                found.append(Annotation(constraint.bind(full, p), (full,), (sub,), (name,)))
     for (_, value), counts in zip(rows, hits, strict=True):
         for key, n in counts.items():
             if n == 0:
@@ -87,7 +89,7 @@ def match(module: nn.Module, rows: Rows) -> list[Binding]:
     return found
 
 
-def _bind_all(constraint: Constraint, parameters: list[Named]) -> Binding:
+def _bind_all(constraint: Constraint, parameters: list[Named]) -> Annotation:
     """One constraint on several parameters, in the order of the key."""
     names, owners, attributes, weights = zip(*parameters, strict=True)
     first: nn.Parameter = weights[0]
@@ -97,7 +99,7 @@ def _bind_all(constraint: Constraint, parameters: list[Named]) -> Binding:
                 f"constrain: {full} is {w.dtype} on {w.device}, {names[0]} {first.dtype} on {first.device}; "
                 "a joint constraint needs one of each"
             )
-    return Binding(constraint.bind_all(names, tuple(w.detach() for w in weights)), names, owners, attributes)
+    return Annotation(constraint.bind_all(names, tuple(w.detach() for w in weights)), names, owners, attributes)
 
 
 def _matrix(p: nn.Parameter) -> bool:
@@ -108,24 +110,44 @@ def _wild(key: str) -> bool:
     return any(c in key for c in "*?[")
 
 
-def _first_match(name: str, p: nn.Parameter, rows: Rows) -> tuple[int, str | None]:
-    for i, (keys, value) in enumerate(rows):
-        for key in keys:
-            selected = None if value is None else value.selects(name)
-            if selected is False:
-                continue
-            if name == key or (_wild(key) and fnmatchcase(name, key) and (value is None or selected or _matrix(p))):
-                return i, key
-    return -1, None
+@final
+class _Keys:
+    """The keys of one row, so that exact names are found at once."""
+
+    def __init__(self, keys: tuple[str, ...], constraint: Constraint | None) -> None:
+        self.keys, self.constraint = keys, constraint
+        self.place = {key: i for i, key in reversed(list(enumerate(keys)))}
+        self.wild = [(i, key) for i, key in enumerate(keys) if _wild(key)]
+
+    def first(self, name: str, p: nn.Parameter) -> int | None:
+        """The place of the first key that binds a parameter."""
+        exact = self.place.get(name, len(self.keys))
+        for i, key in self.wild:
+            if i < exact and fnmatchcase(name, key) and _selects(self.constraint, name, p, wild=True):
+                return i
+        found = exact < len(self.keys) and _selects(self.constraint, name, p, wild=False)
+        return exact if found else None
+
+
+def _fits(name: str, key: str) -> bool:
+    return name == key or (_wild(key) and fnmatchcase(name, key))
+
+
+def _selects(constraint: Constraint | None, name: str, p: nn.Parameter, *, wild: bool) -> bool:
+    """Whether a key that fits ``name`` binds ``p``; ``wild`` if it only fits as a pattern."""
+    selected = None if constraint is None else constraint.selects(name)
+    return selected if selected is not None else constraint is None or not wild or _matrix(p)
 
 
 def _nothing(key: str, value: Constraint | None, parameters: list[Named]) -> str:
-    matched = [full for full, _, _, p in parameters if full == key or (_wild(key) and fnmatchcase(full, key))]
-    small = [full for full, _, _, p in parameters if full in matched and not _matrix(p)]
+    matched = [full for full, *_ in parameters if _fits(full, key)]
+    small = [full for full, _, _, p in parameters if _fits(full, key) and not _matrix(p)]
     if not matched:
         names = ", ".join(full for full, *_ in parameters[:8]) + (", ..." if len(parameters) > 8 else "")
         return f"constrain: pattern {key!r} matches no parameter; there are: {names or 'none'}"
-    if value is not None and len(small) == len(matched):
+    if value is not None and not any(value.selects(full) is not False for full in matched):
+        return f"constrain: pattern {key!r} matches {', '.join(matched[:4])}, but {value} selects none of them"
+    if value is not None and len(small) == len(matched) and value.selects(matched[0]) is None:
         return (
             f"constrain: pattern {key!r} matches only parameters of fewer than two dimensions "
             f"({', '.join(small[:4])}); a wildcard does not bind those, name them in full"
@@ -134,7 +156,7 @@ def _nothing(key: str, value: Constraint | None, parameters: list[Named]) -> str
     return f"constrain: pattern {key!r} binds nothing: earlier patterns already bind {before}; put it first"
 
 
-def _check_free(full: str, p: nn.Parameter, factors: set[int], known: dict[int, registry.Bound]) -> None:
+def _check_free(full: str, p: nn.Parameter, factors: set[int], known: dict[int, Binding]) -> None:
     if id(p) in factors:
         raise ValueError(
             f"constrain: {full} is a factor of an explicit constraint already; call symopt.release(module) first"

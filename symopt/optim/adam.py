@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch.optim.adam import adam as torch_adam
 
 from symopt.constraints import Constraint
 from symopt.optim.base import ConstrainedOptimizer
-from symopt.optim.direction import Direction, Moment, Moments, Options, State
+from symopt.optim.direction import Direction, Moment, Moments, Options, ParamGroup, State
+from symopt.optim.options import Params
 from symopt_kernels.reference import directions
 
 __all__ = ["Adam", "AdamW"]
@@ -19,7 +20,7 @@ __all__ = ["Adam", "AdamW"]
 
 @final
 class AdamDirection(Direction):
-    """``torch.optim.Adam``'s, on the gradient of the effective weight; AdamW's is the same with a decoupled strength."""
+    """``torch.optim.Adam``'s, on the gradient of the effective weight; AdamW's has a decoupled strength."""
 
     table = (
         Moment("exp_avg", "first"),
@@ -43,12 +44,13 @@ class AdamDirection(Direction):
         beta1, beta2 = (float(beta) for beta in options["betas"])
         return {"beta1": beta1, "beta2": beta2, "eps": options["eps"]}
 
-    def check(self, name: str, options: Options, constraint: Constraint) -> None:
-        if options["capturable"] and constraint.is_matrix:
-            raise ValueError(
-                f"{name}: {type(constraint).__name__} drops columns while it trains, and a captured graph has fixed "
-                "shapes; use capturable=False, or leave it out of symopt.constrain"
-            )
+    def why_not(self, options: Options, constraint: Constraint) -> str | None:
+        if not options["capturable"] or not constraint.is_matrix:
+            return None
+        return (
+            f"{type(constraint).__name__} drops columns while it trains, and a captured graph has fixed shapes; use "
+            "capturable=False, or leave it out of symopt.constrain"
+        )
 
     def lead(self, options: Options, state: State, grad: Tensor) -> tuple[Tensor, Moments]:
         step = state["step"] if options["capturable"] else state["step"].item()
@@ -77,39 +79,31 @@ class AdamDirection(Direction):
         return found
 
 
-class _AdamBase(ConstrainedOptimizer):
-    """Abstract: everything but the torch class behind it."""
-
-    direction = AdamDirection()
-
-    def _graph_check(self) -> None:
-        """torch's own error if a CUDA graph is captured without ``capturable``; the method's name depends on torch."""
-        name = "_accelerator_graph_capture_health_check"
-        getattr(self, name if hasattr(self, name) else "_cuda_graph_capture_health_check")()
-
-    def _step_plain(self, group: dict[str, Any]) -> None:
-        self._graph_check()
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        exp_avgs: list[Tensor] = []
-        exp_avg_sqs: list[Tensor] = []
-        max_exp_avg_sqs: list[Tensor] = []
-        steps: list[Tensor] = []
-        has_complex = self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
-        torch_adam(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            steps,
-            has_complex=has_complex,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
-            **{key: group[key] for key in _PASSED},
-        )
+def _step_plain(optimizer: Adam | AdamW, group: ParamGroup) -> None:
+    """Torch's functions on the unconstrained parameters, and its own error if a graph is captured by mistake."""
+    check = "_accelerator_graph_capture_health_check"  # the method's name depends on torch
+    getattr(optimizer, check if hasattr(optimizer, check) else "_cuda_graph_capture_health_check")()
+    params: list[Tensor] = []
+    grads: list[Tensor] = []
+    exp_avgs: list[Tensor] = []
+    exp_avg_sqs: list[Tensor] = []
+    max_exp_avg_sqs: list[Tensor] = []
+    steps: list[Tensor] = []
+    has_complex = optimizer._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+    torch_adam(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        steps,
+        has_complex=has_complex,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        grad_scale=getattr(optimizer, "grad_scale", None),
+        found_inf=getattr(optimizer, "found_inf", None),
+        **{key: group[key] for key in _PASSED},
+    )
 
 
 _PASSED = (
@@ -127,7 +121,7 @@ _PASSED = (
 
 
 @final
-class Adam(_AdamBase, torch.optim.Adam):
+class Adam(ConstrainedOptimizer, torch.optim.Adam):
     """``torch.optim.Adam`` (same arguments, defaults and state keys) that imposes its parameters' constraints.
 
     The strength goes through the same preconditioner as the gradient: with ``p = 1 / (sqrt(v_hat) + eps)`` a
@@ -158,9 +152,11 @@ class Adam(_AdamBase, torch.optim.Adam):
         ['exp_avg', 'exp_avg_sq', 'imbalance', 'metric_scale', 'step']
     """
 
+    direction = AdamDirection()
+
     def __init__(
         self,
-        params: Any,
+        params: Params,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -197,9 +193,12 @@ class Adam(_AdamBase, torch.optim.Adam):
             backend=backend,
         )
 
+    def _step_plain(self, group: ParamGroup) -> None:
+        _step_plain(self, group)
+
 
 @final
-class AdamW(_AdamBase, torch.optim.AdamW):
+class AdamW(ConstrainedOptimizer, torch.optim.AdamW):
     """``torch.optim.AdamW`` (same arguments, defaults and state keys) that imposes its parameters' constraints.
 
     A constrained weight takes ``delta = lr t m_hat / (sqrt(v_hat) + eps)`` and ``rho = 1 - lr t strength``: the
@@ -231,9 +230,11 @@ class AdamW(_AdamBase, torch.optim.AdamW):
         torch.Size([2])
     """
 
+    direction = AdamDirection()
+
     def __init__(
         self,
-        params: Any,
+        params: Params,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -267,3 +268,6 @@ class AdamW(_AdamBase, torch.optim.AdamW):
             imbalance=imbalance,
             backend=backend,
         )
+
+    def _step_plain(self, group: ParamGroup) -> None:
+        _step_plain(self, group)

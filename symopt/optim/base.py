@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from symopt.constraints import Constraint
-from symopt.optim import checkpoint, compiled, dispatch, membership, registry
+from symopt.optim import checkpoint, compiled, dispatch, registry
 from symopt.optim.binding import Binding
-from symopt.optim.direction import Direction
-from symopt.optim.options import DEFAULTS, check_group
-from symopt_kernels.triton.table import INTERPRETED
+from symopt.optim.direction import Direction, Options, ParamGroup, State
+from symopt.optim.membership import Membership
+from symopt.optim.options import DEFAULTS, Params, check_group, parameters_of
 
 __all__ = ["ConstrainedOptimizer"]
 
@@ -48,7 +48,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
 
     def __init__(
         self,
-        params: Any,
+        params: Params,
         *args: Any,
         strength: float | Tensor | None = None,
         time_scale: str = "saturated",
@@ -56,94 +56,70 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         backend: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self._membership = membership.Membership(type(self).__name__, self.direction)
+        self.membership = Membership(type(self).__name__, self.direction)
         self._slots: dispatch.Slots = {}
         self._loading: checkpoint.Loading | None = None
-        given = {"strength": strength, "time_scale": time_scale, "imbalance": imbalance, "backend": backend}
-        given = {**DEFAULTS, **given}
+        given = DEFAULTS | {"strength": strength, "time_scale": time_scale, "imbalance": imbalance, "backend": backend}
         check_group(given, type(self).__name__)
-        super().__init__(params.named_parameters() if hasattr(params, "named_parameters") else params, *args, **kwargs)
+        super().__init__(parameters_of(params), *args, **kwargs)
         self.defaults.update(given)
         for group in self.param_groups:
             for key, value in given.items():
                 group.setdefault(key, value)
-        self._bind()
+        self.membership.look_up(self.param_groups)
         self.number = compiled.register(self)
         registry.register_owner(self)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
             check_group(param_group, type(self).__name__)
         super().add_param_group(param_group)
-        if self._membership.complete:  # not while torch's constructor adds the first groups
+        if self.membership.complete:  # not while torch's constructor adds the first groups
             try:
-                self._bind()
+                self.membership.look_up(self.param_groups)
             except ValueError:
                 self.param_groups.pop()
                 raise
 
-    # -- what is constrained -----------------------------------------------------------------------------------------
-
-    def _bind(self) -> None:
-        """Look every parameter's constraint up again."""
-        self._membership.look_up(self.param_groups)
-        self._slots.clear()
-        self.params = list(self._membership.bindings)
-
-    def bindings(self) -> Iterator[tuple[dict[str, Any], Binding]]:
+    def bindings(self) -> Iterator[tuple[ParamGroup, Binding]]:
         """Param group and binding of everything that is constrained."""
         for group in self.param_groups:
-            for binding in self._members(group).bindings:
+            for binding in self.membership.of(group, self.param_groups).bindings:
                 yield group, binding
 
-    def constrained(self) -> Iterator[tuple[dict[str, Any], Tensor, str, Constraint]]:
+    def binding(self, p: Tensor) -> Binding:
+        """What binds ``p``; without a constraint if nothing does."""
+        return self.membership.binding(p, self.param_groups)
+
+    def constrained(self) -> Iterator[tuple[ParamGroup, Tensor, str, Constraint]]:
         """Group, parameter, name and constraint of every constrained parameter."""
         for group, binding in self.bindings():
             for p, name in zip(binding.parameters, binding.names, strict=True):
                 assert binding.constraint is not None
                 yield group, p, name, binding.constraint
 
-    def _members(self, group: dict[str, Any]) -> membership.Members:
-        found = self._membership.of(group)
-        if found is None:
-            self._bind()
-            found = self._membership.of(group)
-            assert found is not None
-        return found
-
-    def binding(self, p: Tensor) -> Binding:
-        """What binds ``p``; without a constraint if nothing does."""
-        if not self._membership.current or p not in self._membership.bindings:
-            self._bind()
-        return self._membership.bindings[p]
-
-    @property
-    def has_constraints(self) -> bool:
-        """Whether any parameter is constrained."""
-        return any(binding.constraint is not None for binding in self._membership.bindings.values())
-
     def owns(self, param: Tensor) -> bool:
         """Whether ``param`` is in one of the groups."""
-        return any(param is p for group in self.param_groups for p in group["params"])
+        return param in self.membership.bindings
 
     def forget(self, param: Tensor) -> None:
         """Treat ``param`` as unconstrained from now on (:func:`symopt.release` calls this); moments stay."""
-        binding = self._membership.bindings.get(param)
+        binding = self.membership.bindings.get(param)
         if binding is not None and binding.constraint is not None:
             if param in self.state:
                 checkpoint.release(binding, self.direction, self.state[param], param)
-            self._membership.forget(param)
-            self._slots.clear()
-
-    # -- the step --------------------------------------------------------------------------------------------------
+            self.membership.forget(param)
 
     @abstractmethod
-    def _step_plain(self, group: dict[str, Any]) -> None:
+    def _step_plain(self, group: ParamGroup) -> None:
         """Step the unconstrained parameters of ``group`` with torch's own functions."""
 
-    def _init_group(self, group: dict[str, Any], *lists: Any, **kwargs: Any) -> Any:
-        plain = [p for binding in self._members(group).unconstrained for p in binding.parameters]
-        return super()._init_group({**group, "params": plain}, *lists, **kwargs)  # type: ignore[misc]
+    def unconstrained(self, group: Options) -> list[Tensor]:
+        """The parameters of a param group that torch's own functions step."""
+        return [p for binding in self.membership.of(group, self.param_groups).unconstrained for p in binding.parameters]
+
+    def _init_group(self, group: State, *lists: Any, **kwargs: Any) -> Any:
+        return super()._init_group({**group, "params": self.unconstrained(group)}, *lists, **kwargs)  # type: ignore[misc]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step, as ``torch.optim.Optimizer.step``; ``torch.compile`` sees it as one operator."""
@@ -161,12 +137,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
 
     def take_step(self) -> None:
         """The step itself, in the caller's grad mode."""
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.device.type == "cpu" and not INTERPRETED and bool(found_inf):
-            return  # GradScaler's gradients overflowed: nothing moves, the step count neither
-        for group in self.param_groups:
-            members = self._members(group)
-            dispatch.step_group(members, self.direction, group, self.state, self._slots, self._step_plain, scale, found_inf)
+        amp = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        dispatch.step_groups(self.param_groups, self.membership, self.state, self._slots, self._step_plain, *amp)
 
     def backends(self) -> Iterator[tuple[str, str, dict[str, str | None]]]:
         """Name, backend and, per backend, why not that one, of every parameter (:func:`symopt.explain` prints it)."""
@@ -186,14 +158,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
             for p, name in zip(binding.parameters, binding.names, strict=True)
         }
 
-    # -- checkpoints -------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> ParamGroup:
         """As torch's; second moments shared by a unit are written out per weight, so torch.optim can load them."""
         with checkpoint.writing_out(self, self.binding, self.direction):
             return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: ParamGroup) -> None:
         """As torch's, and loads torch.optim checkpoints; float state keeps the precision it was saved in.
 
         Second moments saved per weight are averaged over each unit that shares one; group options that torch knows
@@ -207,11 +177,11 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
             super().load_state_dict(state_dict)
         self._loading = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        self._bind()
-        return dict(super().__getstate__(), _bindings=dict(self._membership.bindings))
+    def __getstate__(self) -> ParamGroup:
+        self.membership.look_up(self.param_groups)
+        return dict(super().__getstate__(), _bindings=dict(self.membership.bindings))
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: ParamGroup) -> None:
         bindings = state.pop("_bindings", None)
         # torch takes state that is not empty for that of a parameter that has stepped; a budget's is there before.
         stepped = {p: s for p, s in state["state"].items() if not isinstance(s, dict) or "step" in s}
@@ -219,13 +189,11 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         self.state = state["state"]
         if bindings is not None:  # unpickled or deep-copied
             self._loading, self._slots = None, {}
-            self._membership = membership.Membership(type(self).__name__, self.direction, bindings)
-            self.params = [p for group in self.param_groups for p in group["params"]]
+            self.membership = Membership(type(self).__name__, self.direction, bindings)
             self.number = compiled.register(self)
             registry.register_owner(self)
         if self._loading is not None:
             self._loading.restore(self.param_groups, self.state, self.binding)
-            self._slots.clear()
         for group in self.param_groups:
             for key, value in DEFAULTS.items():
                 group.setdefault(key, self.defaults.get(key, value))

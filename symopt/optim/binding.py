@@ -8,6 +8,7 @@ states of all refer to.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import final
 
@@ -28,15 +29,23 @@ __all__ = ["Binding", "shared_moment"]
 class Binding:
     """A constraint, or None where a fused backend steps an unconstrained parameter, and what it binds."""
 
-    __slots__ = ("_groups", "combine", "constraint", "names", "parameters", "several", "units")
+    __slots__ = ("_groups", "combine", "constraint", "missing", "names", "parameters", "several", "units")
 
-    def __init__(self, constraint: Constraint | None, names: tuple[str, ...], parameters: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self,
+        constraint: Constraint | None,
+        names: tuple[str, ...],
+        parameters: tuple[Tensor, ...],
+        missing: tuple[str, ...] = (),
+    ) -> None:
         self.constraint, self.names, self.parameters = constraint, names, parameters
+        self.missing = missing
+        """Names of parameters that the constraint binds but their modules no longer have."""
         self.combine: Callable[[Tensor], Tensor] | None = None
         """Adds the sums of its units over processes that each hold a part of the parameters; None: nothing to add."""
         self.several = len(parameters) > 1
         """Whether it has more than one parameter."""
-        spanning = None if constraint is None else constraint.spanning_units
+        spanning = None if constraint is None or not parameters else constraint.spanning_units
         self.units: Units | None = None if spanning is None else spanning.to(parameters[0].device)
         """Units that span several parameters; None of every other constraint."""
         self._groups: tuple[torch.Size, Groups] | None = None
@@ -47,6 +56,21 @@ class Binding:
     def name(self, p: Tensor) -> str:
         """The name of one of its parameters."""
         return self.names[self.place(p)]
+
+    @property
+    def constrained_by(self) -> Constraint:
+        """The constraint, of a binding that has one."""
+        assert self.constraint is not None
+        return self.constraint
+
+    def same(self, other: Binding) -> bool:
+        """Whether ``other`` is the same constraint on the same parameters under the same names."""
+        mine, theirs = (self.names, self.missing), (other.names, other.missing)
+        return (
+            self.constraint is other.constraint
+            and mine == theirs
+            and all(map(operator.is_, self.parameters, other.parameters))
+        )
 
     def place(self, p: Tensor) -> int:
         """The position of one of its parameters."""

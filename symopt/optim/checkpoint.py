@@ -14,7 +14,7 @@ from torch import Tensor
 
 from symopt.budgets.state import BUDGET, BudgetState
 from symopt.optim.binding import Binding
-from symopt.optim.direction import Direction, Options, State
+from symopt.optim.direction import Direction, Options, ParamGroup, State
 from symopt.optim.options import DEFAULTS, check_group
 from symopt.optim.own_step import own_step
 from symopt.optim.state import OWN_STATE
@@ -26,7 +26,7 @@ _LEAST = {"step": 0.0, "imbalance": 0.0, "critical": 0.0, "metric_scale": torch.
 BindingOf = Callable[[Tensor], Binding]
 
 
-# -- writing ------------------------------------------------------------------------------------------------------------
+# -- writing -----------------------------------------------------------------------------------------------------------
 
 
 def per_weight(binding: Binding, direction: Direction, state: State, p: Tensor) -> dict[str, Tensor]:
@@ -41,7 +41,7 @@ def per_weight(binding: Binding, direction: Direction, state: State, p: Tensor) 
 def writing_out(optimizer: torch.optim.Optimizer, binding: BindingOf, direction: Direction) -> Iterator[None]:
     """While this lasts, ``state_dict`` has every moment per weight."""
 
-    def write_out(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+    def write_out(_: torch.optim.Optimizer, packed: ParamGroup) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for index, p in enumerate(params):
             if index in packed["state"]:
@@ -71,19 +71,19 @@ def release(binding: Binding, direction: Direction, state: State, p: Tensor) -> 
         state["step"] = state["step"].clone()  # from now on every parameter counts for itself
 
 
-# -- loading ------------------------------------------------------------------------------------------------------------
+# -- loading -----------------------------------------------------------------------------------------------------------
 
 
 @final
 class Loading:
     """A ``load_state_dict`` under way."""
 
-    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
+    def __init__(self, param_groups: list[ParamGroup]) -> None:
         self._options = [{key: group[key] for key in DEFAULTS} for group in param_groups]
-        self.final: dict[str, Any] = {}
+        self.final: ParamGroup = {}
         """What the last pre-hook leaves, which is what gets loaded."""
 
-    def restore(self, param_groups: list[dict[str, Any]], states: dict[Tensor, State], binding: BindingOf) -> None:
+    def restore(self, param_groups: list[ParamGroup], states: dict[Tensor, State], binding: BindingOf) -> None:
         """Bring back what torch has lost.
 
         torch casts float state to the parameter's dtype, which costs an fp32 state of bf16 weights its last bits
@@ -113,7 +113,7 @@ def loading(
         check(optimizer, binding, direction, state_dict)
     found = Loading(optimizer.param_groups)
 
-    def keep(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+    def keep(_: torch.optim.Optimizer, loaded: ParamGroup) -> None:
         check(optimizer, binding, direction, loaded)
         found.final.update(loaded)
 
@@ -150,7 +150,7 @@ def check(optimizer: torch.optim.Optimizer, binding: BindingOf, direction: Direc
             _check_kind(f"{where} holds", type(optimizer).__name__, direction, {**group, **saved}, p, state)
 
 
-def _check_options(where: str, defaults: dict[str, Any], saved: dict[str, Any]) -> None:
+def _check_options(where: str, defaults: ParamGroup, saved: ParamGroup) -> None:
     check_group(saved, where)
     for key, default in defaults.items():
         value = saved.get(key, default)

@@ -18,13 +18,14 @@ def known_gain(
     binding: Binding, direction: Direction, options: Options, state: State, *, decoupled: bool | None = None
 ) -> Tensor | float | None:
     """What multiplies ``lr * strength`` in the step; None if it depends on a gradient and there was none yet."""
-    constraint = binding.constraint
-    assert constraint is not None
+    constraint = binding.constrained_by
     if (own := own_step(constraint)) is not None:
         return own.known_gain(binding, direction, options, state)
     decoupled = direction.decoupled(options) if decoupled is None else decoupled
     scale = binding.preconditioner(direction, options, state)
-    return direction.known_gain(options, scale, binding.size(state), decoupled=decoupled)
+    return direction.known_gain(
+        options, scale, binding.size(state), binding.parameters[0].shape, decoupled=decoupled
+    )
 
 
 def metric_scale(binding: Binding, options: Options, state: State) -> Tensor:
@@ -32,8 +33,7 @@ def metric_scale(binding: Binding, options: Options, state: State) -> Tensor:
     found = state.get("metric_scale")
     if isinstance(found, Tensor):
         return found
-    assert binding.constraint is not None
-    return binding.constraint.start(binding.weight().float(), options["imbalance"], binding.groups(state))[1]
+    return binding.constrained_by.start(binding.weight().float(), options["imbalance"], binding.groups(state))[1]
 
 
 @torch.no_grad()
@@ -51,8 +51,7 @@ def collapse_steps(
     ``strength`` is the one in force unless given.  None while the preconditioner or an automatic strength is unknown
     (before the first step), 0 if nothing lives.
     """
-    constraint = binding.constraint
-    assert constraint is not None
+    constraint = binding.constrained_by
     gain = known_gain(binding, direction, options, state, decoupled=decoupled)
     if gain is None:
         return None

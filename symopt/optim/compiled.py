@@ -33,7 +33,7 @@ def register(optimizer: Any) -> int:
 def trace(optimizer: Any) -> None:
     """What the compiler sees of ``optimizer.step()``."""
     # Not by way of param_groups: Dynamo would guard every number in them.
-    params = [p for p in optimizer.params if p.grad is not None]
+    params = [p for p in optimizer.membership.parameters if p.grad is not None]
     if params:
         torch.ops.symopt.step(optimizer.number, params, [p.grad for p in params])
 
@@ -41,7 +41,7 @@ def trace(optimizer: Any) -> None:
 def _step(number: int, weights: list[Tensor], grads: list[Tensor]) -> None:
     optimizer = _optimizers[number]
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if [id(p) for p in params] != [id(p) for p in optimizer.params if p.grad is not None]:
+    if [id(p) for p in params] != [id(p) for p in optimizer.membership.parameters if p.grad is not None]:
         raise RuntimeError("the optimizer's parameters have changed since its step was compiled; compile it again")
     before = [p.grad for p in params]
     # The compiler may have copied a weight; the optimizer's own one is what the state belongs to.

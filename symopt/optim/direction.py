@@ -17,10 +17,13 @@ from symopt.constraints import Constraint
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference.gauge import math_dtype
 
-__all__ = ["Direction", "Moment", "Moments", "Options", "State"]
+__all__ = ["Direction", "Moment", "Moments", "Options", "ParamGroup", "State"]
+
+ParamGroup = dict[str, Any]
+"""One of ``param_groups``."""
 
 Options = Mapping[str, Any]
-"""A param group."""
+"""The same, read only."""
 
 State = MutableMapping[str, Any]
 """State of one parameter."""
@@ -81,8 +84,9 @@ class Direction(ABC):
         """Its numbers, as the fused kernels take them."""
         return {}
 
-    def check(self, name: str, options: Options, constraint: Constraint) -> None:
-        """Raise if these options cannot step a parameter under ``constraint``."""
+    def why_not(self, options: Options, constraint: Constraint) -> str | None:
+        """Why these options cannot step a parameter under ``constraint``, and what to do; None if they can."""
+        return None
 
     @abstractmethod
     def lead(self, options: Options, state: State, grad: Tensor) -> tuple[Tensor, Moments]:
@@ -93,9 +97,15 @@ class Direction(ABC):
         raise TypeError(f"{type(self).__name__}: scaled_by is {self.scaled_by!r}, so it must define scale")
 
     def gain(
-        self, options: Options, scale: Tensor | float, size: Tensor | None, *, decoupled: bool
+        self,
+        options: Options,
+        scale: Tensor | float,
+        size: Tensor | None,
+        shape: torch.Size,
+        *,
+        decoupled: bool,
     ) -> Tensor | float:
-        """What multiplies ``lr * strength``.
+        """What multiplies ``lr * strength`` for the units of a parameter of this ``shape``.
 
         Decoupled: 1 for single weights and the square root of the ``size`` (weights per unit) for groups, which makes
         the strength a signal-to-noise ratio per coordinate.  Coupled: the scale itself, so that fixed points are those
@@ -116,12 +126,18 @@ class Direction(ABC):
 
     @final
     def known_gain(
-        self, options: Options, scale: Tensor | None, size: Tensor | None, *, decoupled: bool
+        self,
+        options: Options,
+        scale: Tensor | None,
+        size: Tensor | None,
+        shape: torch.Size,
+        *,
+        decoupled: bool,
     ) -> Tensor | float | None:
         """:meth:`gain` as of the last step, ``scale`` being the :meth:`preconditioner`; None if it is not known yet."""
         if scale is None and self.scaled_by is not None and not decoupled:
             return None
-        return self.gain(options, 1.0 if scale is None else scale, size, decoupled=decoupled)
+        return self.gain(options, 1.0 if scale is None else scale, size, shape, decoupled=decoupled)
 
     def strength_unit(self, p: Tensor, state: State, units: int) -> float | Tensor:
         """What a budget's strength of 1 means: 1 where updates are normalised."""
@@ -167,11 +183,15 @@ class Direction(ABC):
         lead = self.advance(options, state, grad)
         size = None if groups is None else groups.size(grad)
         if self.scaled_by is None:
-            return lead, self.gain(options, 1.0, size, decoupled=decoupled)
+            return lead, self.gain(options, 1.0, size, grad.shape, decoupled=decoupled)
         square = grad * grad if self.scaled_by == "gradient" else lead * lead
-        scale = self.rescale(options, state, square if groups is None else groups.sum(square) / size)
-        update = scale * lead if groups is None else groups.scale(scale, lead)
-        return update, self.gain(options, scale, size, decoupled=decoupled)
+        if groups is not None and size is not None:
+            scale = self.rescale(options, state, groups.sum(square) / size)
+            update = groups.scale(scale, lead)
+        else:
+            scale = self.rescale(options, state, square)
+            update = scale * lead
+        return update, self.gain(options, scale, size, grad.shape, decoupled=decoupled)
 
 
 def _keep(options: Options, state: State, moments: Moments) -> None:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from symopt.backends import BACKENDS, FUSED, check_backend, choose, why_not
 from symopt.optim.binding import Binding
-from symopt.optim.direction import Direction, Options, State
+from symopt.optim.direction import Direction, Options, ParamGroup, State
 from symopt.optim.fused import FusedStep, step_fused
-from symopt.optim.membership import Members
+from symopt.optim.membership import Members, Membership
 from symopt.optim.reference_step import step as step_reference
 from symopt.optim.slot import Slot
 from symopt.optim.state import fit_plain
 from symopt_kernels.backend import Request
+from symopt_kernels.triton.table import INTERPRETED
 
-__all__ = ["Slots", "explained", "step_group", "zeros"]
+__all__ = ["Slots", "explained", "step_groups", "zeros"]
 
 Slots = dict[Tensor, "Slot | FusedStep"]
 """First parameter of a binding -> what its last step looked up."""
@@ -41,13 +41,30 @@ def reasons(binding: Binding, direction: Direction, options: Options, state: Sta
     return {backend: why_not(backend, request) for backend in BACKENDS}
 
 
-def step_group(
-    members: Members,
-    direction: Direction,
-    options: Options,
+def step_groups(
+    param_groups: list[ParamGroup],
+    membership: Membership,
     states: Mapping[Tensor, State],
     slots: Slots,
-    step_plain: Callable[[dict[str, Any]], None],
+    step_plain: Callable[[ParamGroup], None],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """One step of all param groups; none where GradScaler has found an overflow."""
+    if found_inf is not None and found_inf.device.type == "cpu" and not INTERPRETED and bool(found_inf):
+        return  # nothing moves, and the step count neither
+    for group in param_groups:
+        members = membership.of(group, param_groups)
+        _step_group(members, membership.direction, group, states, slots, step_plain, grad_scale, found_inf)
+
+
+def _step_group(
+    members: Members,
+    direction: Direction,
+    options: ParamGroup,
+    states: Mapping[Tensor, State],
+    slots: Slots,
+    step_plain: Callable[[ParamGroup], None],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
@@ -59,8 +76,8 @@ def step_group(
     native_steps: list[FusedStep] = []
     triton_steps: list[FusedStep] = []
     # What a slot depends on, beside state.
-    key = (options["backend"], options.get("differentiable", False), options["strength"] is None)
-    key += tuple(map(options.get, direction.switches))
+    given = (options["backend"], options.get("differentiable", False), options["strength"] is None)
+    key = (*given, *map(options.get, direction.switches))
     for binding in bindings:
         if not _has_gradient(binding):
             continue

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from symopt.budgets.state import BUDGET, BudgetState
 from symopt.optim.binding import Binding
-from symopt.optim.direction import Direction, Options
+from symopt.optim.direction import Direction, Moment, Options
 from symopt.optim.slot import Slot
 from symopt_kernels.groups import Groups
 from symopt_kernels.native import binding as native
@@ -21,7 +21,7 @@ from symopt_kernels.triton import launch as triton
 
 __all__ = ["FusedStep", "step_fused"]
 
-_OTHER_STATE = ("step", "imbalance", "metric_scale", "critical", "master", "group_index", "factor_0", "factor_1", BUDGET)
+_OTHER_STATE = ("step", "imbalance", "metric_scale", "critical", "master", "group_index", "factor_0", "factor_1")
 
 _FIX = "load state that belongs to this weight"
 
@@ -45,10 +45,14 @@ class FusedStep:
                 fresh.clear()
         slot.note()
         used = []
-        keys = (*(moment.key for moment in moments), *_OTHER_STATE)
         for p, state, fresh in zip(binding.parameters, states, self._fresh, strict=True):
-            used.append({key: state[key] for key in keys if state.get(key) is not None} | fresh)
-            _check_shapes(p, used[-1], {moment.key for moment in moments if moment.per_unit}, count)
+            found = {key: state[key] for key in (*_OTHER_STATE, BUDGET) if state.get(key) is not None}
+            for moment in moments:
+                value = fresh.get(moment.key, state.get(moment.key))
+                if value is not None:
+                    found[moment.role] = value
+            used.append(found)
+            _check_shapes(p, found, {moment.role: moment for moment in moments}, count)
         _check_groups(slot)
         self.entry, self.entries = _filled(slot, used, fresh=any(self._fresh))
         self._strength: float | Tensor | None = None
@@ -101,8 +105,8 @@ def _lay_out(slot: Slot) -> None:
         for name, value in state.items():
             if not isinstance(value, Tensor) or value.shape != p.shape or value.stride() == p.stride():
                 continue
-            like = {"dtype": value.dtype, "device": p.device}
-            state[name] = torch.empty_strided(p.shape, p.stride(), **like).copy_(value)
+            laid_out = torch.empty_strided(p.shape, p.stride(), dtype=value.dtype, device=p.device)
+            state[name] = laid_out.copy_(value)
     if slot.backend == "triton" and "step" in states[0]:  # counted on the device, as torch's fused step does
         step = states[0]["step"].to(device=binding.parameters[0].device, dtype=torch.float32)
         for state in states:
@@ -145,14 +149,15 @@ def _filled(slot: Slot, used: list[dict[str, Tensor]], *, fresh: bool) -> tuple[
     if (units := binding.units) is not None:
         entry = kernel.UnitsEntry()
         kernel.fill_units(entry, parameters, used, units, fresh=fresh)
+        entry.entries[0].decoupled = slot.has_budget
         return entry, entry.entries
-    entry, pattern = kernel.Entry(), None if constraint is None or constraint.budget is None else constraint.budget.pattern
+    budget = None if constraint is None else constraint.budget
+    entry, pattern = kernel.Entry(), None if budget is None else budget.pattern
     row, depth = ("plain", 2) if constraint is None else (constraint.retraction, constraint.depth)
     if slot.backend == "native":
-        native.fill(entry, parameters[0], used[0], "sparse" if row == "nm" else row, groups, fresh=fresh)
-        if constraint is not None and constraint.budget is not None:
-            entry.decoupled = 1
-            entry.pattern_n, entry.pattern_m = pattern or (0, 0)
+        native.fill(entry, parameters[0], used[0], row, groups, fresh=fresh)
+        entry.decoupled = slot.has_budget
+        entry.pattern_n, entry.pattern_m = pattern or (0, 0)
     else:
         row = "sparse" if row in ("nm", "sparse_deep") else row
         triton.fill(entry, parameters[0], used[0], row, groups, depth=depth, pattern=pattern, fresh=fresh)
@@ -188,23 +193,24 @@ def _check_groups(slot: Slot) -> None:
             raise ValueError(f"group_index must lie in 0 ... {groups.count - 1}; {_FIX}")
 
 
-def _check_shapes(p: Tensor, used: Mapping[str, Tensor], shared: set[str], count: int | None) -> None:
+def _check_shapes(p: Tensor, used: Mapping[str, Tensor], moments: Mapping[str, Moment], count: int | None) -> None:
     """Raise unless the kernel stays inside every tensor: a checkpoint or a changed weight may bring other sizes.
 
-    ``count`` is the number of second moments where units share them, ``shared`` their keys.
+    ``count`` is the number of second moments where units share them; ``moments`` are by role, as in ``used``.
     """
     for name, value in used.items():
         if name == BUDGET:
             fits = BudgetState.fits(value) and value.dtype == torch.float64
         elif name in ("step", "imbalance", "metric_scale", "critical"):
             fits = value.numel() == 1
-        elif name in shared and count is not None:
+        elif name in moments and moments[name].per_unit and count is not None:
             fits = value.shape == (count,)
         else:
             fits = value.shape == p.shape
         if not fits:
             sizes = f"{tuple(value.shape)}, which does not fit {tuple(p.shape)}"
-            raise ValueError(f"state {name!r} has shape {sizes}; {_FIX}")
+            key = moments[name].key if name in moments else name
+            raise ValueError(f"state {key!r} has shape {sizes}; {_FIX}")
 
 
 def _gradient(p: Tensor) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 from torch import Tensor
 
 from symopt.optim import registry
 from symopt.optim.binding import Binding
-from symopt.optim.direction import Direction, Options
+from symopt.optim.direction import Direction, Options, ParamGroup
 
 __all__ = ["Members", "Membership"]
 
@@ -38,6 +38,7 @@ class Membership:
         self.owner, self.direction = owner, direction
         self.bindings: dict[Tensor, Binding] = {} if bindings is None else bindings
         """Of every parameter, also of unconstrained ones."""
+        self.parameters = list(self.bindings)
         self._groups: dict[int, Members] = {}
         self._epoch = -1
 
@@ -47,23 +48,39 @@ class Membership:
         return self._epoch >= 0
 
     @property
-    def current(self) -> bool:
-        """Whether no constraint has come or gone since."""
-        return self._epoch == registry.epoch()
+    def constrained(self) -> bool:
+        """Whether any parameter is."""
+        return any(binding.constraint is not None for binding in self.bindings.values())
 
-    def look_up(self, param_groups: Iterable[dict[str, Any]]) -> None:
+    def binding(self, p: Tensor, param_groups: list[ParamGroup]) -> Binding:
+        """That of a parameter."""
+        if self._epoch != registry.epoch() or p not in self.bindings:
+            self.look_up(param_groups)
+        return self.bindings[p]
+
+    def of(self, group: Options, param_groups: list[ParamGroup]) -> Members:
+        """Those of one of the param groups, looked up again if it was edited or a constraint has come or gone."""
+        epoch, members, params = registry.epoch(), self._groups.get(id(group)), group["params"]
+        fresh = members is not None and self._epoch == epoch and len(params) == len(members.params)
+        if members is None or not fresh or not all(map(operator.is_, params, members.params)):
+            self.look_up(param_groups)
+            members = self._groups[id(group)]
+        return members
+
+    def look_up(self, param_groups: Iterable[ParamGroup]) -> None:
         """Ask the registry again; parameters that it no longer knows keep the constraint they had.
 
         Raises:
             ValueError: if a parameter is a factor of explicit mode, cannot be stepped under its constraint, or shares
                 it with one that is in no param group or another.
         """
-        known, factors = registry.bound(), registry.factors()
+        known, factors = registry.bindings(), registry.factors()
         found: dict[Tensor, Binding] = {}
         groups: dict[int, Members] = {}
         for group in param_groups:
             names = group.get("param_names", ["a parameter"] * len(group["params"]))
             own: dict[int, Binding] = {}
+            inside = set(map(id, group["params"]))
             for p, name in zip(group["params"], names, strict=True):
                 if id(p) in factors:
                     raise ValueError(
@@ -71,51 +88,41 @@ class Membership:
                         "optimizer would constrain twice; use torch.optim with symopt.param_groups(model), or "
                         "constrain(..., mode='optimizer')"
                     )
-                binding = found.get(p) or self._binding(p, name, known.get(id(p)))
-                if binding.constraint is not None:
-                    self._check(binding, group, p, known.get(id(p)))
-                for q in binding.parameters:
-                    found[q] = binding
+                if (binding := found.get(p)) is None:
+                    binding = self._binding(p, name, known.get(id(p)))
+                    if binding.constraint is not None:
+                        self._check(binding, group, p, inside)
+                    found.update(dict.fromkeys(binding.parameters, binding))
                 own[id(binding)] = binding
             bound = tuple(b for b in own.values() if b.constraint is not None)
             rest = tuple(b for b in own.values() if b.constraint is None)
             groups[id(group)] = Members(self.owner, tuple(group["params"]), bound, rest)
         self.bindings, self._groups, self._epoch = found, groups, registry.epoch()
+        self.parameters = list(found)
 
-    def of(self, group: dict[str, Any]) -> Members | None:
-        """Those of a param group; None if they have to be looked up again."""
-        epoch, members, params = registry.epoch(), self._groups.get(id(group)), group["params"]
-        if members is None or self._epoch != epoch or len(params) != len(members.params):
-            return None
-        return members if all(map(operator.is_, params, members.params)) else None
-
-    def _binding(self, p: Tensor, name: str, bound: registry.Bound | None) -> Binding:
+    def _binding(self, p: Tensor, name: str, now: Binding | None) -> Binding:
+        """``now`` is what the registry knows; the binding of before if that is the same, with what it has cached."""
         before = self.bindings.get(p)
-        if bound is None:
+        if now is None:
             return Binding(None, (name,), (p,)) if before is None else before
-        same = before is not None and before.constraint is bound.constraint and before.names == bound.names
-        if same and before is not None and all(map(operator.is_, before.parameters, bound.parameters)):
-            return before
-        return Binding(bound.constraint, bound.names, bound.parameters)
+        return before if before is not None and before.same(now) else now
 
-    def _check(self, binding: Binding, group: Options, p: Tensor, bound: registry.Bound | None) -> None:
-        """Raise if the group cannot step the binding."""
+    def _check(self, binding: Binding, group: Options, p: Tensor, inside: set[int]) -> None:
+        """Raise if the group, which holds the parameters ``inside``, cannot step the binding."""
         constraint, direction = binding.constraint, self.direction
         assert constraint is not None
         name = binding.name(p)
-        direction.check(name, group, constraint)
-        if direction.sided and not constraint.one_sided(p):
+        if (reason := direction.why_not(group, constraint)) is not None:
+            raise ValueError(f"{name}: {reason}")
+        if direction.sided and not all(map(constraint.one_sided, binding.parameters)):
             raise ValueError(
                 f"{name}: {self.owner} orthogonalises the update of the whole matrix, which only commutes with "
                 f"reflections of whole rows or columns, and {constraint} is none; constrain rows, columns or heads, or "
                 "use symopt.AdamW for this parameter"
             )
-        lacking = [
-            other
-            for other, q in zip(binding.names, binding.parameters, strict=True)
-            if not any(q is r for r in group["params"])
-        ]
-        lacking += [] if bound is None else list(bound.missing)
+        parameters = zip(binding.names, binding.parameters, strict=True)
+        lacking = [other for other, q in parameters if id(q) not in inside]
+        lacking += binding.missing
         if lacking:
             raise ValueError(
                 f"{self.owner}: {name} shares a constraint with {lacking[0]}, which is not in its param group; give "

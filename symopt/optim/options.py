@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from symopt.backends import check_backend
 from symopt.constraints.base import check_number
 
-__all__ = ["DEFAULTS", "check_group"]
+__all__ = ["DEFAULTS", "Params", "check_group", "parameters_of"]
 
 DEFAULTS: dict[str, Any] = {
     "strength": None,
@@ -20,6 +22,22 @@ DEFAULTS: dict[str, Any] = {
     "imbalance_factor": None,
     "committed": False,
 }
+
+
+class HasParameters(Protocol):
+    """A module, of which nothing more is known here."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+Params = ParamsT | HasParameters
+"""What an optimizer of this package takes: a module, or whatever torch.optim does."""
+
+
+def parameters_of(params: Params) -> ParamsT:
+    """What torch.optim takes."""
+    named = getattr(params, "named_parameters", None)
+    return params if named is None else named()  # type: ignore[return-value]
 
 
 def check_group(group: dict[str, Any], owner: str) -> None:

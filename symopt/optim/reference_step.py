@@ -84,7 +84,12 @@ def _step_whole(slot: Slot, options: Options, grad_scale: Tensor | None) -> None
 
 
 def _step_factors(
-    binding: Binding, options: Options, state: State, delta: Tensor, decay: Tensor | float, factor: float | Tensor | None
+    binding: Binding,
+    options: Options,
+    state: State,
+    delta: Tensor,
+    decay: Tensor | float,
+    factor: float | Tensor | None,
 ) -> None:
     """The step of a constraint whose factors are state."""
     constraint, p = binding.constraint, binding.parameters[0]
@@ -129,7 +134,7 @@ def _step_units(slot: Slot, units: Units, options: Options, grad_scale: Tensor |
         squares = [x * x for x in (grads if by_gradient else leads)]
         scale = direction.rescale(options, state, units.pack(sums[0 if by_gradient else 1] / sizes, squares))
     of_units = scale[: units.count] if isinstance(scale, Tensor) else scale
-    gain = direction.gain(options, of_units, sizes, decoupled=slot.decoupled)
+    gain = direction.gain(options, of_units, sizes, binding.parameters[0].shape, decoupled=slot.decoupled)
     lr, strength = slot.rates(options, sums)
     factor: float | Tensor | None = options["imbalance_factor"]
     snaps: Tensor | bool = True

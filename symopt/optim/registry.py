@@ -1,28 +1,26 @@
-"""What optimizers ask: which constraint binds a parameter now, which parameters are factors, who trains what.
+"""Which constraint binds a parameter now, which parameters are factors, which optimizers exist.
 
-Modules are not known here.  Whatever writes constraints down is a :class:`Source`; it is asked anew at every look-up,
-because modules replace their Parameter objects (``deepcopy``, ``.to()``, sharding).
+Knows tensors and constraints, no modules.  What writes a constraint down is a :class:`Source`; every look-up asks it
+anew, because modules replace their Parameter objects (``deepcopy``, ``.to()``, sharding).
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Protocol
 
 from torch import Tensor
 
-from symopt.constraints import Constraint
+from symopt.optim.binding import Binding
 
 __all__ = [
-    "Bound",
     "FactorSource",
     "Owner",
     "Source",
     "add",
     "add_factors",
-    "bound",
+    "bindings",
     "epoch",
     "factors",
     "forget",
@@ -32,27 +30,10 @@ __all__ = [
 ]
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Bound:
-    """A constraint and the parameters it binds now, in its order."""
-
-    constraint: Constraint
-    names: tuple[str, ...]
-    """One per parameter, as seen from the module that was constrained."""
-    parameters: tuple[Tensor, ...]
-    missing: tuple[str, ...] = ()
-    """Names of parameters that the constraint binds but their modules no longer have."""
-
-    def name(self, param: Tensor) -> str:
-        """The name of one of its parameters."""
-        return next(name for name, p in zip(self.names, self.parameters, strict=True) if p is param)
-
-
 class Source(Protocol):
     """Where a constraint is written down."""
 
-    def bound(self) -> Bound: ...
+    def binding(self) -> Binding: ...
 
 
 class FactorSource(Protocol):
@@ -76,7 +57,7 @@ _epoch = 0
 
 
 def add(source: Source) -> None:
-    """Count the constraint of ``source``, for as long as it lives or until :func:`remove`."""
+    """Count the constraint of ``source``, while that exists or until :func:`remove`."""
     global _epoch
     _epoch += 1
     _sources.add(source)
@@ -85,23 +66,23 @@ def add(source: Source) -> None:
 def remove(source: Source) -> None:
     """The constraint of ``source`` no longer binds its parameters."""
     _sources.discard(source)
-    for param in source.bound().parameters:
+    for param in source.binding().parameters:
         forget(param)
 
 
 def add_factors(source: FactorSource) -> None:
-    """Count the parameters of ``source`` as factors, for as long as it lives."""
+    """Count the parameters of ``source`` as factors, while that exists."""
     _factor_sources.add(source)
 
 
 def register_owner(owner: Owner) -> None:
-    """Count ``owner`` among the :func:`owners`, for as long as it lives."""
+    """Count ``owner`` among the :func:`owners`, while it exists."""
     _owners.add(owner)
 
 
-def bound() -> dict[int, Bound]:
+def bindings() -> dict[int, Binding]:
     """``id(parameter)`` -> what binds it, for every constrained parameter."""
-    return {id(param): row for row in [source.bound() for source in _sources] for param in row.parameters}
+    return {id(param): row for row in [source.binding() for source in _sources] for param in row.parameters}
 
 
 def factors() -> set[int]:

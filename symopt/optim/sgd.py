@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch.optim.sgd import sgd as torch_sgd
 
 from symopt.constraints import Constraint
 from symopt.optim.base import ConstrainedOptimizer
-from symopt.optim.direction import Direction, Moment, Moments, Options, State
+from symopt.optim.direction import Direction, Moment, Moments, Options, ParamGroup, State
+from symopt.optim.options import Params
 from symopt_kernels.reference import directions
 from symopt_kernels.reference.gauge import math_dtype
 
@@ -37,9 +38,10 @@ class SGDDirection(Direction):
     def settings(self, options: Options) -> dict[str, float | bool]:
         return {key: options[key] for key in ("momentum", "dampening", "nesterov")}
 
-    def check(self, name: str, options: Options, constraint: Constraint) -> None:
-        if options["momentum"] >= 1:
-            raise ValueError(f"{name}: momentum must be < 1 for a constrained parameter, got {options['momentum']}")
+    def why_not(self, options: Options, constraint: Constraint) -> str | None:
+        if options["momentum"] < 1:
+            return None
+        return f"momentum must be < 1 for a constrained parameter, got {options['momentum']}"
 
     def lead(self, options: Options, state: State, grad: Tensor) -> tuple[Tensor, Moments]:
         lead, buffer = directions.sgd_lead(
@@ -48,7 +50,13 @@ class SGDDirection(Direction):
         return lead, {} if buffer is None else {"momentum_buffer": buffer}
 
     def gain(
-        self, options: Options, scale: Tensor | float, size: Tensor | None, *, decoupled: bool
+        self,
+        options: Options,
+        scale: Tensor | float,
+        size: Tensor | None,
+        shape: torch.Size,
+        *,
+        decoupled: bool,
     ) -> Tensor | float:
         """As much as momentum amplifies a constant gradient, so that fixed points do not depend on it."""
         return directions.amplification(float(options["momentum"]), float(options["dampening"]))
@@ -97,7 +105,7 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
 
     def __init__(
         self,
-        params: Any,
+        params: Params,
         lr: float | Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
@@ -130,7 +138,7 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
             backend=backend,
         )
 
-    def _step_plain(self, group: dict[str, Any]) -> None:
+    def _step_plain(self, group: ParamGroup) -> None:
         params: list[Tensor] = []
         grads: list[Tensor] = []
         buffers: list[Tensor | None] = []
@@ -149,7 +157,7 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
         if group["momentum"] != 0:
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
-        elif self.has_constraints:
+        elif self.membership.constrained:
             # torch's distributed checkpoints want state for all parameters or for none.
             for p in params:
                 self.state.setdefault(p, {})

@@ -180,7 +180,12 @@ def flat_state(binding: Binding, direction: Direction, states: list[State]) -> S
 
 
 def write_back(
-    new: tuple[Tensor, ...], joined: State, binding: Binding, direction: Direction, states: list[State], options: Options
+    new: tuple[Tensor, ...],
+    joined: State,
+    binding: Binding,
+    direction: Direction,
+    states: list[State],
+    options: Options,
 ) -> None:
     """Write new weights to the parameters, and what the step made of a :func:`flat_state` to their states."""
     for p, value, state in zip(binding.parameters, new, states, strict=True):

@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import symopt
-from support.table import tolerance
-from symopt import anneal as schedule
-from symopt.budgets import selection
+from support.cases import cases, pairs, some
+from support.roles import roles
+from support.tolerances import tolerance
+from symopt.budgets import schedule, selection
 from symopt.budgets.pools import BudgetedWeight, Pool, pools
 from symopt_kernels.native import binding as native
 from symopt_kernels.native import selection as native_selection
 from symopt_kernels.reference import elementwise
-
-torch.set_num_threads(1)  # two threads in each of two workers wait for each other at every small operation
 
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "adamw": lambda net: symopt.AdamW(net, lr=1e-2),
@@ -74,9 +73,6 @@ BUDGETS: dict[str, tuple[Make, Callable[[list[Tensor]], bool]]] = {
     ),
 }
 
-every_budget = pytest.mark.parametrize("kind", BUDGETS)
-every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
-
 
 def problem(seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
     """A small classification; some inputs are constant 0, so their weights never see a gradient."""
@@ -118,9 +114,7 @@ def met(net: nn.Module, kind: str) -> bool:
     return BUDGETS[kind][1]([net.get_parameter(name).detach() for name in NAMES])
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 300])
-@every_optimizer
-@every_budget
+@pairs(kind=BUDGETS, optimizer=OPTIMIZERS, steps=[1, 2, 7, 300])
 def test_a_budget_is_met_to_the_unit(kind: str, optimizer: str, steps: int) -> None:
     net, opt, anneal, x, y = budgeted(kind, optimizer, steps)
     train(net, opt, anneal, x, y, steps)
@@ -129,16 +123,14 @@ def test_a_budget_is_met_to_the_unit(kind: str, optimizer: str, steps: int) -> N
     assert small.fold_config["cut"] == dict.fromkeys(NAMES, 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@every_budget
+@cases(kind=BUDGETS, dtype=[torch.bfloat16, torch.float16, torch.float64])
 def test_in_every_precision(kind: str, dtype: torch.dtype) -> None:
     net, opt, anneal, x, y = budgeted(kind, "adamw", 200, dtype=dtype)
     train(net, opt, anneal, x, y, 200)
     assert met(net, kind)
 
 
-@every_optimizer
-@every_budget
+@some(kind=BUDGETS, optimizer=OPTIMIZERS)
 def test_it_stays_met_after_the_last_step(kind: str, optimizer: str) -> None:
     net, opt, anneal, x, y = budgeted(kind, optimizer, 100)
     train(net, opt, anneal, x, y, 100)
@@ -148,8 +140,7 @@ def test_it_stays_met_after_the_last_step(kind: str, optimizer: str) -> None:
     assert all(torch.equal(z, net.get_parameter(name) == 0) for z, name in zip(zero, NAMES, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["density", "2:4", "rows"])
-@every_optimizer
+@cases(optimizer=OPTIMIZERS, kind=["density", "2:4", "rows"])
 def test_steps_of_any_size_kill_nothing_inside_it(kind: str, optimizer: str) -> None:
     """With t (decay + |delta|) <= 1 a weight whose delta exceeds metric_scale would become exactly zero."""
     net, opt, anneal, x, y = budgeted(kind, optimizer, 50)
@@ -163,7 +154,7 @@ def test_steps_of_any_size_kill_nothing_inside_it(kind: str, optimizer: str) -> 
         assert met(net, kind)
 
 
-@every_budget
+@cases(kind=BUDGETS)
 def test_fold_meets_it_whenever_training_stops(kind: str) -> None:
     net, opt, anneal, x, y = budgeted(kind, "adamw", 400)
     train(net, opt, anneal, x, y, 120)
@@ -176,7 +167,7 @@ def test_fold_meets_it_whenever_training_stops(kind: str) -> None:
     assert all(n > 0 for n in small.fold_config["cut"].values()) or kind in ("density-full", "global")
 
 
-@every_budget
+@cases(kind=BUDGETS)
 def test_interrupted_training_continues_to_the_bit(kind: str) -> None:
     net, opt, anneal, x, y = budgeted(kind, "adamw", 150)
     for stop in (33, 113):
@@ -196,7 +187,7 @@ def test_interrupted_training_continues_to_the_bit(kind: str) -> None:
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["density", "rows", "2:4"])
+@cases(kind=["density", "rows", "2:4"])
 def test_the_backends_agree(kind: str) -> None:
     results = []
     for optimizer in ("adamw", "adamw-reference"):
@@ -258,8 +249,7 @@ def member(w: Tensor, constraint: symopt.Constraint, name: str = "w") -> Budgete
     return BudgetedWeight(name, w, constraint, constraint.partition(w))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("distinct", [3, 10**6])
+@cases(distinct=[3, 10**6], dtype=[torch.float32, torch.float64])
 def test_a_pool_selects_exactly_and_by_size(dtype: torch.dtype, distinct: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for density in (0.001, 0.05, 0.5, 0.999, 1.0):
@@ -278,7 +268,7 @@ def layer_adaptive(w: Tensor) -> Tensor:
     return torch.empty_like(square).scatter_(0, order, square / square.cumsum(0))
 
 
-@pytest.mark.parametrize("density", [0.02, 0.5, 0.99])
+@cases(density=[0.02, 0.5, 0.99])
 def test_weights_of_several_tensors_compete_by_their_layer_adaptive_scores(density: float) -> None:
     constraint = symopt.Sparse(density=density, scope="global")
     torch.manual_seed(0)
@@ -306,7 +296,7 @@ def test_the_scale_of_a_tensor_does_not_matter_in_a_global_budget() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.pruned(), two.pruned(), strict=True))
 
 
-@pytest.mark.parametrize("w", [torch.ones(40), torch.zeros(40), torch.full((40,), math.inf)], ids=["ones", "0", "inf"])
+@cases(w=[torch.ones(40), torch.zeros(40), torch.full((40,), math.inf)])
 def test_no_tensor_of_a_global_budget_dies(w: Tensor) -> None:
     constraint = symopt.Sparse(density=0.1, scope="global")
     (pool,) = pools([member(w, constraint, "same"), member(torch.randn(100), constraint, "other")])
@@ -327,7 +317,7 @@ def test_a_global_budget_of_one_unit_each_is_the_smallest() -> None:
             pools([member(w, constraint, str(i)) for i, w in enumerate(ws)])
 
 
-@pytest.mark.parametrize("scope", ["global", "flops"])
+@cases(scope=["global", "flops"])
 def test_groups_of_several_tensors_compete_by_their_scores_per_cost(scope: str) -> None:
     generator = torch.Generator().manual_seed(1)
     ws = [torch.randn(*shape, generator=generator) for shape in ((20, 5), (10, 40), (8, 4, 3, 3))]
@@ -400,7 +390,7 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@cases(optimizer=["adamw", "sgd"])
 def test_anneal_reads_nothing_back_between_its_first_step_and_the_cut(optimizer: str) -> None:
     net, opt, anneal, x, y = budgeted("2:4", optimizer, 1000)
     train(net, opt, anneal, x, y, 3)
@@ -501,7 +491,7 @@ def test_a_budget_that_does_not_fit_its_weight_is_refused() -> None:
         symopt.constrain(net, {"weight": [symopt.Sparse(density=0.5), symopt.GroupSparse("out")]})
 
 
-@every_optimizer
+@cases(optimizer=OPTIMIZERS)
 def test_without_anneal_the_first_step_says_what_is_missing(optimizer: str) -> None:
     net, x, y = problem()
     symopt.constrain(net, {"0.weight": symopt.Sparse(density=0.1)})
@@ -552,7 +542,7 @@ def test_a_tensor_that_dies_is_mourned_once() -> None:
     assert sorted(t.split(":")[0] for t in told) == list(NAMES)
 
 
-@pytest.mark.parametrize("kind", ["density", "2:4", "rows"])
+@cases(kind=["density", "2:4", "rows"])
 def test_a_trained_network_can_be_the_start(kind: str) -> None:
     """What it has learnt is not lost: half of the weights go and it still knows its training data."""
     net, x, y = problem()
@@ -575,10 +565,8 @@ def test_a_trained_network_can_be_the_start(kind: str) -> None:
     assert dense_right > 0.95 and right >= dense_right - 0.05
 
 
-@pytest.mark.parametrize("instructions", native.INSTRUCTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("keep", "of", "columns"), [(2, 4, 36), (1, 2, 8), (2, 5, 20000), (3, 64, 1984)])
-@pytest.mark.parametrize("saturated", [True, False])
+@cases(saturated=[True, False], dtype=[torch.float32, torch.float64], instructions=native.INSTRUCTIONS)
 def test_the_native_pattern_is_the_references(
     keep: int, of: int, columns: int, dtype: torch.dtype, instructions: str, saturated: bool
 ) -> None:
@@ -595,7 +583,7 @@ def test_the_native_pattern_is_the_references(
     flags: Any = {"saturated": saturated, "snaps": lost}
     want = elementwise.sparse(w.double(), 0.01 * g.double(), decay, c, scale, **flags)
     entry = native.Entry()
-    native.fill(entry, w, state, "sparse")
+    native.fill(entry, w, roles(state), "sparse")
     entry.grad, entry.pattern_n, entry.pattern_m = g.data_ptr(), keep, of
     native.step([entry], "sgd", lr=0.01, saturated=saturated, instructions=instructions)
     close = torch.finfo(dtype).eps * tolerance("native weight, fp64")
@@ -620,5 +608,5 @@ def test_large_budgets_are_met_at_high_rates(monkeypatch: pytest.MonkeyPatch) ->
     """At these rates a unit outside dies in three steps, and one without a gradient, like a dead ReLU, stays so."""
     cases = [(0.1, 0.7, 0), (0.1, 0.7, 1), (0.1, 0.9, 0)]
     assert all(lived(lr, keep, seed) == round(64 * keep) for lr, keep, seed in cases)
-    monkeypatch.setattr(schedule, "GENTLE", math.inf)
+    monkeypatch.setattr(schedule, "MAX_RELATIVE_DECAY", math.inf)
     assert all(lived(lr, keep, seed) < round(64 * keep) for lr, keep, seed in cases)

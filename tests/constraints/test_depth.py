@@ -10,41 +10,17 @@ import pytest
 import torch
 from scipy.integrate import quad
 from scipy.optimize import brentq
-from test_steps import Explicit, gradients, labels, optimizer
 
 import symopt
-from support.table import OPTIMIZERS, ConstraintRow, constrained_parameter, ids, tolerance
+from support.cases import cases, exhaustive, pairs
+from support.oracles import Explicit, labels
+from support.runs import gradients, optimizer
+from support.table import DEEP, FREE, OPTIMIZERS, constrained_parameter
+from support.tolerances import tolerance
 from symopt_kernels.reference import elementwise, gauge
-
-torch.set_num_threads(1)
 
 STRENGTH, SNAP = 0.3, 1e-6
 DEPTHS = [2, 3, 4, 5]
-
-
-def _index(w: torch.Tensor) -> torch.Tensor:
-    return torch.arange(w.numel()).reshape(w.shape) % 3
-
-
-DEEP = [
-    ConstraintRow("sparse-depth-3", lambda k: symopt.Sparse(k, depth=3), (6, 5)),
-    ConstraintRow("sparse-depth-4", lambda k: symopt.Sparse(k, depth=4), (7,)),
-    ConstraintRow("sparse-depth-5", lambda k: symopt.Sparse(k, depth=5), (6, 5)),
-    ConstraintRow("group-depth-3", lambda k: symopt.GroupSparse("out", k, depth=3), (6, 5)),
-    ConstraintRow("group-in-conv-depth-4", lambda k: symopt.GroupSparse("in", k, depth=4), (4, 3, 3, 2)),
-    ConstraintRow("group-index-depth-5", lambda k: symopt.GroupSparse(_index, k, depth=5), (6, 5)),
-]
-FREE = [
-    ConstraintRow("sparse-free", lambda k: symopt.Sparse(k, gauge="free"), (6, 5)),
-    ConstraintRow("sparse-free-depth-3", lambda k: symopt.Sparse(k, depth=3, gauge="free"), (6, 5)),
-    ConstraintRow("sparse-free-depth-4", lambda k: symopt.Sparse(k, depth=4, gauge="free"), (7,)),
-]
-
-every_deep = pytest.mark.parametrize("row", DEEP, ids=ids)
-every_free = pytest.mark.parametrize("row", FREE, ids=ids)
-every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
-every_depth = pytest.mark.parametrize("depth", DEPTHS)
-every_time_scale = pytest.mark.parametrize("time_scale", ["none", "saturated"])
 
 
 def randn(shape, seed=0):
@@ -114,9 +90,7 @@ class Balanced(Explicit):
         self.w = torch.where(member @ (snapped | dead).to(self.w) > 0, 0.0, self.w)
 
 
-@every_time_scale
-@every_optimizer
-@every_deep
+@pairs(row=DEEP, opt_row=OPTIMIZERS, time_scale=["none", "saturated"])
 def test_the_balanced_step_is_the_factor_step(row, opt_row, time_scale):
     module = constrained_parameter(row, strength=STRENGTH)
     p = module.weight
@@ -130,9 +104,7 @@ def test_the_balanced_step_is_the_factor_step(row, opt_row, time_scale):
         oracle.compare(p, opt)
 
 
-@every_time_scale
-@every_optimizer
-@every_deep
+@pairs(row=DEEP, opt_row=OPTIMIZERS, time_scale=["none", "saturated"])
 def test_signs_are_locked_and_zeros_absorb(row, opt_row, time_scale):
     """Under gradients that push every unit straight through zero, along itself (a group may walk around its zero)."""
     module = constrained_parameter(row, strength=1e-3)
@@ -150,7 +122,7 @@ def test_signs_are_locked_and_zeros_absorb(row, opt_row, time_scale):
     assert bool((p.detach().abs() <= start.abs())[~dead].all()) and bool(p.detach().norm() < 0.5 * start.norm())
 
 
-@every_deep
+@cases(row=DEEP)
 def test_a_factor_that_would_turn_over_ends_at_zero(row):
     """Without the time scale one step can be larger than a: ``max(a', 0)``."""
     module = constrained_parameter(row, strength=0.0)
@@ -164,9 +136,11 @@ def test_a_factor_that_would_turn_over_ends_at_zero(row):
 # -- reductions ------------------------------------------------------------------------------------------------------
 
 
-@every_time_scale
-@every_optimizer
-@pytest.mark.parametrize("make", [symopt.Sparse, lambda **k: symopt.GroupSparse("out", **k)], ids=["sparse", "group"])
+@cases(
+    make=[symopt.Sparse, lambda **k: symopt.GroupSparse("out", **k)],
+    opt_row=OPTIMIZERS,
+    time_scale=["none", "saturated"],
+)
 def test_depth_two_is_the_default(make, opt_row, time_scale):
     ends = []
     for constraint in (make(), make(depth=2)):
@@ -180,8 +154,7 @@ def test_depth_two_is_the_default(make, opt_row, time_scale):
     assert not torch.equal(ends[0], randn((6, 5)))
 
 
-@every_time_scale
-@every_depth
+@cases(depth=DEPTHS, time_scale=["none", "saturated"])
 def test_groups_of_one_weight_are_sparse(depth, time_scale):
     shape, ends = (6, 5), []
     for constraint in (
@@ -204,16 +177,13 @@ KINDS = {
     "sparse": lambda depth: symopt.Sparse(depth=depth),
     "group": lambda depth: symopt.GroupSparse("out", depth=depth),
 }
-every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def sizes(kind, w):
     return w.abs().flatten() if kind == "sparse" else torch.stack([row.norm() for row in w])
 
 
-@pytest.mark.parametrize("imbalance", [0.0, 1e-3, 0.5, 50.0])
-@every_depth
-@every_kind
+@cases(kind=KINDS, depth=DEPTHS, imbalance=[0.0, 1e-3, 0.5, 50.0])
 def test_split_composes_back_and_is_in_its_gauge(kind, depth, imbalance):
     constraint = KINDS[kind](depth)
     for scale in (1e-4, 1.0, 1e3):
@@ -230,8 +200,7 @@ def test_split_composes_back_and_is_in_its_gauge(kind, depth, imbalance):
         close(heavy - light, torch.full_like(heavy, imbalance), "identity", (heavy + light).max())
 
 
-@every_depth
-@every_kind
+@cases(kind=KINDS, depth=DEPTHS)
 def test_the_penalty_is_the_least_decay(kind, depth):
     constraint, slack = KINDS[kind](depth), 1 + tolerance("identity")
     w = randn((6, 5), 1)
@@ -253,8 +222,7 @@ def test_the_penalty_is_the_least_decay(kind, depth):
 # -- the free gauge --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("imbalance", [1.0, 0.2, 0.0])
-@every_free
+@cases(row=FREE, imbalance=[1.0, 0.2, 0.0])
 def test_the_free_gauge_is_explicit_mode_step_for_step(row, imbalance):
     """Without time scale: torch.optim.SGD with weight decay on the factors, which autograd differentiates."""
     module = constrained_parameter(row, strength=STRENGTH)
@@ -274,7 +242,7 @@ def test_the_free_gauge_is_explicit_mode_step_for_step(row, imbalance):
             close(opt.state[p][f"factor_{i}"], factor.detach())
 
 
-@every_free
+@cases(row=FREE)
 def test_the_free_gauge_with_time_scale(row):
     module = constrained_parameter(row, strength=STRENGTH)
     p, depth, lr = module.weight, row.make(None).depth, 0.05
@@ -297,7 +265,7 @@ def test_the_free_gauge_with_time_scale(row):
         close(opt.state[p]["metric_scale"], scale)
 
 
-@every_free
+@cases(row=FREE)
 def test_signs_change_in_the_free_gauge(row):
     module = constrained_parameter(row, strength=1e-3)
     p, target = module.weight, -module.weight.detach()
@@ -311,7 +279,7 @@ def test_signs_change_in_the_free_gauge(row):
 LOW, HIGH = 1 - 1e-3, 1 + 1e-3
 
 
-@every_free
+@cases(row=FREE)
 def test_snapping_in_the_free_gauge(row):
     """The lightest factor becomes zero, the others stay, and through them the weight may come back."""
     constraint = row.make(None)
@@ -340,7 +308,7 @@ def test_snapping_in_the_free_gauge(row):
     assert bool((w > 0).all())
 
 
-@every_deep
+@cases(row=DEEP)
 def test_snapping_in_the_fixed_gauge(row):
     """Below the threshold while ``|delta| a**(depth - 2) < decay``, whichever way delta points."""
     constraint, decay = row.make(None), 1e-2
@@ -438,11 +406,9 @@ def collapse_by_quadrature(radius, scale, depth, saturated):
     return quad(slowness, lowest, cut)[0] + quad(slowness, cut, math.log(radius))[0]
 
 
-@pytest.mark.parametrize(("time_scale", "lr"), [("saturated", 0.1), ("none", 0.006)])
-@pytest.mark.parametrize("kind", ["sparse", "group", "free"])
-@pytest.mark.parametrize("depth", [3, 4])
-def test_collapse_takes_the_steps_the_formula_says(depth, kind, time_scale, lr):
-    strength = 2.0
+@pairs(depth=[3, 4], kind=["sparse", "group", "free"], time_scale=["saturated", "none"])
+def test_collapse_takes_the_steps_the_formula_says(depth, kind, time_scale):
+    strength, lr = 2.0, {"saturated": 0.1, "none": 0.006}[time_scale]
     radius = torch.logspace(-2, 1, 12, dtype=torch.float64)
     size = 3 if kind == "group" else 1
     w = radius[:, None] * torch.nn.functional.normalize(randn((12, size)), dim=1)
@@ -522,7 +488,7 @@ class SparseGroupLasso:
 
 
 @pytest.mark.parametrize(("cls", "lr"), [(symopt.SGD, 0.2), (symopt.Adam, 2e-2)], ids=["sgd", "adam"])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, *exhaustive(1)])
 def test_a_list_ends_at_the_sparse_group_lasso(seed, cls, lr):
     problem = SparseGroupLasso(seed)
     best = problem.solve()
@@ -562,30 +528,7 @@ def test_the_order_of_a_list_does_not_matter():
     assert bool((ends[0] - randn((6, 5))).abs().max() > 1e-2)
 
 
-@pytest.mark.parametrize("grad", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("time_scale", ["saturated", "none"])
-@pytest.mark.parametrize("make", [lambda: symopt.Sparse(0.1, depth=3), lambda: symopt.GroupSparse("out", 0.1, depth=3)])
-def test_a_bad_gradient_shows_in_the_weight(make, time_scale, grad):
-    net = symopt.constrain(torch.nn.Linear(2, 1, bias=False), {"weight": make()})
-    torch.nn.init.constant_(net.weight, 1.0)
-    opt = symopt.SGD(net, lr=0.1, time_scale=time_scale)
-    net.weight.grad = torch.tensor([[grad, 1.0]])
-    opt.step()
-    assert not net.weight[0, 0].isfinite()
-
-
-@pytest.mark.parametrize("depth", [3, 4, 5])
-def test_a_step_with_lr_zero_moves_no_bit(depth):
-    net = symopt.constrain(torch.nn.Linear(64, 8, bias=False), {"weight": symopt.Sparse(0.3, depth=depth)})
-    before = net.weight.detach().clone()
-    opt = symopt.SGD(net, lr=0.0)
-    net.weight.grad = torch.ones_like(before)
-    opt.step()
-    assert torch.equal(net.weight, before)
-
-
-@pytest.mark.parametrize("depth", [2, 3, 4, 5])
-@pytest.mark.parametrize("keep", [0.99, 0.5, 0.0])
+@cases(keep=[0.99, 0.5, 0.0], depth=[2, 3, 4, 5])
 def test_rebalancing_shrinks_every_imbalance_and_keeps_the_weight(depth, keep):
     g = torch.Generator().manual_seed(depth)
     factors = tuple(torch.randn(200, generator=g, dtype=torch.float64) for _ in range(depth))
@@ -600,7 +543,7 @@ def test_rebalancing_shrinks_every_imbalance_and_keeps_the_weight(depth, keep):
     assert all(bool((a.sign() * b.sign() >= 0).all()) for a, b in zip(factors, new, strict=True))
 
 
-@pytest.mark.parametrize("depth", [2, 3])
+@cases(depth=[2, 3])
 def test_anneal_balances_the_free_gauge(depth):
     torch.manual_seed(0)
     net = symopt.constrain(torch.nn.Linear(6, 4).double(), {"weight": symopt.Sparse(0.0, depth=depth, gauge="free")})

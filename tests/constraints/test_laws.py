@@ -9,15 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_steps import gradients, labels, optimizer
 
 import symopt
-from support.table import CONSTRAINTS, OPTIMIZERS, constrained_parameter, ids, tolerance
+from support.cases import cases, pairs
+from support.oracles import labels
+from support.runs import gradients, optimizer
+from support.table import CONSTRAINTS, OPTIMIZERS, constrained_parameter
+from support.tolerances import tolerance
 
-torch.set_num_threads(1)
-
-every_constraint = pytest.mark.parametrize("row", CONSTRAINTS, ids=ids)
-every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
 bounded = settings(max_examples=25, deadline=None, derandomize=True)
 
 # Zeros often; the rest over eight decades, but not where squares underflow.
@@ -58,7 +57,7 @@ def squares(factors):
 # -- factors ---------------------------------------------------------------------------------------------------------
 
 
-@every_constraint
+@cases(row=CONSTRAINTS)
 @bounded
 @given(data=st.data(), c=imbalances)
 def test_compose_undoes_split(row, data, c):
@@ -69,7 +68,7 @@ def test_compose_undoes_split(row, data, c):
     assert torch.equal(constraint.compose(factors) == 0, w == 0)  # zeros stay exact
 
 
-@every_constraint
+@cases(row=CONSTRAINTS)
 @bounded
 @given(data=st.data(), c=imbalances)
 def test_split_is_in_the_gauge_it_was_asked_for(row, data, c):
@@ -80,7 +79,7 @@ def test_split_is_in_the_gauge_it_was_asked_for(row, data, c):
     close(gate - part, torch.full_like(gate, c), scale=(gate + part).max())
 
 
-@every_constraint
+@cases(row=CONSTRAINTS)
 @bounded
 @given(seed=seeds)
 def test_pullback_is_the_gradient_of_compose(row, seed):
@@ -92,7 +91,7 @@ def test_pullback_is_the_gradient_of_compose(row, seed):
         close(mine.detach(), theirs, scale=10)
 
 
-@every_constraint
+@cases(row=CONSTRAINTS)
 @bounded
 @given(data=st.data(), c=imbalances)
 def test_the_penalty_is_the_least_decay_over_factors(row, data, c):
@@ -104,7 +103,7 @@ def test_the_penalty_is_the_least_decay_over_factors(row, data, c):
     assert bool(constraint.penalty(constraint.compose(factors)) <= squares(factors) * slack)
 
 
-@every_constraint
+@cases(row=CONSTRAINTS)
 def test_an_unbalanced_gauge_costs_more(row):
     """The inequality above is strict off balance, so a penalty that is too small would be seen."""
     constraint, w = row.make(None), randn(row.shape, 0)
@@ -114,7 +113,7 @@ def test_an_unbalanced_gauge_costs_more(row):
 # -- the symmetry ----------------------------------------------------------------------------------------------------
 
 
-@every_constraint
+@cases(row=CONSTRAINTS)
 @bounded
 @given(seed=seeds)
 def test_the_loss_cannot_see_the_mirror(row, seed):
@@ -145,9 +144,7 @@ def half_zero(row):
     return module, dead
 
 
-@pytest.mark.parametrize("time_scale", ["saturated", "none"])
-@every_optimizer
-@every_constraint
+@pairs(row=CONSTRAINTS, opt_row=OPTIMIZERS, time_scale=["saturated", "none"])
 def test_structure_is_kept_bit_for_bit(row, opt_row, time_scale):
     module, dead = half_zero(row)
     p, live = module.weight, module.weight.detach().clone()
@@ -159,8 +156,7 @@ def test_structure_is_kept_bit_for_bit(row, opt_row, time_scale):
     assert bool(p.isfinite().all()) and bool((p != live)[~dead].all())
 
 
-@every_optimizer
-@every_constraint
+@cases(row=CONSTRAINTS, opt_row=OPTIMIZERS)
 def test_zeros_move_while_there_is_imbalance(row, opt_row):
     module, dead = half_zero(row)
     opt = optimizer(module, opt_row)
@@ -169,25 +165,10 @@ def test_zeros_move_while_there_is_imbalance(row, opt_row):
     assert bool((module.weight[dead] != 0).all())
 
 
-@every_optimizer
-@every_constraint
-def test_at_lr_zero_nothing_moves_by_one_ulp(row, opt_row):
-    """What torch.distributed.checkpoint does to an optimizer to create its state; its gradients are zero, too."""
-    for imbalance, scale in itertools.product((1.0, 0.0), (1.0, 0.0)):
-        module, _ = half_zero(row)
-        p, before = module.weight, module.weight.detach().clone()
-        opt = optimizer(module, opt_row, lr=0.0, imbalance=imbalance)
-        for g in gradients(row.shape, 2):
-            p.grad = g * scale
-            opt.step()
-        assert torch.equal(p, before)
-        assert torch.equal(opt.state[p]["imbalance"], row.make(None).start(before, imbalance)[0])
-
-
 # -- fold and violation ----------------------------------------------------------------------------------------------
 
 
-@every_constraint
+@cases(row=CONSTRAINTS)
 @bounded
 @given(data=st.data())
 def test_fold_is_idempotent_and_ends_without_violation(row, data):
@@ -197,7 +178,7 @@ def test_fold_is_idempotent_and_ends_without_violation(row, data):
     assert torch.equal(once == 0, w == 0)
 
 
-@every_constraint
+@cases(row=CONSTRAINTS)
 def test_violation(row):
     constraint = row.make(None)
     label = labels(constraint, row.shape).reshape(row.shape)
@@ -268,7 +249,7 @@ def test_units_are_those_of_a_loop_over_indices(constraint, shape):
 # -- what is not a number ----------------------------------------------------------------------------------------------
 
 
-@every_constraint
+@cases(row=CONSTRAINTS)
 def test_a_zero_unit_without_imbalance_takes_any_step_to_zero(row):
     constraint, zero = row.make(None), torch.zeros(row.shape, dtype=torch.float64)
     c, scale = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
@@ -276,21 +257,3 @@ def test_a_zero_unit_without_imbalance_takes_any_step_to_zero(row):
         delta = factor * randn(row.shape, 2)
         new = constraint.retract(zero, delta, 0.1, c, scale, constraint.partition(zero), saturated=saturated)
         assert torch.equal(new, zero)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@every_optimizer
-@every_constraint
-def test_bad_gradients_show_in_the_weight(row, opt_row, bad):
-    """Neither snapped to zero nor turned into finite numbers: on zero and on other weights."""
-    for imbalance, on_zero in itertools.product((1.0, 0.0), (True, False)):
-        module, dead = half_zero(row)
-        p = module.weight
-        opt = optimizer(module, opt_row, imbalance=imbalance)
-        place = int((dead if on_zero else ~dead).flatten().nonzero()[0])
-        p.grad = gradients(row.shape, 1)[0]
-        p.grad.view(-1)[place] = bad
-        opt.step()
-        hit = p.detach().flatten()[place]
-        assert not bool(hit.isfinite())
-        assert bool(hit.isnan()) or bad == bad

@@ -6,18 +6,15 @@ import math
 
 import pytest
 import torch
-from test_steps import gradients, optimizer
 from torch import Tensor, nn
 
 import symopt
-from support.table import MATRICES, OPTIMIZERS, constrained_parameter, ids, tolerance
+from support.cases import cases
+from support.runs import gradients, optimizer
+from support.table import MATRICES, OPTIMIZERS, constrained_parameter
+from support.tolerances import tolerance
 from symopt.optim.lowrank import step as stepper
 from symopt_kernels.reference import lowrank as kernel
-
-torch.set_num_threads(1)
-
-every_matrix = pytest.mark.parametrize("row", MATRICES, ids=ids)
-every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
 
 
 def randn(*shape, seed=0):
@@ -41,8 +38,7 @@ def live(opt, p) -> int:
 # -- factors -----------------------------------------------------------------------------------------------------------
 
 
-@every_matrix
-@pytest.mark.parametrize("c", [0.0, 0.3, 50.0])
+@cases(c=[0.0, 0.3, 50.0], row=MATRICES)
 def test_split_undoes_compose_in_the_gauge_asked_for(row, c):
     constraint, w = row.make(None), randn(*row.shape)
     u, v = constraint.split(w, c)
@@ -51,7 +47,7 @@ def test_split_undoes_compose_in_the_gauge_asked_for(row, c):
     close(u.T @ u - flat.T @ flat, c * torch.eye(u.shape[1], dtype=u.dtype), scale=100)
 
 
-@every_matrix
+@cases(row=MATRICES)
 def test_pullback_penalty_and_mirror(row):
     constraint = row.make(None)
     factors = tuple(randn(*f.shape, seed=i).requires_grad_() for i, f in enumerate(constraint.split(randn(*row.shape))))
@@ -151,9 +147,7 @@ def follow(row, opt_row, time_scale):
         close(opt.state[p][f"factor_{side}"], mine, "factor step")
 
 
-@pytest.mark.parametrize("time_scale", ["none", "saturated"])
-@every_optimizer
-@every_matrix
+@cases(row=MATRICES, opt_row=OPTIMIZERS, time_scale=["none", "saturated"])
 def test_steps_are_those_of_explicit_factors(row, opt_row, time_scale):
     follow(row, opt_row, time_scale)
 
@@ -170,7 +164,7 @@ def test_the_suite_notices_a_wrong_step(monkeypatch):
         follow(MATRICES[0], OPTIMIZERS[0], "saturated")
 
 
-@every_matrix
+@cases(row=MATRICES)
 def test_without_time_scale_and_momentum_the_trajectory_is_explicit_mode(row):
     """Over several alignments, which must not show."""
     w, target, x = randn(*row.shape), randn(*row.shape, seed=1), randn(row.shape[-1], 9, seed=2)
@@ -191,7 +185,7 @@ def test_without_time_scale_and_momentum_the_trajectory_is_explicit_mode(row):
     close(*weights, "factor step", scale=10)
 
 
-@every_optimizer
+@cases(opt_row=OPTIMIZERS)
 def test_the_step_cannot_see_a_rotation_of_the_factors(opt_row):
     """Without the time scale, which is fixed to the gauge, W moves alike whatever the rotation, moments included."""
     ends = []
@@ -226,7 +220,7 @@ def kkt(w: Tensor, grad: Tensor, strength: float) -> float:
     return max(float(on), float(torch.linalg.matrix_norm(off, 2)) - strength, 0.0) / strength
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
+@cases(name=["sgd", "momentum", "adam"])
 def test_denoising_is_the_soft_thresholded_svd(name):
     a, strength = randn(12, 8) + 3 * randn(12, 1, seed=1) @ randn(1, 8, seed=2), 2.0
     module = parameter(randn(12, 8, seed=3), symopt.LowRank(strength))
@@ -258,7 +252,7 @@ def soft_impute(a, mask, strength, steps=500):
     return w
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam"])
+@cases(name=["sgd", "adam"])
 def test_matrix_completion_ends_where_a_proximal_solver_does(name):
     truth = randn(12, 2) @ randn(2, 9, seed=1)
     mask = (torch.rand(12, 9, generator=torch.Generator().manual_seed(2)) < 0.6).double()
@@ -327,9 +321,8 @@ def train(module, opt, steps, seed=0, anneal=None):
             anneal.step()
 
 
-@every_optimizer
-@every_matrix
 @pytest.mark.filterwarnings("ignore:.*too few to ramp")
+@cases(row=MATRICES, opt_row=OPTIMIZERS)
 def test_a_budget_is_met_exactly(row, opt_row):
     module = nn.Module()
     module.weight = nn.Parameter(randn(*row.shape))
@@ -373,7 +366,7 @@ def test_the_state_shrinks_with_the_rank_and_zero_is_absorbing():
 # -- state -------------------------------------------------------------------------------------------------------------
 
 
-@every_optimizer
+@cases(opt_row=OPTIMIZERS)
 def test_saving_and_loading_in_between_changes_no_bit(opt_row):
     def make():
         module = parameter(randn(8, 6), symopt.LowRank(0.05))
@@ -441,8 +434,7 @@ def test_release_leaves_a_plain_state():
     train(module, opt, 5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("change", ["load_state_dict", "data", "one entry", "swap"])
+@cases(change=["load_state_dict", "data", "one entry", "swap"], dtype=[torch.float32, torch.bfloat16])
 def test_a_weight_changed_from_outside_is_noticed(change, dtype):
     module = parameter(randn(8, 6).to(dtype), symopt.LowRank(1e-3))
     p, opt = module.weight, symopt.AdamW(module, lr=1e-3)
@@ -474,17 +466,6 @@ def test_a_change_does_not_undo_a_committed_rank():
     module.load_state_dict({"weight": randn(8, 6, seed=3)})
     train(module, opt, 1)
     assert live(opt, module.weight) == 2 == int(torch.linalg.matrix_rank(module.weight.detach()))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@every_optimizer
-def test_a_step_with_lr_0_and_no_gradient_moves_nothing(opt_row, dtype):
-    module = constrained_parameter(MATRICES[0], dtype=dtype)
-    before, opt = module.weight.detach().clone(), optimizer(module, opt_row, lr=0.0)
-    for _ in range(stepper.EVERY + 1):
-        module.weight.grad = torch.zeros_like(before)
-        opt.step()
-    assert torch.equal(module.weight, before)
 
 
 def test_half_precision_keeps_fp32_factors():
@@ -582,7 +563,7 @@ def test_weights_that_cannot_be_factored_are_refused():
         opt.step()
 
 
-@pytest.mark.parametrize("init", ["gates", "independent", "matched"])
+@cases(init=["gates", "independent", "matched"])
 def test_explicit_inits_that_fit_no_matrix_are_refused(init):
     module = nn.Linear(4, 3)
     with pytest.raises(ValueError, match="LowRank"):

@@ -6,21 +6,19 @@ gives the projection, the pattern of that the orbits, and explicit factors ``(ba
 
 import copy
 import io
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
 import symopt
-from support.table import OPTIMIZERS, PLANES, ids, plane_module, tolerance
+from support.cases import cases, pairs
+from support.table import OPTIMIZERS, PLANES, ids, plane_module
+from support.tolerances import tolerance
 from symopt.constraints.planes.plane import flat
 from symopt_kernels.reference import plane as kernel
 
-torch.set_num_threads(1)
-
 every_plane = pytest.mark.parametrize("row", PLANES, ids=ids)
-every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
 F64 = {"dtype": torch.float64}
 
 
@@ -56,7 +54,7 @@ def orbits(off):
 # -- the plane and its factors ---------------------------------------------------------------------------------------
 
 
-@every_plane
+@cases(row=PLANES)
 def test_the_projection_is_that_of_the_equations(row):
     _, params, constraint = bound(row)
     off = matrix(row)
@@ -70,7 +68,7 @@ def test_the_projection_is_that_of_the_equations(row):
         assert torch.equal(constraint.fold(folded), folded)  # bit for bit
 
 
-@every_plane
+@cases(row=PLANES)
 def test_factors(row):
     _, params, constraint = bound(row)
     w = flat(params).detach()
@@ -94,7 +92,7 @@ def test_factors(row):
     assert float(constraint.penalty(constraint.compose(random))) <= float(sum(f.square().sum() for f in random[1:])) / 2
 
 
-@every_plane
+@cases(row=PLANES)
 def test_a_weight_on_its_plane_has_the_scale_of_a_random_one(row):
     """Not of what rounding leaves off the plane."""
     _, params, constraint = bound(row)
@@ -203,9 +201,7 @@ def follow(row, opt_row, time_scale, imbalance=1.0, steps=12, backend=None):
     return opt, params, state
 
 
-@pytest.mark.parametrize("time_scale", ["none", "saturated"])
-@every_optimizer
-@every_plane
+@pairs(row=PLANES, opt_row=OPTIMIZERS, time_scale=["none", "saturated"])
 def test_a_step_is_that_of_explicit_factors(row, opt_row, time_scale):
     opt, params, state = follow(row, opt_row, time_scale)
     if "exp_avg_sq" in state:  # written out per weight, like torch's
@@ -225,31 +221,6 @@ def test_the_suite_notices_a_wrong_retraction(row, monkeypatch):
     monkeypatch.setattr(kernel, "plane_step", lambda *args, **kwargs: original(*args, **kwargs) * (1 + 1e-9))
     with pytest.raises(AssertionError, match="not close"):
         follow(row, opt_row, "saturated", backend="reference")
-
-
-@every_optimizer
-@every_plane
-def test_at_lr_zero_nothing_moves_by_one_ulp(row, opt_row):
-    for strength, gradient in itertools.product((None, 0.3), (0.0, 1.0)):
-        module, params, _ = bound(row, strength)
-        opt = opt_row.cls(module, lr=0.0, **opt_row.options)
-        before = [p.detach().clone() for p in params]
-        for p in params:
-            p.grad = gradient * randn(p.shape)
-        opt.step()
-        assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@every_plane
-def test_bad_gradients_show_in_the_weight(row, bad):
-    module, params, _ = bound(row, None)
-    opt = symopt.AdamW(module, lr=1e-2)
-    for p in params:
-        p.grad = randn(p.shape)
-    params[0].grad.view(-1)[0] = bad
-    opt.step()
-    assert not bool(params[0].detach().view(-1)[0].isfinite())
 
 
 # -- the threshold ---------------------------------------------------------------------------------------------------
@@ -297,7 +268,7 @@ def dual(row, gradient):
     return float(off.norm())
 
 
-@pytest.mark.parametrize("row", [r for r in PLANES if r.id in THRESHOLD], ids=ids)
+@cases(row=[r for r in PLANES if r.id in THRESHOLD])
 def test_the_plane_attracts_from_the_critical_strength_on(row):
     """Each form by its own norm, from both sides at 2 %; above it the minimum is that on the plane."""
     problem = Regression(row)
@@ -389,7 +360,7 @@ def test_explicit_mode_takes_the_same_step():
         close(*finals, "factor step")
 
 
-@every_plane
+@cases(row=PLANES)
 def test_explicit_mode_is_free_descent_on_written_out_factors(row):
     """Many steps, momentum and the decay of gate and direction included, by autograd through the plane's equations."""
     problem, off = Regression(row), matrix(row)
@@ -421,7 +392,7 @@ def test_explicit_mode_is_free_descent_on_written_out_factors(row):
 SEVERAL = [r for r in PLANES if len(r.shapes) > 1]
 
 
-@pytest.mark.parametrize("row", SEVERAL, ids=ids)
+@cases(row=SEVERAL)
 def test_explicit_constraints_over_several_parameters_come_and_go(row):
     """Plain checkpoints in and out, copies, one weight set anew, and plain parameters again."""
     module, weights = made(row, "explicit")
@@ -545,7 +516,7 @@ def fit(net, opt, steps):
         opt.step()
 
 
-@every_optimizer
+@cases(opt_row=OPTIMIZERS)
 def test_a_tied_network_goes_on_from_a_checkpoint(opt_row):
     lr = opt_row.lr * (0.01 if opt_row.options.get("maximize") else 1)  # a square has no maximum
     build = lambda net: opt_row.cls(net, lr=lr, **opt_row.options)  # noqa: E731

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import symopt
+from support.cases import cases
 from support.networks import (
     IMAGE,
     LINE,
@@ -25,7 +26,8 @@ from support.networks import (
     random_chain,
     widths,
 )
-from symopt.folding.fold import fold, resize
+from symopt.folding.fold import fold
+from symopt.folding.resize import resize
 
 
 @pytest.fixture(autouse=True)
@@ -36,15 +38,14 @@ def seeded():
 # -- random chains against the numerical oracle ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("example", [False, True])
-@pytest.mark.parametrize("seed", range(24))
+@cases(seed=range(24), example=[False, True])
 def test_random_chains_keep_exactly_the_living_units(seed, example):
     net, x = random_chain(seed, SMOOTH)
     small = folded(net, x, example=example)
     assert [out for out, _ in widths(small).values()] == expected_units(net, x.clone())
 
 
-@pytest.mark.parametrize("seed", range(12))
+@cases(seed=range(12))
 def test_random_chains_of_kinked_activations(seed):
     kinked = [nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardshrink, nn.PReLU, nn.ELU, nn.Hardswish]
     net, x = random_chain(1000 + seed, kinked)
@@ -104,7 +105,7 @@ def test_dropout_that_is_always_on_spoils_constants_and_comparison():
     assert "model: outputs are random even in eval mode, so they were not compared" in small.fold_config["kept"]
 
 
-@pytest.mark.parametrize("multiplier", [1, 2])
+@cases(multiplier=[1, 2])
 def test_depthwise_convolutions_follow_their_channels(multiplier):
     depthwise = nn.Conv2d(4, 4 * multiplier, 3, groups=4, bias=False)
     layers = [nn.Conv2d(1, 4, 2), depthwise, nn.BatchNorm2d(4 * multiplier), nn.SiLU(), nn.Conv2d(4 * multiplier, 2, 2)]
@@ -115,7 +116,7 @@ def test_depthwise_convolutions_follow_their_channels(multiplier):
     assert small[2].num_features == len(small[2].running_var) == 2 * multiplier
 
 
-@pytest.mark.parametrize("settings", [{}, {"track_running_stats": False}])
+@cases(settings=[{}, {"track_running_stats": False}])
 def test_zero_scales_of_batch_norm_remove_channels(settings):
     net = chain(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, **settings), nn.Tanh(), nn.Conv2d(4, 2, 3), rows={"0": [0]})
     with torch.no_grad():
@@ -216,7 +217,7 @@ def test_config_says_what_happened():
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@cases(dtype=[torch.float32, torch.bfloat16])
 def test_dtype_training_mode_and_frozen_parameters_carry_over(dtype):
     net = lenet(dtype=dtype).train()
     net[1].eval()
@@ -293,7 +294,7 @@ def test_the_fold_of_a_constraint_is_applied_to_the_copy(monkeypatch):
         def partition(w):
             return None
 
-    monkeypatch.setattr(sys.modules["symopt.folding.fold"], "bindings", lambda model: [(("0.weight",), Rounds)])
+    monkeypatch.setattr(sys.modules["symopt.folding.enforce"], "bindings", lambda model: [(("0.weight",), Rounds)])
     net = chain(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     with torch.no_grad():
         net[0].weight.copy_(torch.tensor([0.1, 0.3, 1.0])[:, None])
@@ -311,7 +312,7 @@ def test_a_wrong_network_is_never_returned(monkeypatch):
 # -- rebuilding ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@cases(device=["cpu", "meta"])
 def test_resize_and_a_state_dict_rebuild_the_network(device):
     small = fold(lenet()).eval()
     config = json.loads(json.dumps(small.fold_config))
@@ -375,7 +376,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+@cases(case=BAD)
 def test_bad_input(case):
     call, error, message = BAD[case]
     with pytest.raises(error, match=message):

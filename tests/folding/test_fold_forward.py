@@ -1,11 +1,11 @@
 """fold: what it reads from a ``forward``, and where it must keep shapes and say why."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import symopt
+from support.cases import cases
 from support.networks import IMAGE, LINE, LINES, chain, folded, kill, outputs, widths
 from symopt.folding import rules
 from symopt.folding.fold import fold
@@ -79,8 +79,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("example", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@cases(form=FORMS, example=[False, True])
 def test_functional_forms(form, example):
     features, run = FORMS[form]
     small = folded(make(run, a=nn.Conv2d(1, 4, 3), b=nn.Linear(features, 2)), IMAGE, example=example)
@@ -286,8 +285,7 @@ KEPT = {
 KEPT["extra state"][1]["b"].register_buffer("mask", torch.ones(2, 4))
 
 
-@pytest.mark.parametrize("example", [False, True])
-@pytest.mark.parametrize("case", KEPT)
+@cases(case=KEPT, example=[False, True])
 def test_shapes_that_are_kept(case, example):
     run, layers, reason = KEPT[case]
     net = make(run, **layers) if run else nn.Linear(4, 4).double()
@@ -332,7 +330,7 @@ OPAQUE = {
 }
 
 
-@pytest.mark.parametrize("case", OPAQUE)
+@cases(case=OPAQUE)
 def test_what_cannot_be_analysed_is_copied(case):
     run, reason = OPAQUE[case]
     net = make(run, **linear(b2=nn.Linear(4, 2)))

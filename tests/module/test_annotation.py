@@ -1,4 +1,4 @@
-"""A constrained weight never silently becomes a plain one, whatever is done to its module (trap 5 of the design)."""
+"""A constrained weight never silently becomes a plain one, whatever is done to its module."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import symopt
-from support.table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter, ids
+from support.cases import cases
+from support.table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter
 
-optimizers = pytest.mark.parametrize("row", OPTIMIZERS, ids=ids)
 SPARSE, GROUP = symopt.Sparse(0.3), symopt.GroupSparse("out", 0.3)
 LOOSE = "belong to no symopt optimizer"
 
@@ -55,7 +55,7 @@ def bound_by(opt: Any) -> list[symopt.Constraint]:
 # ---------------------------------------------------------------------------------- constrain changes nothing you see
 
 
-@pytest.mark.parametrize("bound", CONSTRAINTS, ids=ids)
+@cases(bound=CONSTRAINTS)
 def test_module_keys_weights_and_forward_stay_as_they_are(bound: ConstraintRow) -> None:
     torch.manual_seed(0)
     module = nn.Linear(4, 4)
@@ -125,7 +125,7 @@ def test_factory_decorator() -> None:
     assert symopt.constraints(lazily()) == symopt.constraints(make())
 
 
-@pytest.mark.parametrize("build", [lambda: Block(3, 3), lambda: Grandchild(3), make], ids=["class", "sub", "factory"])
+@cases(build=[lambda: Block(3, 3), lambda: Grandchild(3), make])
 def test_decorated_modules_survive_copying(build: Callable[[], nn.Module]) -> None:
     module = build()
     for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -133,7 +133,7 @@ def test_decorated_modules_survive_copying(build: Callable[[], nn.Module]) -> No
         assert len(bound_by(symopt.SGD(copied))) > 0
 
 
-@pytest.mark.parametrize("bound", CONSTRAINTS, ids=ids)
+@cases(bound=CONSTRAINTS)
 def test_every_constraint_can_be_pickled_and_compared(bound: ConstraintRow) -> None:
     module = constrained_parameter(bound)
     opt = symopt.AdamW(module)
@@ -189,8 +189,7 @@ def test_param_groups_has_one_group_per_constraint_and_the_rest_last() -> None:
     assert [g["strength"] for g in groups] == [0.3, 0.3, None]
 
 
-@pytest.mark.parametrize("pattern", ["a.weight", "b.weight", "*.weight"])
-@optimizers
+@cases(row=OPTIMIZERS, pattern=["a.weight", "b.weight", "*.weight"])
 def test_tied_weights_are_one_constrained_tensor(row: OptimizerRow, pattern: str) -> None:
     def tied() -> nn.Module:
         torch.manual_seed(0)
@@ -274,7 +273,7 @@ MOVES: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())
+@cases(move=MOVES.values())
 def test_the_constraint_moves_with_the_module(move: Callable[[nn.Module], nn.Module]) -> None:
     want = train(net := bound_mlp(), symopt.AdamW(net, lr=0.01))
     moved = move(bound_mlp())
@@ -286,7 +285,7 @@ def test_the_constraint_moves_with_the_module(move: Callable[[nn.Module], nn.Mod
     assert same(train(moved, opt), want)
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_parameters_swapped_under_the_optimizer(row: OptimizerRow) -> None:
     # FSDP2 and Accelerate: new Parameter objects in the module, put into the groups of an optimizer built before.
     want = train(net := bound_mlp(), row.cls(net, lr=row.lr, **row.options))
@@ -305,7 +304,7 @@ def test_parameters_swapped_under_the_optimizer(row: OptimizerRow) -> None:
     assert not any(ref() is not None for ref in old)
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_swapped_tensors(row: OptimizerRow) -> None:
     want = train(net := bound_mlp(), row.cls(net, lr=row.lr, **row.options))
     net = bound_mlp()
@@ -315,8 +314,7 @@ def test_swapped_tensors(row: OptimizerRow) -> None:
     assert same(train(net, opt), want)
 
 
-@pytest.mark.parametrize("steps", [0, 5])
-@optimizers
+@cases(row=OPTIMIZERS, steps=[0, 5])
 def test_constraining_after_the_optimizer_was_built(row: OptimizerRow, steps: int) -> None:
     ends = []
     for late in (False, True):
@@ -336,9 +334,11 @@ def test_constraining_after_the_optimizer_was_built(row: OptimizerRow, steps: in
     assert not torch.equal(plain["0.weight"], ends[0]["0.weight"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bound", [r for r in CONSTRAINTS if r.id in ("sparse", "group-out", "group-index")], ids=ids)
-@optimizers
+@cases(
+    row=OPTIMIZERS,
+    bound=[r for r in CONSTRAINTS if r.id in ("sparse", "group-out", "group-index")],
+    dtype=[torch.float32, torch.bfloat16],
+)
 def test_a_released_weight_follows_torch(row: OptimizerRow, bound: ConstraintRow, dtype: torch.dtype) -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -387,7 +387,7 @@ def test_weights_taken_away_from_the_module_are_not_forgotten() -> None:
         assert not bound_by(opt)
 
 
-@pytest.mark.parametrize("given", [lambda n: n, lambda n: n.named_parameters(), lambda n: n.parameters()])
+@cases(given=[lambda n: n, lambda n: n.named_parameters(), lambda n: n.parameters()])
 def test_an_optimizer_speaks_of_weights_by_their_qualified_names(given: Callable[[nn.Module], Any]) -> None:
     net = bound_mlp()
     opt = symopt.SGD(given(net), lr=0.1)
@@ -434,7 +434,7 @@ def test_the_warning_points_to_the_users_line() -> None:
     assert len(seen) == 1 and seen[0].filename == __file__
 
 
-@pytest.mark.parametrize("inner", [lambda n: n[0], lambda n: nn.Sequential(n), lambda n: nn.Sequential(n[0], n[1])])
+@cases(inner=[lambda n: n[0], lambda n: nn.Sequential(n), lambda n: nn.Sequential(n[0], n[1])])
 def test_the_guard_watches_parts_and_wholes(inner: Callable[[nn.Sequential], nn.Module]) -> None:
     (message,) = caught(lambda: inner(bound_mlp())(torch.ones(2, 4)))
     assert LOOSE in message and "weight" in message
@@ -508,9 +508,8 @@ def dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.usefixtures("dynamo")
+@cases(in_place=[False, True], backend=["eager", "aot_eager"])
 def test_compiled_modules(backend: str, in_place: bool) -> None:
     ends = []
     for compiled in (False, True):
@@ -557,7 +556,7 @@ def used(row: OptimizerRow) -> list[Any]:
     return [net, opt, other, *packed, *net.parameters(), *other.parameters()]
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_nothing_is_kept_alive(row: OptimizerRow) -> None:
     refs = [weakref.ref(x) for x in used(row)]
     gc.collect()
@@ -591,7 +590,7 @@ def test_the_ids_of_dead_weights_bind_nothing() -> None:
         assert not bound_by(symopt.SGD(mlp()))
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_two_models_do_not_mix(row: OptimizerRow) -> None:
     def alone(patterns: dict[str, symopt.Constraint], seed: int) -> dict[str, Tensor]:
         net = symopt.constrain(mlp(seed), patterns)

@@ -21,11 +21,12 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import symopt
-from support.table import CONSTRAINTS, ConstraintRow, ids, tolerance
+from support.cases import cases
+from support.table import CONSTRAINTS, ConstraintRow, ids
+from support.tolerances import tolerance
 from symopt.folding.fold import fold
-from symopt.module.explicit import Explicit, _Pool
-
-torch.set_num_threads(1)
+from symopt.module.explicit import Explicit
+from symopt.module.memory import ReusedMemory
 
 S, G = symopt.Sparse, symopt.GroupSparse
 ROWS = [
@@ -35,7 +36,6 @@ ROWS = [
 ]
 SMALL = [row for row in ROWS if row.id in ("sparse", "sparse-depth-3", "group-out", "group-index", "group-out-depth-3")]
 KEEPS = ("imbalanced", "balanced", "gates", 1.0, 0.0)
-every_row = pytest.mark.parametrize("row", ROWS, ids=ids)
 small_rows = pytest.mark.parametrize("row", SMALL, ids=ids)
 
 
@@ -43,7 +43,7 @@ small_rows = pytest.mark.parametrize("row", SMALL, ids=ids)
 def memory(request, monkeypatch):
     """Tensors of the tests are too small for the pool, unless it is told otherwise."""
     if request.param == "reused memory":
-        monkeypatch.setattr(_Pool, "large", 0)
+        monkeypatch.setattr(ReusedMemory, "large", 0)
 
 
 in_any_memory = pytest.mark.usefixtures("memory")
@@ -107,8 +107,7 @@ def gradients(module: nn.Module, output: Tensor) -> list[Tensor]:
 # -- from weight to factors ------------------------------------------------------------------------------------------
 
 
-@every_row
-@pytest.mark.parametrize("init", KEEPS, ids=str)
+@cases(init=KEEPS, row=ROWS)
 def test_inits_that_keep_the_weight_keep_the_forward_pass(row, init):
     plain = Cell(row.shape)
     with torch.no_grad():
@@ -123,8 +122,7 @@ def test_inits_that_keep_the_weight_keep_the_forward_pass(row, init):
     assert bool((module.weight == 0).view(-1)[: plain.weight[0].numel()].all())
 
 
-@every_row
-@pytest.mark.parametrize("init", ["imbalanced", "balanced", 1.0, 0.25], ids=str)
+@cases(init=["imbalanced", "balanced", 1.0, 0.25], row=ROWS)
 def test_factors_are_in_the_gauge_of_the_init(row, init):
     module, w = explicit(row, init), Cell(row.shape).weight.detach()
     constraint = symopt.constraints(module)["weight"]
@@ -138,7 +136,7 @@ def test_factors_are_in_the_gauge_of_the_init(row, init):
     assert len({f.data_ptr() for f in factors(module)}) == constraint.depth  # each a tensor of its own
 
 
-@every_row
+@cases(row=ROWS)
 def test_gates_are_one_and_the_weight_is_the_last_factor(row):
     *gates, last = factors(explicit(row, "gates"))
     assert all(bool((gate == 1).all()) for gate in gates)
@@ -157,7 +155,7 @@ def redrawn(constraint: Any, weight: Tensor, init: str) -> tuple[Tensor, list[Te
     return module.weight.detach(), [f.detach() for f in factors(module)]
 
 
-@pytest.mark.parametrize("depth", [2, 3, 4])
+@cases(depth=[2, 3, 4])
 def test_independent_draws_gates_like_the_weight_and_keeps_it_as_the_last_factor(depth):
     old = 0.3 * randn(BIG, 1)
     new, (*gates, last) = redrawn(S(depth=depth), old, "independent")
@@ -170,8 +168,7 @@ def test_independent_draws_gates_like_the_weight_and_keeps_it_as_the_last_factor
     assert float(new.std() / old.std() ** depth) == pytest.approx(1, abs=tolerance("law"))
 
 
-@pytest.mark.parametrize("depth", [2, 3, 4])
-@pytest.mark.parametrize("kind", [S, lambda depth: G("block:2x2", depth=depth)], ids=["sparse", "group"])
+@cases(kind=[S, lambda depth: G("block:2x2", depth=depth)], depth=[2, 3, 4])
 def test_matched_keeps_the_variance_with_truncated_factors(kind, depth):
     old = 0.02 * randn((1024, 256), 1)
     new, drawn = redrawn(kind(depth=depth), old, "matched")
@@ -192,7 +189,7 @@ def test_matched_keeps_the_variance_with_truncated_factors(kind, depth):
             assert -tolerance("convex gap") <= beyond < tolerance("threshold")
 
 
-@pytest.mark.parametrize("init", ["independent", "matched"])
+@cases(init=["independent", "matched"])
 def test_random_inits_of_a_single_weight_are_finite(init):
     module = symopt.constrain(nn.Linear(1, 1), {"weight": S()}, mode="explicit", init=init)
     assert bool(module.weight.isfinite().all())
@@ -201,8 +198,8 @@ def test_random_inits_of_a_single_weight_are_finite(init):
 # -- pull-back -------------------------------------------------------------------------------------------------------
 
 
-@every_row
 @in_any_memory
+@cases(row=ROWS)
 def test_backward_is_autograd_of_the_plain_product(row):
     constraint, values = random_factors(row)
     cotangent = randn(row.shape, 20)
@@ -212,8 +209,8 @@ def test_backward_is_autograd_of_the_plain_product(row):
     close(torch.autograd.grad(ours, values, cotangent), torch.autograd.grad(plain, values, cotangent))
 
 
-@every_row
 @in_any_memory
+@cases(row=ROWS)
 def test_gradcheck_and_double_backward(row):
     constraint, values = random_factors(row)
     assert gradcheck(Explicit(constraint), values, fast_mode=True)
@@ -237,8 +234,8 @@ def saved(function: Callable[[], Tensor]) -> list[Tensor]:
     return seen
 
 
-@every_row
 @in_any_memory
+@cases(row=ROWS)
 def test_the_function_saves_the_factors_alone(row):
     constraint, values = random_factors(row)
     kept = saved(lambda: Explicit(constraint)(*values))
@@ -260,9 +257,9 @@ def test_gradients_only_where_asked_for():
 
 @small_rows
 def test_reused_memory_leaves_alone_whatever_still_lives(row, monkeypatch):
-    monkeypatch.setattr(_Pool, "large", 0)
+    monkeypatch.setattr(ReusedMemory, "large", 0)
     module, x = explicit(row), randn(row.shape, 5)
-    held, expected, first = [], [], factors(module)[0]
+    kept, expected, first = [], [], factors(module)[0]
     for i in range(8):
         with torch.no_grad():
             first.add_(0.1)
@@ -270,10 +267,10 @@ def test_reused_memory_leaves_alone_whatever_still_lives(row, monkeypatch):
         weight = module.weight
         grads = torch.autograd.grad((weight * x).sum() * (i + 1), factors(module))
         for part in (weight, weight.detach()[0], weight.detach().numpy(), *grads):
-            held.append(torch.as_tensor(part))
+            kept.append(torch.as_tensor(part))
         wanted, rest = constraint.compose(now), constraint.pullback(now, x * (i + 1))
         expected += [wanted, wanted[0], wanted, *rest]
-    close([h.detach() for h in held], expected)
+    close([h.detach() for h in kept], expected)
     out = [(module.weight * x).sum() for _ in range(3)]  # three graphs at once, backward in another order
     for i in (1, 0, 2):
         close(torch.autograd.grad(out[i], factors(module)), constraint.pullback(now, x))
@@ -296,7 +293,7 @@ def test_memory_is_reused_once_nothing_holds_it():
 # -- state dicts -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("init", [*KEEPS, "independent", "matched"], ids=str)
+@cases(init=[*KEEPS, "independent", "matched"])
 def test_a_plain_state_dict_loads_and_is_not_changed(init):
     module, other = explicit_net(init), net()
     with torch.no_grad():
@@ -349,7 +346,7 @@ def test_strict_loading_still_sees_missing_unexpected_and_misshapen_keys():
         module.load_state_dict({**net().state_dict(), "0.weight": torch.ones(6, 4)})
 
 
-@every_row
+@cases(row=ROWS)
 def test_its_own_state_dict_round_trips_bit_for_bit(row):
     module, other = explicit(row, "matched", seed=1), explicit(row, seed=2)
     assert not torch.equal(module.weight, other.weight)
@@ -361,7 +358,7 @@ def test_its_own_state_dict_round_trips_bit_for_bit(row):
     assert torch.equal(module.weight, other.weight)
 
 
-@pytest.mark.parametrize("init", KEEPS, ids=str)
+@cases(init=KEEPS)
 def test_plain_state_dict_is_what_the_plain_module_saves(init):
     module, plain = explicit_net(init), net()
     state = symopt.plain_state_dict(module)
@@ -409,7 +406,7 @@ def explicit_parts(module: nn.Module) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("undo", [symopt.release, fold], ids=["release", "fold"])
+@cases(undo=[symopt.release, fold])
 def test_release_and_fold_give_back_plain_modules(undo):
     module, x = explicit_net("matched"), randn((4, 5), 1)
     module.eval()
@@ -430,8 +427,7 @@ def test_release_and_fold_give_back_plain_modules(undo):
     symopt.constrain(plain, PATTERNS, mode="explicit")
 
 
-@pytest.mark.parametrize("undo", [symopt.release, fold], ids=["release", "fold"])
-@pytest.mark.parametrize("frozen", [False, True])
+@cases(frozen=[False, True], undo=[symopt.release, fold])
 def test_release_and_fold_keep_parameters_parameters(undo, frozen):
     module = explicit_net()
     for p in module[0].parameters():
@@ -442,7 +438,7 @@ def test_release_and_fold_keep_parameters_parameters(undo, frozen):
     assert plain[0].weight.requires_grad is not frozen and plain[3][0].weight.requires_grad
 
 
-@pytest.mark.parametrize("first", ["copy", "original"])
+@cases(first=["copy", "original"])
 def test_releasing_a_copy_leaves_the_original_alone_and_vice_versa(first):
     original = symopt.constrain(nn.Linear(4, 3), {"weight": S(), "bias": S()}, mode="explicit")
     double, third = copy.deepcopy(original), copy.deepcopy(copy.deepcopy(original))
@@ -495,7 +491,7 @@ def test_a_deepcopy_trains_by_itself():
 # -- optimizers ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@cases(cls=[torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 def test_param_groups_put_the_strength_on_the_factors(cls):
     patterns = {"0.weight": S(0.1), "3.0.weight": G("out"), "3.2.weight": S(0.1)}
     module = symopt.constrain(net(), patterns, mode="explicit")
@@ -519,7 +515,7 @@ def test_param_groups_put_the_strength_on_the_factors(cls):
     assert all(not torch.equal(p, b) for p, b in zip(module.parameters(), before, strict=True))
 
 
-@every_row
+@cases(row=ROWS)
 def test_torchs_weight_decay_on_the_factors_is_the_strength(row):
     """With no gradient the weight shrinks by ``(1 - lr strength)**depth``."""
     module = explicit(row, strength=0.3)
@@ -564,8 +560,7 @@ FORMS: dict[str, Callable[[nn.Module], Any]] = {
 REFUSED = r"hold factors of an explicit constraint.*symopt\.param_groups\(model\).*mode='optimizer'"
 
 
-@pytest.mark.parametrize("cls", [symopt.SGD, symopt.Adam, symopt.AdamW])
-@pytest.mark.parametrize("form", FORMS)
+@cases(form=FORMS, cls=[symopt.SGD, symopt.Adam, symopt.AdamW])
 def test_symopts_optimizers_refuse_factors_in_every_form(cls, form):
     module = explicit_net()
     params = FORMS[form](module)
@@ -573,8 +568,7 @@ def test_symopts_optimizers_refuse_factors_in_every_form(cls, form):
         cls(params, lr=0.1)
 
 
-@pytest.mark.parametrize("cls", [symopt.SGD, symopt.Adam, symopt.AdamW])
-@pytest.mark.parametrize("form", FORMS)
+@cases(form=FORMS, cls=[symopt.SGD, symopt.Adam, symopt.AdamW])
 def test_and_when_they_are_added_later(cls, form):
     module, other = explicit_net(), nn.Linear(2, 2)
     opt = cls(other.parameters(), lr=0.1)
@@ -609,9 +603,7 @@ def test_constraints_lists_explicit_ones_beside_others():
     assert isinstance(bound.groups, Tensor)
 
 
-@pytest.mark.parametrize("first", ["optimizer", "explicit"])
-@pytest.mark.parametrize("second", ["optimizer", "explicit"])
-@pytest.mark.parametrize("pattern", ["0.weight", "0.*"])
+@cases(pattern=["0.weight", "0.*"], second=["optimizer", "explicit"], first=["optimizer", "explicit"])
 def test_a_second_constraint_is_refused(first, second, pattern):
     module = symopt.constrain(net(), {"0.weight": S()}, mode=first)
     keys = list(module.state_dict())
@@ -667,8 +659,8 @@ def test_decorators():
 # -- what else touches a module ----------------------------------------------------------------------------------------
 
 
-@small_rows
 @in_any_memory
+@cases(row=SMALL)
 def test_autocast(row):
     torch.manual_seed(0)
     module = symopt.constrain(nn.Linear(row.shape[1], row.shape[0]), {"weight": row.make(0.3)}, mode="explicit")
@@ -686,8 +678,7 @@ def test_autocast(row):
         torch.testing.assert_close(f.grad, g)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@small_rows
+@cases(row=SMALL, backend=["eager", "aot_eager"])
 def test_compile_without_graph_breaks(row, backend):
     torch._dynamo.reset()
     module, x = explicit(row), randn(row.shape, 5)
@@ -696,8 +687,8 @@ def test_compile_without_graph_breaks(row, backend):
     close(gradients(module, compiled(x)), gradients(module, module(x)))
 
 
-@small_rows
 @in_any_memory
+@cases(row=SMALL)
 def test_activation_checkpointing(row):
     module, x = explicit(row), randn(row.shape, 5).requires_grad_()
     out = checkpoint(module, x, use_reentrant=False)
@@ -705,8 +696,8 @@ def test_activation_checkpointing(row):
     assert all(map(torch.equal, gradients(module, out), gradients(module, module(x))))
 
 
-@every_row
 @in_any_memory
+@cases(row=ROWS)
 def test_functional_call_grad_and_vmap(row):
     module, x = explicit(row), randn(row.shape, 5)
     constraint = symopt.constraints(module)["weight"]
@@ -818,7 +809,7 @@ def oracle(depth: int, **options: Any) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("depth", [2, 3, 4, 5])
+@cases(depth=[2, 3, 4, 5])
 def test_the_free_gauge_is_explicit_mode_step_for_step(depth):
     module, opt = free(depth)
     start = module.weight.detach().clone()
@@ -836,7 +827,7 @@ def test_the_free_gauge_is_explicit_mode_step_for_step(depth):
 @pytest.mark.parametrize(
     ("momentum", "dampening", "nesterov"), [(0.9, 0.0, False), (0.8, 0.3, False), (0.9, 0.0, True)]
 )
-@pytest.mark.parametrize("depth", [2, 3])
+@cases(depth=[2, 3])
 def test_momentum_runs_on_the_effective_gradient(depth, momentum, dampening, nesterov):
     """Not on the factors: ``u' = rho u - delta rest``, delta from the buffer of the weight's gradient."""
     options = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
@@ -872,9 +863,7 @@ def by_data(module: nn.Module, value: Tensor) -> None:
     module.weight.data = value.clone()
 
 
-@pytest.mark.parametrize("change", [by_copy, by_load, by_data])
-@pytest.mark.parametrize("depth", [2, 3])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@cases(dtype=[torch.float64, torch.bfloat16], depth=[2, 3], change=[by_copy, by_load, by_data])
 def test_entries_changed_from_outside_are_split_anew_and_no_others(change, depth, dtype):
     module, opt = free(depth, dtype)
     train(module, opt, 20)
@@ -899,7 +888,7 @@ def test_entries_changed_from_outside_are_split_anew_and_no_others(change, depth
     assert not torch.equal(module.weight, value)
 
 
-@pytest.mark.parametrize("depth", [2, 3])
+@cases(depth=[2, 3])
 def test_bf16_weights_keep_fp32_factors(depth):
     """Steps too small for bf16 add up in the factors."""
     module, opt = free(depth, torch.bfloat16, lr=1e-5)
@@ -914,9 +903,7 @@ def test_bf16_weights_keep_fp32_factors(depth):
     assert module.weight.dtype == torch.bfloat16 and not torch.equal(module.weight, start)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("depth", [2, 4])
+@cases(depth=[2, 4], momentum=[0.0, 0.9], dtype=[torch.float64, torch.bfloat16])
 def test_a_checkpoint_in_the_free_gauge_continues_bit_for_bit(depth, momentum, dtype):
     module, opt = free(depth, dtype, lr=0.002, momentum=momentum)
     train(module, opt, 20)

@@ -18,111 +18,16 @@ import torch
 from torch import Tensor, nn
 
 import symopt
-from support.table import (
-    CONSTRAINTS,
-    CPU_BACKENDS,
-    OPTIMIZERS,
-    ConstraintRow,
-    OptimizerRow,
-    constrained_parameter,
-    ids,
-    tolerance,
-)
+from support.cases import cases, pairs
+from support.runs import HALF, Run, both, close, equal, gradient, kind_of, optimizer, start, step, step_alike, tensors
+from support.table import CONSTRAINTS, CPU_BACKENDS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter
+from support.tolerances import tolerance
 from symopt_kernels.native import binding as native
-
-torch.set_num_threads(1)
 
 STEPS = 20
 ROWS = [*CONSTRAINTS, ConstraintRow("sparse-free", lambda k: symopt.Sparse(k, gauge="free"), (6, 5))]
 SOME = [row for row in ROWS if row.id in ("sparse", "group-in-conv", "group-index", "sparse-free")]
 FEW = [row for row in OPTIMIZERS if row.id in ("sgd-nesterov", "adam-amsgrad", "adamw")]
-HALF = [torch.bfloat16, torch.float16]
-
-every_row = pytest.mark.parametrize("row", ROWS, ids=ids)
-some_rows = pytest.mark.parametrize("row", SOME, ids=ids)
-every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
-few_optimizers = pytest.mark.parametrize("opt_row", FEW, ids=ids)
-every_backend = pytest.mark.parametrize("backend", CPU_BACKENDS)
-
-Run = tuple[nn.Module, Any]
-
-
-def gradient(p: Tensor, t: int) -> Tensor:
-    """Both signs, over several decades; laid out like ``p``."""
-    noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
-    g = torch.sin(3 * p.detach().double().contiguous() + t) + 0.3 * noise
-    g.view(-1)[:: 3 + t % 2] *= 1e-3
-    return torch.empty_like(p.detach()).copy_(g)
-
-
-def optimizer(module: Any, opt_row: OptimizerRow, **options: Any) -> Any:
-    return opt_row.cls(module, **{"lr": opt_row.lr, **opt_row.options, **options})
-
-
-def start(row: ConstraintRow, opt_row: OptimizerRow, dtype: torch.dtype = torch.float64, **options: Any) -> Run:
-    module = constrained_parameter(row, dtype=dtype)
-    return module, optimizer(module, opt_row, **options)
-
-
-def both(row: ConstraintRow, opt_row: OptimizerRow, dtype: torch.dtype = torch.float64, **options: Any) -> list[Run]:
-    """The same weight on the two backends, native first."""
-    return [start(row, opt_row, dtype, backend=backend, **options) for backend in ("native", "reference")]
-
-
-def step(run: Run, t: int) -> None:
-    module, opt = run
-    for p in module.parameters():
-        p.grad = gradient(p, t)
-    opt.step()
-
-
-def take(runs: list[Run], grads: list[Tensor]) -> None:
-    for module, opt in runs:
-        for p, g in zip(module.parameters(), grads, strict=True):
-            p.grad = g.to(p.device, copy=True)
-        opt.step()
-
-
-def step_alike(runs: list[Run], t: int) -> None:
-    """All take the gradient of the first: a last bit of a half-precision weight would make a large difference of it."""
-    take(runs, [gradient(p.cpu(), t) for p in runs[0][0].parameters()])
-
-
-def tensors(run: Run) -> dict[str, Tensor]:
-    module, opt = run
-    found = {}
-    for name, p in module.named_parameters():
-        found[name] = p.detach()
-        found |= {f"{name}.{key}": v for key, v in opt.state[p].items() if isinstance(v, Tensor)}
-    return found
-
-
-def close(run: Run, other: Run, kind: str = "backends") -> None:
-    have, want = (ordered({key: value.cpu() for key, value in tensors(r).items()}) for r in (run, other))
-    assert have.keys() == want.keys()
-    for key, value in want.items():
-        assert (have[key].shape, have[key].dtype) == (value.shape, value.dtype), key
-        if value.dtype in HALF:
-            continue  # follows from its master, or from its factors
-        tol = tolerance(kind)
-        torch.testing.assert_close(have[key], value, rtol=tol, atol=tol, msg=lambda m, key=key: f"{key}: {m}")
-
-
-def ordered(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Two factors by size: a step that a long way would overshoot makes them equal, and either may then be zeroed."""
-    for key in [key for key in found if key.endswith("factor_0")]:
-        pair = torch.stack([found.pop(key), found.pop(key[:-1] + "1")]).abs()
-        found |= {f"{key}.small": pair.amin(0), f"{key}.large": pair.amax(0)}
-    return found
-
-
-def kind_of(row: ConstraintRow) -> str:
-    return "backends, snapped" if row.id in ("sparse", "sparse-1d") else "backends"
-
-
-def equal(run: Run, other: Run) -> bool:
-    have, want = tensors(run), tensors(other)
-    return have.keys() == want.keys() and all(torch.equal(have[key], want[key]) for key in want)
 
 
 def moved(run: Run, row: ConstraintRow) -> bool:
@@ -132,9 +37,7 @@ def moved(run: Run, row: ConstraintRow) -> bool:
 # -- the same steps --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("imbalance", "time_scale"), [(1.0, "saturated"), (0.0, "none")])
-@every_optimizer
-@every_row
+@pairs(row=ROWS, opt_row=OPTIMIZERS, imbalance=[1.0, 0.0], time_scale=["saturated", "none"])
 def test_twenty_steps_in_fp64(row: ConstraintRow, opt_row: OptimizerRow, imbalance: float, time_scale: str) -> None:
     ours, theirs = both(row, opt_row, imbalance=imbalance, time_scale=time_scale)
     for t in range(STEPS):
@@ -144,11 +47,7 @@ def test_twenty_steps_in_fp64(row: ConstraintRow, opt_row: OptimizerRow, imbalan
     assert moved(ours, row)
 
 
-LOW = [(row, torch.float32) for row in OPTIMIZERS] + [(row, dtype) for row in FEW for dtype in HALF]
-
-
-@pytest.mark.parametrize(("opt_row", "dtype"), LOW, ids=lambda x: ids(x) if isinstance(x, OptimizerRow) else str(x))
-@every_row
+@pairs(row=ROWS, opt_row=OPTIMIZERS, dtype=[torch.float32, *HALF])
 def test_twenty_steps_in_lower_precision(row: ConstraintRow, opt_row: OptimizerRow, dtype: torch.dtype) -> None:
     ours, theirs = both(row, opt_row, dtype)
     for t in range(STEPS):
@@ -163,8 +62,7 @@ def test_twenty_steps_in_lower_precision(row: ConstraintRow, opt_row: OptimizerR
     assert moved(ours, row)
 
 
-@few_optimizers
-@every_row
+@cases(row=ROWS, opt_row=FEW)
 def test_a_schedule_of_the_imbalance(row: ConstraintRow, opt_row: OptimizerRow) -> None:
     """As Anneal sets it, commit included."""
     ours, theirs = both(row, opt_row, strength=20.0 * opt_row.lr)
@@ -177,27 +75,7 @@ def test_a_schedule_of_the_imbalance(row: ConstraintRow, opt_row: OptimizerRow) 
         assert float(ours[1].state[ours[0].weight]["imbalance"]) == 0
 
 
-@every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
-@every_optimizer
-@every_row
-def test_a_step_of_length_zero_changes_no_bit(
-    row: ConstraintRow, opt_row: OptimizerRow, dtype: torch.dtype, backend: str
-) -> None:
-    run = start(row, opt_row, dtype, backend=backend)
-    for t in range(3):
-        step(run, t)
-    run[1].param_groups[0]["lr"] = 0.0
-    before = {key: value.clone() for key, value in tensors(run).items()}
-    for t in range(3):
-        step(run, t)
-    for key, value in tensors(run).items():
-        if key.split(".")[-1] in ("weight", "master", "factor_0", "factor_1", "metric_scale"):
-            assert torch.equal(value, before[key]), key
-
-
-@few_optimizers
-@every_row
+@cases(row=ROWS, opt_row=FEW)
 def test_numbers_that_schedules_change(row: ConstraintRow, opt_row: OptimizerRow) -> None:
     ours, theirs = both(row, opt_row)
     for t in range(STEPS):
@@ -210,7 +88,7 @@ def test_numbers_that_schedules_change(row: ConstraintRow, opt_row: OptimizerRow
         close(ours, theirs, kind_of(row))
 
 
-@every_row
+@cases(row=ROWS)
 def test_tensor_settings(row: ConstraintRow) -> None:
     def number(x: float) -> Tensor:
         return torch.tensor(x, dtype=torch.float64)
@@ -240,9 +118,7 @@ def plain_module(dtype: torch.dtype) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@every_optimizer
+@cases(opt_row=OPTIMIZERS, dtype=[torch.float32, torch.float64], weight_decay=[0.0, 0.1])
 def test_native_steps_unconstrained_tensors_like_torch(
     opt_row: OptimizerRow, dtype: torch.dtype, weight_decay: float
 ) -> None:
@@ -257,8 +133,7 @@ def test_native_steps_unconstrained_tensors_like_torch(
         close((ours, opt), (theirs, torch_opt), kind)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@every_optimizer
+@cases(opt_row=OPTIMIZERS, dtype=HALF)
 def test_native_steps_unconstrained_halves_with_fp32_moments(opt_row: OptimizerRow, dtype: torch.dtype) -> None:
     ours, theirs = plain_module(dtype), plain_module(torch.float32)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -282,7 +157,7 @@ def test_native_steps_unconstrained_halves_with_fp32_moments(opt_row: OptimizerR
                     torch.testing.assert_close(opt.state[p][key], value, rtol=tol, atol=tol)
 
 
-@every_optimizer
+@cases(opt_row=OPTIMIZERS)
 def test_unconstrained_tensors_may_change_backends(opt_row: OptimizerRow) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         module = plain_module(dtype)
@@ -320,9 +195,7 @@ def continued(run: Run, row: ConstraintRow, opt_row: OptimizerRow, backend: str)
     return module, opt
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@every_optimizer
-@every_row
+@pairs(row=ROWS, opt_row=OPTIMIZERS, dtype=[torch.float64, torch.bfloat16])
 def test_a_checkpoint_continues_on_the_other_backend(
     row: ConstraintRow, opt_row: OptimizerRow, dtype: torch.dtype
 ) -> None:
@@ -337,8 +210,7 @@ def test_a_checkpoint_continues_on_the_other_backend(
             close(run, runs[1], kind)
 
 
-@every_optimizer
-@every_row
+@cases(row=ROWS, opt_row=OPTIMIZERS)
 def test_checkpoints_look_the_same(row: ConstraintRow, opt_row: OptimizerRow) -> None:
     ours, theirs = (run[1] for run in map(stepped, both(row, opt_row)))
     one, two = ours.state_dict(), theirs.state_dict()
@@ -358,8 +230,7 @@ def stepped(run: Run, steps: int = 3) -> Run:
     return run
 
 
-@few_optimizers
-@some_rows
+@cases(row=SOME, opt_row=FEW)
 def test_copies_and_pickles_continue(row: ConstraintRow, opt_row: OptimizerRow) -> None:
     for duplicate in (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))):
         original = stepped(start(row, opt_row, backend="native"))
@@ -412,9 +283,7 @@ def made(shape: tuple[int, ...], constraint: symopt.Constraint, place: Any = Non
     return symopt.constrain(module, {"weight": constraint})
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("kind", KINDS)
-@few_optimizers
+@pairs(order=ORDERS, kind=KINDS, opt_row=FEW)
 def test_any_order_in_memory(opt_row: OptimizerRow, kind: str, order: str) -> None:
     """Natively where that can be, by the reference where not, and always the numbers of a contiguous weight."""
     shape, place = ORDERS[order]
@@ -450,8 +319,7 @@ STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("how", STRIDED)
-@pytest.mark.parametrize("kind", ["sparse", "in", "index"])
+@cases(how=STRIDED, kind=["sparse", "in", "index"])
 def test_any_order_of_the_gradient(kind: str, how: str) -> None:
     for order in ("transposed", "offset"):
         shape, place = ORDERS[order]
@@ -471,8 +339,7 @@ def test_any_order_of_the_gradient(kind: str, how: str) -> None:
         close(*runs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@cases(dtype=[torch.float32, torch.bfloat16, torch.float64], grad_dtype=[torch.float32, torch.bfloat16, torch.float64])
 def test_a_gradient_of_another_dtype_counts_or_is_refused(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
     runs = []
     for backend in CPU_BACKENDS:
@@ -487,7 +354,7 @@ def test_a_gradient_of_another_dtype_counts_or_is_refused(dtype: torch.dtype, gr
     close(*runs, "backends" if dtype == torch.float64 else "backends, fp32")
 
 
-@every_backend
+@cases(backend=CPU_BACKENDS)
 def test_constraints_of_nothing_are_refused_and_of_one_number_work(backend: str) -> None:
     for shape in ((), (0,), (0, 3), (3, 0)):
         with pytest.raises(ValueError, match="nothing to constrain"):
@@ -509,16 +376,15 @@ def close_weight(run: Run, other: Run) -> None:
 # -- what cannot be stepped natively ---------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "depth": (symopt.Sparse(0.3, depth=3), {}, "with the retraction \'sparse_deep\'"),
-    "group depth": (symopt.GroupSparse("out", 0.3, depth=4), {}, "with the retraction \'group_deep\'"),
-    "free depth": (symopt.Sparse(0.3, depth=3, gauge="free"), {}, "with the retraction \'sparse_free_deep\'"),
-    "list": ([symopt.Sparse(0.3), symopt.GroupSparse("in", 0.3)], {}, "with the retraction \'composed\'"),
+    "depth": (symopt.Sparse(0.3, depth=3), {}, "with the retraction 'sparse_deep'"),
+    "group depth": (symopt.GroupSparse("out", 0.3, depth=4), {}, "with the retraction 'group_deep'"),
+    "free depth": (symopt.Sparse(0.3, depth=3, gauge="free"), {}, "with the retraction 'sparse_free_deep'"),
+    "list": ([symopt.Sparse(0.3), symopt.GroupSparse("in", 0.3)], {}, "with the retraction 'composed'"),
     "differentiable": (symopt.Sparse(0.3), {"differentiable": True}, "differentiable=True needs a step"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("cls", [symopt.SGD, symopt.Adam, symopt.AdamW])
+@cases(case=REFUSED, cls=[symopt.SGD, symopt.Adam, symopt.AdamW])
 def test_native_by_name_names_the_parameter_and_the_reason(cls: Any, case: str) -> None:
     constraint, options, reason = REFUSED[case]
     module = nn.Sequential(nn.Linear(4, 3).double())
@@ -535,7 +401,7 @@ def test_native_by_name_names_the_parameter_and_the_reason(cls: Any, case: str) 
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@cases(case=REFUSED)
 def test_without_a_name_the_reference_steps_it_and_explain_says_why(case: str) -> None:
     constraint, options, reason = REFUSED[case]
     runs = []
@@ -572,8 +438,7 @@ def test_other_dtypes_are_torchs() -> None:
     assert not torch.equal(p, torch.ones_like(p))
 
 
-@pytest.mark.parametrize("backend", ["cuda", "", "NATIVE", 3, True])
-@every_optimizer
+@cases(opt_row=OPTIMIZERS, backend=["cuda", "", "NATIVE", 3, True])
 def test_an_unknown_backend_is_refused(opt_row: OptimizerRow, backend: Any) -> None:
     module = made((4, 3), symopt.Sparse())
     with pytest.raises(ValueError, match=r"backend must be None or one of \('native', 'triton', 'reference'\)"):
@@ -611,8 +476,7 @@ def test_the_backend_is_an_option_of_a_group() -> None:
         close(run(backends), want)
 
 
-@every_optimizer
-@every_row
+@cases(row=ROWS, opt_row=OPTIMIZERS)
 def test_backends_may_change_from_step_to_step(row: ConstraintRow, opt_row: OptimizerRow) -> None:
     mixed, want = start(row, opt_row), start(row, opt_row, backend="reference")
     for t in range(8):
@@ -716,9 +580,7 @@ EVENTS = [
 ]
 
 
-@pytest.mark.parametrize("event", EVENTS, ids=lambda f: f.__name__)
-@few_optimizers
-@every_row
+@pairs(row=ROWS, opt_row=FEW, event=EVENTS)
 def test_whatever_happens_between_steps_is_noticed(row: ConstraintRow, opt_row: OptimizerRow, event: Any) -> None:
     ours, theirs = start(row, opt_row), start(row, opt_row, backend="reference")
     for t in range(7):
@@ -740,8 +602,7 @@ def close_moments(run: Run, other: Run, kind: str) -> None:
     close(run, other, kind)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@some_rows
+@cases(row=SOME, dtype=HALF)
 def test_half_weights_changed_from_outside_win_over_the_copy(row: ConstraintRow, dtype: torch.dtype) -> None:
     runs = both(row, FEW[2], dtype)
     for t in range(8):
@@ -753,8 +614,7 @@ def test_half_weights_changed_from_outside_win_over_the_copy(row: ConstraintRow,
         close(*runs, "backends, fp32")
 
 
-@few_optimizers
-@every_row
+@cases(row=ROWS, opt_row=FEW)
 def test_a_square_weight_may_be_transposed_where_it_lies(row: ConstraintRow, opt_row: OptimizerRow) -> None:
     """``p.data = p.data.t()`` keeps the address and changes everything else."""
     if row.id.startswith(("group-head-packed", "group-block", "group-index")):
@@ -775,8 +635,7 @@ def test_a_square_weight_may_be_transposed_where_it_lies(row: ConstraintRow, opt
     close(*runs)
 
 
-@every_backend
-@pytest.mark.parametrize("kind", KINDS)
+@cases(kind=KINDS, backend=CPU_BACKENDS)
 def test_a_weight_of_another_shape_is_refused(kind: str, backend: str) -> None:
     """State of the old shape must not be read or written beyond its end."""
     module = made((12, 6), KINDS[kind]())
@@ -793,7 +652,7 @@ def test_a_weight_of_another_shape_is_refused(kind: str, backend: str) -> None:
         assert torch.equal(value, before[key]) or key.endswith("step"), key
 
 
-@every_backend
+@cases(backend=CPU_BACKENDS)
 def test_a_weight_of_another_shape_with_fresh_state_has_other_groups(backend: str) -> None:
     """As many numbers, but groups are cut from the new shape."""
     module = made((4, 6), KINDS["out"]())
@@ -820,8 +679,7 @@ def test_sparse_gradients_are_refused_in_words_that_fit() -> None:
         assert ("constrain" in str(error.value)) == constrained
 
 
-@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "factor_0", "imbalance", "group_index"])
-@every_backend
+@cases(key=["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "factor_0", "imbalance", "group_index"], backend=CPU_BACKENDS)
 def test_state_that_does_not_fit_is_refused(key: str, backend: str) -> None:
     """A checkpoint of another model: an error, not memory beyond a tensor's end."""
     kind = {"factor_0": "free", "group_index": "index"}.get(key, "sparse")
@@ -846,7 +704,7 @@ def test_state_that_does_not_fit_is_refused(key: str, backend: str) -> None:
     assert torch.equal(module.weight, before)
 
 
-@few_optimizers
+@cases(opt_row=FEW)
 def test_parameters_without_gradients_wait(opt_row: OptimizerRow) -> None:
     runs = []
     for backend in CPU_BACKENDS:
@@ -890,9 +748,7 @@ def test_first_momentum_survives_a_step_that_failed() -> None:
 # -- zeros -----------------------------------------------------------------------------------------------------------
 
 
-@every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
-@every_row
+@pairs(row=ROWS, dtype=[torch.float32, torch.float64, *HALF], backend=CPU_BACKENDS)
 def test_zeros_are_counted(row: ConstraintRow, dtype: torch.dtype, backend: str) -> None:
     module = constrained_parameter(row, dtype=dtype)
     with torch.no_grad():
@@ -920,7 +776,7 @@ def test_zeros_are_counted(row: ConstraintRow, dtype: torch.dtype, backend: str)
     assert opt.zeros() == {"weight": 0}
 
 
-@every_backend
+@cases(backend=CPU_BACKENDS)
 def test_zeros_notice_weights_written_past_autograd(backend: str) -> None:
     module = constrained_parameter(ROWS[0])
     opt = symopt.AdamW(module, lr=0.01, backend=backend)
@@ -940,8 +796,7 @@ def test_zeros_name_constrained_tensors_only() -> None:
 # -- autograd, scaled gradients, threads -----------------------------------------------------------------------------
 
 
-@every_backend
-@pytest.mark.parametrize("kind", KINDS)
+@cases(kind=KINDS, backend=CPU_BACKENDS)
 def test_autograd_notices_the_step(kind: str, backend: str) -> None:
     module = made((4, 6), KINDS[kind]())
     opt = symopt.AdamW(module, lr=0.01, backend=backend)
@@ -956,8 +811,7 @@ def test_autograd_notices_the_step(kind: str, backend: str) -> None:
     module.bias.square().sum().backward()  # a new graph is fine
 
 
-@every_backend
-@every_optimizer
+@cases(opt_row=OPTIMIZERS, backend=CPU_BACKENDS)
 def test_a_grad_scaler_scales_and_skips(opt_row: OptimizerRow, backend: str) -> None:
     """``fused=True`` makes torch's GradScaler leave the division, and what overflowed, to the step."""
     dtype = torch.float32
@@ -983,7 +837,7 @@ def test_a_grad_scaler_scales_and_skips(opt_row: OptimizerRow, backend: str) -> 
         close((module, opt), (plain, want), "backends, fp32")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@cases(dtype=[torch.float32, torch.float64])
 def test_a_grad_scale_of_any_dtype_divides(dtype: torch.dtype) -> None:
     """torch's own fused step takes fp32 only; what is accepted must be right."""
     moments = []
@@ -1037,8 +891,7 @@ def default_dtype() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@every_backend
+@cases(dtype=[torch.float64, torch.bfloat16, torch.float16], backend=CPU_BACKENDS)
 def test_the_step_count_under_another_default_dtype(backend: str, dtype: torch.dtype, default_dtype: None) -> None:
     """torch.optim counts in fp64 if that is the default, else in fp32."""
     torch.set_default_dtype(dtype)
@@ -1052,9 +905,7 @@ def test_the_step_count_under_another_default_dtype(backend: str, dtype: torch.d
     assert count.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-@pytest.mark.parametrize(
-    "count", [torch.tensor(5), torch.tensor(5.0, dtype=torch.float64), torch.tensor([5.0])], ids=str
-)
+@cases(count=[torch.tensor(5), torch.tensor(5.0, dtype=torch.float64), torch.tensor([5.0])])
 def test_the_step_count_of_a_checkpoint_of_any_kind_goes_on(count: Tensor) -> None:
     for backend in CPU_BACKENDS:
         module = made((4, 3), symopt.Sparse(0.3))
@@ -1068,7 +919,7 @@ def test_the_step_count_of_a_checkpoint_of_any_kind_goes_on(count: Tensor) -> No
 # -- no extension ----------------------------------------------------------------------------------------------------
 
 
-@every_row
+@cases(row=ROWS)
 def test_without_the_extension_the_reference_steps(row: ConstraintRow, monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "no compiler, no kernel"
     monkeypatch.setattr(native, "UNAVAILABLE", reason)
@@ -1086,9 +937,7 @@ def test_without_the_extension_the_reference_steps(row: ConstraintRow, monkeypat
 # -- the comparison itself -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@few_optimizers
-@every_row
+@cases(row=ROWS, opt_row=FEW, dtype=[torch.float64, torch.float32])
 def test_the_comparison_notices_a_wrong_learning_rate(
     row: ConstraintRow, opt_row: OptimizerRow, dtype: torch.dtype
 ) -> None:

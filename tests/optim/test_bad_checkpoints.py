@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import symopt
+from support.cases import cases
 
 Spoil = Callable[[dict[str, Any]], Any]
 
@@ -119,7 +120,7 @@ def test_another_optimizers_state_is_refused(source: Any, target: Any) -> None:
     unchanged(before, pair)
 
 
-@pytest.mark.parametrize("source", [torch.optim.AdamW, symopt.AdamW])
+@cases(source=[torch.optim.AdamW, symopt.AdamW])
 def test_adam_does_not_become_adamw_by_loading(source: Any) -> None:
     net, pair = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), trained(symopt.Adam)
     before, foreign = copy.deepcopy(pair), source(net.parameters(), lr=0.01)
@@ -156,7 +157,7 @@ def test_a_state_is_saved_and_reported_between_loading_and_the_first_step() -> N
         assert str(symopt.report(net, opt)) == str(symopt.report(*pair))
 
 
-@pytest.mark.parametrize("cls", [symopt.SGD, symopt.Adam, symopt.AdamW])
+@cases(cls=[symopt.SGD, symopt.Adam, symopt.AdamW])
 def test_a_state_is_saved_and_loaded_before_the_first_step(cls: Any) -> None:
     """As Accelerate does at once; a budget has state by then, torch's moments are still to come."""
     ends = []

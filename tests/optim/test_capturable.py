@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import symopt
+from support.cases import cases, some
 from support.table import (
     CONSTRAINTS,
     MATRICES,
@@ -23,10 +24,9 @@ from support.table import (
     OptimizerRow,
     PlaneRow,
     constrained_parameter,
-    ids,
     plane_module,
-    tolerance,
 )
+from support.tolerances import tolerance
 
 ROWS = [
     *CONSTRAINTS,
@@ -40,7 +40,6 @@ ROWS = [
 ]
 CAPTURED = [row for row in OPTIMIZERS if row.torch_cls is not torch.optim.SGD]
 PLAIN = [row for row in CAPTURED if not row.options]
-rows = pytest.mark.parametrize("row", ROWS, ids=ids)
 Run = tuple[torch.nn.Module, Any]
 
 
@@ -63,20 +62,15 @@ def step(run: Run, t: int) -> None:
     opt.step()
 
 
-@pytest.mark.parametrize("opt_row", CAPTURED, ids=ids)
-@pytest.mark.parametrize(
-    ("row", "strength"),
-    [*((row, 0.3) for row in ROWS), *((row, None) for row in PLANES)],
-    ids=lambda x: getattr(x, "id", x),
-)
-def test_a_step_waits_for_nothing(row: Any, opt_row: OptimizerRow, strength: float | None) -> None:
+@some(bound=[*((row, 0.3) for row in ROWS), *((row, None) for row in PLANES)], opt_row=CAPTURED)
+def test_a_step_waits_for_nothing(bound: tuple[Any, float | None], opt_row: OptimizerRow) -> None:
+    row, strength = bound
     _, opt = start(row, opt_row, strength, lr=torch.tensor(opt_row.lr), capturable=True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         opt.step()
 
 
-@pytest.mark.parametrize("opt_row", [row for row in OPTIMIZERS if row not in CAPTURED], ids=ids)
-@rows
+@some(row=ROWS, opt_row=[row for row in OPTIMIZERS if row not in CAPTURED])
 def test_sgd_never_does(row: Any, opt_row: OptimizerRow) -> None:
     _, opt = start(row, opt_row, lr=torch.tensor(opt_row.lr))
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -90,16 +84,14 @@ def test_a_strength_may_be_a_tensor() -> None:
         opt.step()
 
 
-@pytest.mark.parametrize("opt_row", PLAIN, ids=ids)
-@rows
+@cases(row=ROWS, opt_row=PLAIN)
 def test_otherwise_it_counts_on_the_host_which_is_noticed(row: Any, opt_row: OptimizerRow) -> None:
     _, opt = start(row, opt_row)
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(DataDependentOutputException):
         opt.step()
 
 
-@pytest.mark.parametrize("opt_row", PLAIN, ids=ids)
-@rows
+@cases(row=ROWS, opt_row=PLAIN)
 def test_the_numbers_are_the_same(row: Any, opt_row: OptimizerRow) -> None:
     """Up to bias corrections that are computed in the precision of the count, as in torch."""
     runs = [start(row, opt_row, capturable=capturable) for capturable in (True, False)]
@@ -111,8 +103,7 @@ def test_the_numbers_are_the_same(row: Any, opt_row: OptimizerRow) -> None:
         torch.testing.assert_close(p, q, rtol=tol, atol=tol)
 
 
-@pytest.mark.parametrize("opt_row", CAPTURED, ids=ids)
-@pytest.mark.parametrize("row", MATRICES, ids=ids)
+@cases(row=MATRICES, opt_row=CAPTURED)
 def test_low_rank_is_refused(row: ConstraintRow, opt_row: OptimizerRow) -> None:
     with pytest.raises(ValueError, match=r"^weight: LowRank drops columns .* capturable=False"):
         start(row, opt_row, capturable=True)

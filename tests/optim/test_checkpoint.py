@@ -20,23 +20,21 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import symopt
-from support.table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter, ids, tolerance
+from support.cases import cases, pairs
+from support.table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter
+from support.tolerances import tolerance
 
 HALF = 100
-SOME = ("sgd-momentum", "adam-amsgrad", "adamw")
+SOME = [row for row in OPTIMIZERS if row.id in ("sgd-momentum", "adam-amsgrad", "adamw")]
 FEW = [
     *(row for row in CONSTRAINTS if row.id in ("sparse", "group-head-packed", "group-index")),
     ConstraintRow("free", lambda k: symopt.Sparse(k, gauge="free"), (6, 5)),
     ConstraintRow("deep", lambda k: symopt.GroupSparse("out", k, depth=3), (6, 5)),
 ]
+ENDS = [row for row in FEW if row.id in ("group-index", "free")]
 
-optimizers = pytest.mark.parametrize("row", OPTIMIZERS, ids=ids)
-some_optimizers = pytest.mark.parametrize("row", [r for r in OPTIMIZERS if r.id in SOME], ids=ids)
-constraints = pytest.mark.parametrize("bound", FEW, ids=ids)
-ends = pytest.mark.parametrize("bound", [row for row in FEW if row.id in ("group-index", "free")], ids=ids)
 # That 200 steps are few for some of the rows is not the point here.
 few_steps = pytest.mark.filterwarnings("ignore:.*too few")
-low_precision = pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 
 Pair = tuple[nn.Module, Any]
 
@@ -96,7 +94,7 @@ def assert_same_state(one: dict[str, Tensor], two: dict[str, Tensor], name: str 
     [(bound, True) for bound in FEW] + [(FEW[0], False)],
     ids=[f"{bound.id}-anneal" for bound in FEW] + [FEW[0].id],
 )
-@optimizers
+@pairs(row=OPTIMIZERS)
 def test_saving_and_loading_half_way_changes_no_bit(row: OptimizerRow, bound: ConstraintRow, scheduled: bool) -> None:
     def fresh(seed: int) -> list[Any]:
         module = build(bound, seed=seed)
@@ -131,9 +129,11 @@ def test_a_loaded_schedule_is_in_force_at_once() -> None:
         assert packed[0] == packed[1] and two.state_dict() == one.state_dict()
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-@constraints
-@some_optimizers
+@cases(
+    row=SOME,
+    bound=FEW,
+    copied=[copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
+)
 def test_a_copy_of_module_and_optimizer_goes_on_like_the_original(
     row: OptimizerRow, bound: ConstraintRow, copied: Callable[[Pair], Pair]
 ) -> None:
@@ -149,8 +149,7 @@ def test_a_copy_of_module_and_optimizer_goes_on_like_the_original(
     assert not torch.equal(untouched[0].weight, twin[0].weight)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-@optimizers
+@cases(row=OPTIMIZERS, copied=[copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_an_optimizer_copied_without_its_module_keeps_the_constraint(
     row: OptimizerRow, copied: Callable[[Any], Any]
 ) -> None:
@@ -167,8 +166,7 @@ def test_an_optimizer_copied_without_its_module_keeps_the_constraint(
     assert torch.equal(params[0], module.weight)
 
 
-@ends
-@optimizers
+@cases(row=OPTIMIZERS, bound=ENDS)
 def test_a_deepcopy_of_the_module_alone_is_constrained(row: OptimizerRow, bound: ConstraintRow) -> None:
     module = build(bound)
     twin = copy.deepcopy(module)
@@ -179,9 +177,7 @@ def test_a_deepcopy_of_the_module_alone_is_constrained(row: OptimizerRow, bound:
     assert len(list(pairs[1][1].constrained())) == 1
 
 
-@low_precision
-@constraints
-@some_optimizers
+@cases(row=SOME, bound=FEW, low=[torch.bfloat16, torch.float16])
 def test_fp32_state_of_low_precision_weights_keeps_every_bit(
     row: OptimizerRow, bound: ConstraintRow, low: torch.dtype
 ) -> None:
@@ -199,7 +195,7 @@ def test_fp32_state_of_low_precision_weights_keeps_every_bit(
     assert_same(pair, resumed)
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_loading_copies(row: OptimizerRow) -> None:
     pair = (module := build(FEW[1]), optimizer(row, module))
     steps(pair, 0, 5)
@@ -213,9 +209,11 @@ def test_loading_copies(row: OptimizerRow) -> None:
 # ------------------------------------------------------------------------------------------------- to and from torch
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@ends
-@optimizers
+@cases(
+    row=OPTIMIZERS,
+    bound=ENDS,
+    dtype=[torch.float32, torch.bfloat16, torch.float64],
+)
 def test_a_torch_checkpoint_loads(row: OptimizerRow, bound: ConstraintRow, dtype: torch.dtype) -> None:
     plain = symopt.release(build(bound, dtype=dtype))
     theirs = (plain, optimizer(row, plain, row.torch_cls))
@@ -243,8 +241,7 @@ def test_a_torch_checkpoint_loads(row: OptimizerRow, bound: ConstraintRow, dtype
     assert torch.isfinite(module.weight).all()
 
 
-@constraints
-@optimizers
+@cases(row=OPTIMIZERS, bound=FEW)
 def test_torch_goes_on_from_a_symopt_checkpoint(row: OptimizerRow, bound: ConstraintRow) -> None:
     ours = (module := build(bound), optimizer(row, module))
     steps(ours, 0, 10)
@@ -266,8 +263,7 @@ def test_torch_goes_on_from_a_symopt_checkpoint(row: OptimizerRow, bound: Constr
     assert torch.equal(plain.bias, module.bias) and not torch.equal(plain.weight, module.weight)
 
 
-@constraints
-@optimizers
+@cases(row=OPTIMIZERS, bound=FEW)
 def test_symopt_to_torch_and_back_is_stable_to_the_bit(row: OptimizerRow, bound: ConstraintRow) -> None:
     ours = (module := build(bound), optimizer(row, module))
     steps(ours, 0, 10)
@@ -281,7 +277,7 @@ def test_symopt_to_torch_and_back_is_stable_to_the_bit(row: OptimizerRow, bound:
     assert_same(ours, back)
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_a_torch_checkpoint_does_not_reset_what_torch_knows_nothing_of(row: OptimizerRow) -> None:
     module = build(FEW[0])
     theirs = optimizer(row, module, row.torch_cls)
@@ -295,8 +291,7 @@ def test_a_torch_checkpoint_does_not_reset_what_torch_knows_nothing_of(row: Opti
     assert (group["strength"], group["time_scale"], group["imbalance"]) == (0.7, "none", 0.5)
 
 
-@pytest.mark.parametrize("missing", ["imbalance", "metric_scale", "both", "moments", "all but momentum"])
-@optimizers
+@cases(row=OPTIMIZERS, missing=["imbalance", "metric_scale", "both", "moments", "all but momentum"])
 def test_partial_state_is_completed(row: OptimizerRow, missing: str) -> None:
     pair = (module := build(FEW[1]), optimizer(row, module))
     steps(pair, 0, 10)
@@ -320,9 +315,7 @@ def test_partial_state_is_completed(row: OptimizerRow, missing: str) -> None:
 # --------------------------------------------------------------------------------- weights changed from the outside
 
 
-@pytest.mark.parametrize("low", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@constraints
-@some_optimizers
+@cases(row=SOME, bound=FEW, low=[torch.float64, torch.bfloat16, torch.float16])
 def test_converting_the_module_in_mid_training(row: OptimizerRow, bound: ConstraintRow, low: torch.dtype) -> None:
     pair = (module := build(bound, plain=False), optimizer(row, module))  # torch itself cannot convert moments
     steps(pair, 0, 10)
@@ -361,9 +354,11 @@ def _no_grad(module: nn.Module, value: Tensor) -> None:
         module.weight.copy_(value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("change", [_load, _data_copy, _data_set, _no_grad])
-@some_optimizers
+@cases(
+    row=SOME,
+    change=[_load, _data_copy, _data_set, _no_grad],
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+)
 def test_a_weight_changed_from_outside_is_the_weight(
     row: OptimizerRow, change: Callable[[nn.Module, Tensor], None], dtype: torch.dtype
 ) -> None:
@@ -389,10 +384,12 @@ def test_a_weight_changed_from_outside_is_the_weight(
 
 
 @few_steps
-@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize("scheduled", [False, True], ids=["", "anneal"])
-@ends
-@optimizers
+@pairs(
+    row=OPTIMIZERS,
+    bound=ENDS,
+    scheduled=[False, True],
+    flat=[False, True],
+)
 def test_distributed_checkpoint_functions(row: OptimizerRow, bound: ConstraintRow, scheduled: bool, flat: bool) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     pair = (module := build(bound), optimizer(row, module))
@@ -413,23 +410,7 @@ def test_distributed_checkpoint_functions(row: OptimizerRow, bound: ConstraintRo
     assert_same(pair, resumed)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@optimizers
-def test_a_step_with_lr_zero_moves_no_weight_by_one_ulp(row: OptimizerRow, dtype: torch.dtype) -> None:
-    for bound in (*CONSTRAINTS, *FEW):
-        module = build(bound, dtype=dtype, plain=False)
-        with torch.no_grad():  # magnitudes from next to nothing to the largest
-            module.weight.mul_(torch.logspace(-9, 3, module.weight.numel()).reshape(module.weight.shape).to(dtype))
-            module.weight.view(-1)[::4] = 0
-        before = module.weight.detach().clone()
-        opt = optimizer(row, module, lr=0.0)
-        for grad in (torch.zeros_like, torch.ones_like):
-            module.weight.grad = grad(before)
-            opt.step()
-            assert torch.equal(before, module.weight), bound.id
-
-
-@pytest.mark.parametrize("kind", ["swa", "ema", "ema with buffers"])
+@cases(kind=["swa", "ema", "ema with buffers"])
 def test_an_averaged_copy_is_never_silently_plain(kind: str) -> None:
     net = symopt.constrain(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), {"*.weight": symopt.Sparse(2.0)})
     opt = symopt.AdamW(net, lr=1e-2)
@@ -457,8 +438,7 @@ def _short_group(d: dict[str, Any]) -> None:
     d["param_groups"][0]["params"] = d["param_groups"][0]["params"][:1]
 
 
-@pytest.mark.parametrize("spoil", [_extra_group, _short_group])
-@optimizers
+@cases(row=OPTIMIZERS, spoil=[_extra_group, _short_group])
 def test_mismatching_groups_raise_and_leave_everything_untouched(
     row: OptimizerRow, spoil: Callable[[dict[str, Any]], None]
 ) -> None:
@@ -480,8 +460,7 @@ def test_mismatching_groups_raise_and_leave_everything_untouched(
     assert_same(pair, before)
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["returned", "in place"])
-@optimizers
+@cases(row=OPTIMIZERS, in_place=[False, True])
 def test_what_a_users_pre_hook_leaves_is_what_gets_loaded(row: OptimizerRow, in_place: bool) -> None:
     pair = (module := build(FEW[1]), optimizer(row, module, lr=row.lr))
     steps(pair, 0, 5)
@@ -503,7 +482,7 @@ def test_what_a_users_pre_hook_leaves_is_what_gets_loaded(row: OptimizerRow, in_
     assert other[1].state[twin.weight] and all((v == 2).all() for s in other[1].state.values() for v in s.values())
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_a_users_load_post_hook_has_the_last_word(row: OptimizerRow) -> None:
     pair = (module := build(FEW[1]), optimizer(row, module))
     steps(pair, 0, 5)
@@ -519,7 +498,7 @@ def test_a_users_load_post_hook_has_the_last_word(row: OptimizerRow) -> None:
     assert other[1].state[twin.weight] and all((v == 3).all() for s in other[1].state.values() for v in s.values())
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_a_users_state_dict_hooks_see_and_change_what_is_saved(row: OptimizerRow) -> None:
     _, opt = pair = (module := build(FEW[1]), optimizer(row, module))
     steps(pair, 0, 5)

@@ -23,7 +23,8 @@ from torch.testing._internal.common_optimizers import (
 from torch.testing._internal.common_utils import TestCase
 
 import symopt
-from support.table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, constrained_parameter, tolerance
+from support.table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, constrained_parameter
+from support.tolerances import tolerance
 
 STEPS = 20
 ROWS = [

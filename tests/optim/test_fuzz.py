@@ -14,11 +14,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_backends import ordered
 from torch import Tensor, nn
 
 import symopt
-from support.table import OPTIMIZERS, OptimizerRow, ids, tolerance
+from support.cases import cases
+from support.runs import ordered
+from support.table import OPTIMIZERS, OptimizerRow
+from support.tolerances import tolerance
 
 FUZZ = os.environ.get("SYMOPT_FUZZ")
 many = settings(
@@ -100,7 +102,7 @@ class Case:
         return module, self.opt.cls(groups, **options, **own)
 
 
-cases = st.builds(
+any_case = st.builds(
     Case,
     where=st.sampled_from([(kind, shape) for kind in KINDS for shape in SHAPES if fits(kind, shape)]),
     layout=st.sampled_from(list(LAYOUTS)),
@@ -160,7 +162,7 @@ def close(case: Case, run: Run, other: Run) -> None:
 
 
 @many
-@given(case=cases)
+@given(case=any_case)
 def test_any_step(case: Case) -> None:
     run, oracle, resumed = case.build(case.layout, None), case.build("contiguous", "reference"), None
     module = run[0]
@@ -187,8 +189,7 @@ def test_any_step(case: Case) -> None:
         assert torch.equal(module.weight, bound["weight.master"].to(case.dtype))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(), (0,), (2, 0)], ids=str)
+@cases(shape=[(), (0,), (2, 0)], kind=KINDS)
 def test_nothing_cannot_be_constrained(kind: str, shape: tuple[int, ...]) -> None:
     module = nn.Module()
     module.weight = nn.Parameter(torch.empty(shape))
@@ -196,8 +197,7 @@ def test_nothing_cannot_be_constrained(kind: str, shape: tuple[int, ...]) -> Non
         symopt.constrain(module, {"weight": KINDS[kind](None)})
 
 
-@pytest.mark.parametrize("row", OPTIMIZERS, ids=ids)
-@pytest.mark.parametrize("kind", KINDS)
+@cases(kind=KINDS, row=OPTIMIZERS)
 def test_weights_that_share_memory_are_refused_as_in_torch(kind: str, row: OptimizerRow) -> None:
     errors = []
     for constrained in (False, True):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import symopt
+from support.cases import cases
 from support.table import (
     CONSTRAINTS,
     MATRICES,
@@ -19,12 +20,11 @@ from support.table import (
     OptimizerRow,
     PlaneRow,
     constrained_parameter,
-    ids,
     plane_module,
 )
 
-optimizers = pytest.mark.parametrize("row", [r for r in OPTIMIZERS if not r.options], ids=ids)
 ROWS = [row for row in CONSTRAINTS if row.id in ("sparse", "group-in", "group-index")]
+CLASSES = [row for row in OPTIMIZERS if not row.options]
 STEPS = 12
 
 
@@ -52,7 +52,7 @@ def same(one: nn.Module, two: nn.Module) -> None:
         assert torch.equal(p, q[1]), name
 
 
-@optimizers
+@cases(row=CLASSES)
 def test_accumulated_gradients_are_one_gradient(row: OptimizerRow) -> None:
     whole, parts = network(), network()
     opts = [row.cls(net, lr=row.lr) for net in (whole, parts)]
@@ -68,7 +68,7 @@ def test_accumulated_gradients_are_one_gradient(row: OptimizerRow) -> None:
     same(whole, parts)
 
 
-@optimizers
+@cases(row=CLASSES)
 def test_the_step_may_be_taken_inside_backward(row: OptimizerRow) -> None:
     """An optimizer a parameter, stepped as soon as its gradient is there, so that gradients never pile up."""
     net, inside = network(), network()
@@ -87,7 +87,7 @@ def test_the_step_may_be_taken_inside_backward(row: OptimizerRow) -> None:
     same(net, inside)
 
 
-@optimizers
+@cases(row=CLASSES)
 def test_runs_are_the_same_to_the_bit(row: OptimizerRow) -> None:
     nets = [network() for _ in range(2)]
     for net in nets:
@@ -95,7 +95,7 @@ def test_runs_are_the_same_to_the_bit(row: OptimizerRow) -> None:
     same(*nets)
 
 
-@optimizers
+@cases(row=CLASSES)
 def test_threads_do_not_disturb_each_other(row: OptimizerRow) -> None:
     alone, nets = network(), [network() for _ in range(4)]
     train(alone, row.cls(alone, lr=row.lr))
@@ -109,7 +109,7 @@ def test_threads_do_not_disturb_each_other(row: OptimizerRow) -> None:
         same(alone, net)
 
 
-@optimizers
+@cases(row=CLASSES)
 def test_a_step_hook_may_step_another_optimizer(row: OptimizerRow) -> None:
     alone, nets = network(), [network() for _ in range(2)]
     train(alone, row.cls(alone, lr=row.lr))
@@ -124,10 +124,12 @@ def test_a_step_hook_may_step_another_optimizer(row: OptimizerRow) -> None:
         same(alone, net)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("bound", ROWS, ids=ids)
-@optimizers
+@cases(
+    row=CLASSES,
+    bound=ROWS,
+    backend=["native", "reference"],
+    bad=[float("nan"), float("inf"), -float("inf")],
+)
 def test_a_gradient_that_is_not_finite_spoils_what_it_reaches_as_in_torch(
     row: OptimizerRow, bound: Any, backend: str, bad: float
 ) -> None:
@@ -149,8 +151,7 @@ def test_a_gradient_that_is_not_finite_spoils_what_it_reaches_as_in_torch(
     assert not module.weight.view(-1)[0].isfinite()
 
 
-@pytest.mark.parametrize("bound", [*ROWS, *MATRICES, *PLANES], ids=ids)
-@optimizers
+@cases(row=CLASSES, bound=[*ROWS, *MATRICES, *PLANES])
 def test_a_run_that_was_spoilt_goes_on_and_can_be_saved_and_looked_at(row: OptimizerRow, bound: Any) -> None:
     """As in torch: only the numbers say so.  A loss that is checked once an epoch must not be an error before."""
     module = plane_module(bound) if isinstance(bound, PlaneRow) else constrained_parameter(bound)
@@ -168,7 +169,7 @@ def test_a_run_that_was_spoilt_goes_on_and_can_be_saved_and_looked_at(row: Optim
     assert not first.view(-1)[0].isfinite()
 
 
-@optimizers
+@cases(row=CLASSES)
 def test_clipping_may_refuse_what_is_not_finite(row: OptimizerRow) -> None:
     net = network()
     opt = row.cls(net, lr=row.lr)
@@ -184,9 +185,7 @@ def test_clipping_may_refuse_what_is_not_finite(row: OptimizerRow) -> None:
     assert all(p.isfinite().all() for p in net.parameters())
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("bound", ROWS, ids=ids)
-@optimizers
+@cases(row=CLASSES, bound=ROWS, backend=["native", "reference"])
 def test_no_lr_and_no_strength_is_too_large(row: OptimizerRow, bound: Any, backend: str) -> None:
     """Their product has to be a number of the weight's precision; nothing else is asked for."""
     for lr, strength in ((1e30, 1e-3), (1e30, 1e8), (1e3, 1e30), (1e-3, 1e38)):
@@ -198,9 +197,7 @@ def test_no_lr_and_no_strength_is_too_large(row: OptimizerRow, bound: Any, backe
         assert module.weight.isfinite().all(), (lr, strength)
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("bound", ROWS, ids=ids)
-@optimizers
+@cases(row=CLASSES, bound=ROWS, backend=["native", "reference"])
 def test_denormal_weights_are_numbers(row: OptimizerRow, bound: Any, backend: str) -> None:
     module = constrained_parameter(bound, dtype=torch.float32)
     with torch.no_grad():
@@ -212,9 +209,7 @@ def test_denormal_weights_are_numbers(row: OptimizerRow, bound: Any, backend: st
     assert (module.weight > 1e-12).all()  # they have begun to grow
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("bound", ROWS, ids=ids)
-@optimizers
+@cases(row=CLASSES, bound=ROWS, backend=["native", "reference"])
 def test_extreme_but_finite_numbers_stay_finite(row: OptimizerRow, bound: Any, backend: str) -> None:
     for scale in (1e-42, 1e-20, 1e15):  # the first is a denormal; squares of the last still fit
         for strength in (0.0, 1e-30, 1e6):

@@ -20,7 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import symopt
-from support.table import OPTIMIZERS, OptimizerRow, ids
+from support.cases import cases, pairs
+from support.table import OPTIMIZERS, OptimizerRow
 
 STEPS = 12
 PLAIN = {"plain0": (5, 3), "plain1": (7,), "scalar": (), "plain2": (2, 3, 2)}
@@ -28,7 +29,7 @@ BOUND = {"bound0": (4, 6), "bound1": (6, 5)}
 PATTERNS = {"bound0": symopt.GroupSparse("out"), "bound1": symopt.Sparse()}
 FIRST, SECOND = ("bound0", "plain0", "scalar"), ("plain1", "bound1", "plain2")  # two groups, both mixed
 
-optimizers = pytest.mark.parametrize("row", OPTIMIZERS, ids=ids)
+ADAMS = [row for row in OPTIMIZERS if "Adam" in row.cls.__name__]
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
@@ -118,21 +119,17 @@ def run_twins(row: OptimizerRow, steps: int = 30, dtype: torch.dtype = torch.flo
 # ------------------------------------------------------------------------------------------------------- trajectories
 
 
-@pytest.mark.parametrize("weight_decay", [0, 0.1])
-@pytest.mark.parametrize("how", [{}, {"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
-@optimizers
+@pairs(row=OPTIMIZERS, how=[{}, {"foreach": False}, {"foreach": True}, {"fused": True}], weight_decay=[0, 0.1])
 def test_plain_parameters_follow_torch_bit_for_bit(row: OptimizerRow, how: dict[str, Any], weight_decay: float) -> None:
     run_twins(row, weight_decay=weight_decay, **how)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@optimizers
+@cases(row=OPTIMIZERS, dtype=[torch.bfloat16, torch.float16, torch.float64])
 def test_plain_parameters_follow_torch_in_every_dtype(row: OptimizerRow, dtype: torch.dtype) -> None:
     run_twins(row, dtype=dtype, weight_decay=0.1)
 
 
-@pytest.mark.parametrize("foreach", [None, False, True])
-@optimizers
+@cases(row=OPTIMIZERS, foreach=[None, False, True])
 def test_complex_parameters_follow_torch(row: OptimizerRow, foreach: bool | None) -> None:
     start = torch.randn(4, 3, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
     module = network()
@@ -148,7 +145,7 @@ def test_complex_parameters_follow_torch(row: OptimizerRow, foreach: bool | None
     assert all(torch.equal(v, opt.state[ours][k]) for k, v in torch_opt.state[theirs].items())
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_a_neighbour_in_the_group_changes_nothing_for_a_constrained_weight(row: OptimizerRow) -> None:
     _, _, mixed, ours = twins(row, weight_decay=0.3)
     alone = network()
@@ -161,8 +158,7 @@ def test_a_neighbour_in_the_group_changes_nothing_for_a_constrained_weight(row: 
     assert torch.equal(ours["bound0"], alone.bound0)  # weight_decay is for unconstrained parameters only
 
 
-@pytest.mark.parametrize("how", [{}, {"foreach": False}, {"fused": True}], ids=str)
-@optimizers
+@cases(row=OPTIMIZERS, how=[{}, {"foreach": False}, {"fused": True}])
 def test_tensor_lr_may_change_in_place(row: OptimizerRow, how: dict[str, Any]) -> None:
     # In fp64 a tensor and a number are the same lr, so a third run with numbers is an oracle for the constrained ones.
     lr = torch.tensor(row.lr, dtype=torch.float64)
@@ -180,13 +176,15 @@ def test_tensor_lr_may_change_in_place(row: OptimizerRow, how: dict[str, Any]) -
     assert all(torch.equal(ours[name], params[name]) for name in BOUND)
 
 
-@pytest.mark.parametrize("row", [r for r in OPTIMIZERS if "Adam" in r.cls.__name__], ids=ids)
+@cases(row=ADAMS)
 def test_tensor_betas(row: OptimizerRow) -> None:
     run_twins(row, betas=(torch.tensor(0.85), torch.tensor(0.98)), foreach=False)
 
 
-@pytest.mark.parametrize("how", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
-@pytest.mark.parametrize("row", [r for r in OPTIMIZERS if "Adam" in r.cls.__name__], ids=ids)
+@cases(
+    row=ADAMS,
+    how=[{"foreach": False}, {"foreach": True}, {"fused": True}],
+)
 def test_capturable_is_allowed_on_cpu_exactly_where_torch_allows_it(row: OptimizerRow, how: dict[str, Any]) -> None:
     torch_opt, theirs, opt, ours = twins(row, capturable=True, **how)
     errors: list[str] = []
@@ -248,8 +246,7 @@ def test_every_torch_scheduler_is_here() -> None:
     assert set(lr_scheduler.__all__) <= SCHEDULERS.keys()
 
 
-@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS.keys())
-@pytest.mark.parametrize("row", [r for r in OPTIMIZERS if r.id in ("sgd", "sgd-momentum", "adam", "adamw")], ids=ids)
+@cases(row=[r for r in OPTIMIZERS if r.id in ("sgd", "sgd-momentum", "adam", "adamw")], make=SCHEDULERS.values())
 def test_schedulers_schedule_plain_and_constrained_alike(row: OptimizerRow, make: Callable[[Any], Any]) -> None:
     torch_opt, theirs, opt, ours = twins(row)
     by_hand, params = twins(row)[2:]
@@ -270,7 +267,7 @@ def test_schedulers_schedule_plain_and_constrained_alike(row: OptimizerRow, make
     assert all(torch.equal(ours[name], params[name]) for name in BOUND)
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_a_constrained_weight_feels_a_change_of_lr(row: OptimizerRow) -> None:
     ends = []
     for factor in (1.0, 0.5, 0.0):
@@ -291,8 +288,7 @@ def test_a_constrained_weight_feels_a_change_of_lr(row: OptimizerRow) -> None:
 # -------------------------------------------------------------------------------------------- strength, a key like lr
 
 
-@pytest.mark.parametrize("value", [float, lambda k: torch.tensor(k, dtype=torch.float64)], ids=["float", "tensor"])
-@optimizers
+@cases(row=OPTIMIZERS, value=[float, lambda k: torch.tensor(k, dtype=torch.float64)])
 def test_the_groups_strength_overrides_the_constraints_own(row: OptimizerRow, value: Callable[[float], Any]) -> None:
     def run(own: float | None, group: Any, switch: Any = None) -> Tensor:
         module = nn.Module()
@@ -323,7 +319,7 @@ def test_strength_in_the_constructor_and_in_param_groups() -> None:
 # ----------------------------------------------------------------------------------------- the rest of the step's API
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_closure_is_called_once_with_grad_enabled_and_its_loss_returned(row: OptimizerRow) -> None:
     torch_opt, theirs, opt, ours = twins(row)
     calls: list[bool] = []
@@ -365,7 +361,7 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return str(request.param)
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_step_hooks_fire_exactly_once(row: OptimizerRow, order: str) -> None:
     seen: list[str] = []
     handles = [
@@ -387,7 +383,7 @@ def test_step_hooks_fire_exactly_once(row: OptimizerRow, order: str) -> None:
             handle.remove()
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_parameters_without_a_gradient_are_skipped(row: OptimizerRow) -> None:
     torch_opt, theirs, opt, ours = twins(row, weight_decay=0.1)
     for t in range(8):
@@ -406,8 +402,7 @@ def test_parameters_without_a_gradient_are_skipped(row: OptimizerRow) -> None:
     assert_same_plain(torch_opt, theirs, opt, ours)
 
 
-@pytest.mark.parametrize("foreach", [False, True])
-@optimizers
+@cases(row=OPTIMIZERS, foreach=[False, True])
 def test_zero_grad(row: OptimizerRow, foreach: bool) -> None:
     _, _, opt, ours = twins(row, foreach=foreach)
     set_gradients(ours, 0)
@@ -423,7 +418,7 @@ def sparse_gradient(p: Tensor, t: int) -> Tensor:
     )
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_sparse_gradients_of_plain_parameters_as_in_torch(row: OptimizerRow) -> None:
     torch_opt, theirs, opt, ours = twins(row)
     raised: list[tuple[type, str]] = []
@@ -441,7 +436,7 @@ def test_sparse_gradients_of_plain_parameters_as_in_torch(row: OptimizerRow) -> 
     assert_same_plain(torch_opt, theirs, opt, ours)
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_sparse_gradients_of_constrained_parameters_raise_and_name_them(row: OptimizerRow) -> None:
     opt = row.cls(module := network(), lr=row.lr, **row.options)
     module.bound1.grad = sparse_gradient(module.bound1, 0)
@@ -451,8 +446,7 @@ def test_sparse_gradients_of_constrained_parameters_raise_and_name_them(row: Opt
     assert torch.equal(module.bound1, before)
 
 
-@pytest.mark.parametrize("how", [{}, {"fused": True}], ids=str)
-@optimizers
+@cases(row=OPTIMIZERS, how=[{}, {"fused": True}])
 def test_gradscaler_skips_everything_on_inf(row: OptimizerRow, how: dict[str, Any]) -> None:
     torch_opt, theirs, opt, ours = twins(row, **how)
     unscaled_opt, unscaled = twins(row, **how)[2:]
@@ -493,8 +487,7 @@ def test_gradscaler_sees_the_inf_of_a_constrained_weight() -> None:
     assert all(torch.equal(p, q) for p, q in zip(params.values(), tensors().values(), strict=True)) and not opt.state
 
 
-@pytest.mark.parametrize("clip", [nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_])
-@optimizers
+@cases(row=OPTIMIZERS, clip=[nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_])
 def test_gradient_clipping(row: OptimizerRow, clip: Callable[..., Any]) -> None:
     # The norm includes the constrained weights' gradients, so here torch trains them too, and gradients do not depend
     # on the weights.
@@ -510,7 +503,7 @@ def test_gradient_clipping(row: OptimizerRow, clip: Callable[..., Any]) -> None:
     assert_same_plain(torch_opt, {n: theirs[n] for n in PLAIN}, opt, ours)
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_swa_averages_and_batchnorm_updates_as_for_any_optimizer(row: OptimizerRow) -> None:
     def build() -> nn.Sequential:
         torch.manual_seed(0)
@@ -543,24 +536,21 @@ def test_swa_averages_and_batchnorm_updates_as_for_any_optimizer(row: OptimizerR
 # ------------------------------------------------------------------------------------------------------ construction
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_it_is_an_instance_of_torchs_class(row: OptimizerRow) -> None:
     opt = row.cls(network(), lr=row.lr, **row.options)
     assert isinstance(opt, row.torch_cls) and isinstance(opt, torch.optim.Optimizer)
     assert type(opt).__name__ == row.torch_cls.__name__
 
 
-CLASSES = pytest.mark.parametrize("row", [r for r in OPTIMIZERS if r.id in ("sgd", "adam", "adamw")], ids=ids)
-
-
-@CLASSES
+@cases(row=[r for r in OPTIMIZERS if r.id in ("sgd", "adam", "adamw")])
 def test_defaults_are_torchs(row: OptimizerRow) -> None:
     want, have = row.torch_cls(list(tensors().values())).defaults, row.cls(network()).defaults
     assert want.items() <= have.items()
     assert have.keys() - want.keys() >= {"strength", "time_scale", "imbalance"}
 
 
-@CLASSES
+@cases(row=[r for r in OPTIMIZERS if r.id in ("sgd", "adam", "adamw")])
 def test_the_signature_shows_torchs_arguments(row: OptimizerRow) -> None:
     # Trainers look: nanoGPT for "fused" in inspect.signature(torch.optim.AdamW).parameters, jsonargparse for all.
     want, have = (inspect.signature(cls).parameters for cls in (row.torch_cls, row.cls))
@@ -577,7 +567,7 @@ POSITIONAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-@CLASSES
+@cases(row=[r for r in OPTIMIZERS if r.id in ("sgd", "adam", "adamw")])
 def test_positional_arguments_in_torchs_order(row: OptimizerRow) -> None:
     values = POSITIONAL[row.cls.__name__]
     positional = [p for p in inspect.signature(row.torch_cls).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -604,7 +594,7 @@ def forms(module: nn.Module) -> dict[str, Callable[[], Any]]:
     }
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_every_form_of_construction_binds_the_constraints(row: OptimizerRow) -> None:
     want = None
     for form in forms(nn.Module()):
@@ -621,7 +611,7 @@ def test_every_form_of_construction_binds_the_constraints(row: OptimizerRow) -> 
         assert all(torch.equal(value, want[key]) for key, value in module.state_dict().items()), form
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_add_param_group_in_mid_training(row: OptimizerRow) -> None:
     theirs, ours = tensors(), Params(network())
     torch_opt = row.torch_cls([theirs["plain0"]], lr=row.lr, **row.options)
@@ -646,7 +636,7 @@ def test_add_param_group_in_mid_training(row: OptimizerRow) -> None:
 # ----------------------------------------------------------------------------------------------------- differentiable
 
 
-@optimizers
+@cases(row=OPTIMIZERS)
 def test_differentiable_plain_steps_as_in_torch(row: OptimizerRow) -> None:
     hyper = []
     for cls in (row.torch_cls, row.cls):
@@ -660,10 +650,7 @@ def test_differentiable_plain_steps_as_in_torch(row: OptimizerRow) -> None:
     assert hyper[0].abs().min() > 0 and torch.equal(hyper[0], hyper[1])
 
 
-@pytest.mark.parametrize(
-    "constraint", [symopt.Sparse(0.3), symopt.GroupSparse("out", 0.3), symopt.LowRank(0.3)], ids=lambda c: c.retraction
-)
-@optimizers
+@cases(row=OPTIMIZERS, constraint=[symopt.Sparse(0.3), symopt.GroupSparse("out", 0.3), symopt.LowRank(0.3)])
 def test_differentiable_constrained_steps(row: OptimizerRow, constraint: symopt.Constraint) -> None:
     # A differentiable step is in place on a non-leaf, so the module holds that.  c and metric_scale are constants here:
     # they are state from before.

@@ -122,6 +122,7 @@ def grows(once: Callable[[int], None], steps: int, windows: int = 8) -> bool:
 
 
 def memory() -> None:
+    torch.set_num_threads(1)
     for row in CLASSES:
         net = module(every=False)
         opt = row.cls(net, lr=1e-4)

@@ -25,9 +25,9 @@ __all__ = ["TARGETS", "VARIANTS", "Code", "Variant", "build", "traffic"]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 _POINTERS = {
-    **dict.fromkeys(("table", "live", "zeros"), "*i64"),
-    **dict.fromkeys(("owners", "arrived", "ticket", "marks"), "*i32"),
-    **dict.fromkeys(("partial", "room", "gates"), "*fp32"),
+    **dict.fromkeys(("table", "per_step", "zeros"), "*i64"),
+    **dict.fromkeys(("owners", "arrived", "ticket", "counters"), "*i32"),
+    **dict.fromkeys(("partial", "scratch", "gates"), "*fp32"),
 }
 
 
@@ -41,33 +41,44 @@ class Variant:
     master: bool = False
     momentum: bool = True
     peak: bool = False
-    trimmed: bool = False
+    budgeted: bool = False
     form: tuple[Any, ...] = (2,)
     stochastic: bool = False
     kernel: str | None = None
-    """Which of a tie's launches."""
+    """Which of several launches."""
 
     @property
     def key(self) -> tuple[Any, ...]:
-        flags = (self.master, self.peak, self.momentum, self.trimmed)
+        flags = (self.master, self.peak, self.momentum, self.budgeted)
         return (self.retraction, self.dtype, *flags, self.form)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all its accesses are of 128 bits."""
+        if self.retraction == "units":
+            return all(aligned and not unbound for *_, unbound, aligned in self.form)
+        return bool(self.form[-1])
 
     def __str__(self) -> str:
         """As a row of the table."""
         words = [self.direction if self.momentum else "sgd, no momentum", self.retraction]
         if self.retraction == "group":
             words.append("x".join(map(str, self.form[:2])) + f" by {self.form[2]}")
-        elif self.retraction == "mirror":
-            pair, each, automatic, gathered, _ = self.form
-            words.append("gathered" if gathered else "two copies" if pair else "more copies")
-            words += ["elementwise"] * each + ["automatic"] * automatic + [str(self.kernel)]
+        elif self.retraction == "orbit":
+            two_copies, gate_per_orbit, automatic, gathered, _ = self.form
+            words.append("gathered" if gathered else "two copies" if two_copies else "more copies")
+            words += ["elementwise"] * gate_per_orbit + ["automatic"] * automatic + [str(self.kernel)]
         elif self.retraction in ("centred", "basis"):
             words += ["x".join(map(str, self.form[:2])) + f" by {self.form[2]}"] * (self.retraction == "centred")
+            words.append(str(self.kernel))
+        elif self.retraction == "units":
+            (r, c, p, unbound, _), *_ = self.form
+            words += [f"{r}x{c} by {p}"] * (self.kernel != "combine_units") + ["some without a unit"] * unbound
             words.append(str(self.kernel))
         elif self.form != (2,):
             words.append(str(self.form[0]))
         words += [self.dtype + "+master" * self.master + "+stochastic" * self.stochastic]
-        return ", ".join(words + ["amsgrad"] * self.peak + ["budget"] * self.trimmed)
+        return ", ".join(words + ["amsgrad"] * self.peak + ["budget"] * self.budgeted)
 
 
 # Two copies, a gate each, automatic, gathered, aligned.
@@ -78,31 +89,31 @@ _GATHERED, _GATHERED_EACH = (False, False, True, True, False), (False, True, Tru
 
 def _ties() -> Iterator[Variant]:
     for direction in ("sgd", "adam", "adamw"):
-        for kernel in ("surveys", "moves"):
-            yield Variant(direction, "mirror", form=_TIE, kernel=kernel)
-        yield Variant(direction, "mirror", form=_EACH, kernel="moves")
-    yield Variant("adamw", "mirror", form=_TIE, kernel="snaps")
-    for kernel in ("surveys", "moves"):
-        yield Variant("adamw", "mirror", peak=True, form=_TIE, kernel=kernel)
-        yield Variant("adamw", "mirror", form=_MANY, kernel=kernel)
-        yield Variant("adam", "mirror", form=_GATHERED, kernel=kernel)
-        yield Variant("adam", "mirror", "bfloat16", master=True, form=_TIE, kernel=kernel)
+        for kernel in ("survey_orbits", "move_orbits"):
+            yield Variant(direction, "orbit", form=_TIE, kernel=kernel)
+        yield Variant(direction, "orbit", form=_EACH, kernel="move_orbits")
+    yield Variant("adamw", "orbit", form=_TIE, kernel="snap_orbits")
+    for kernel in ("survey_orbits", "move_orbits"):
+        yield Variant("adamw", "orbit", peak=True, form=_TIE, kernel=kernel)
+        yield Variant("adamw", "orbit", form=_MANY, kernel=kernel)
+        yield Variant("adam", "orbit", form=_GATHERED, kernel=kernel)
+        yield Variant("adam", "orbit", "bfloat16", master=True, form=_TIE, kernel=kernel)
     for form in (_EACH_AUTOMATIC, _GATHERED_EACH):
-        yield Variant("adam", "mirror", form=form, kernel="moves")
+        yield Variant("adam", "orbit", form=form, kernel="move_orbits")
     for form in (_EACH, (False, *_EACH[1:])):
-        yield Variant("adam", "mirror", "bfloat16", master=True, form=form, kernel="moves")
+        yield Variant("adam", "orbit", "bfloat16", master=True, form=form, kernel="move_orbits")
 
 
 def _coordinates() -> Iterator[Variant]:
     for direction in ("sgd", "adam", "adamw"):
         row = (*triton_launch.tile(1, 4096), 1, True, True)
-        for kernel in ("reduce_groups", "settle", "shift_groups"):
+        for kernel in ("survey_means", "combine_coordinates", "move_means"):
             yield Variant(direction, "centred", form=row, kernel=kernel)
-        for kernel in ("reduce_basis", "settle", "shift_basis"):
+        for kernel in ("survey_basis", "combine_coordinates", "move_basis"):
             yield Variant(direction, "basis", form=(2, 1024, True, True), kernel=kernel)
     column = (*triton_launch.tile(4096, 1), 32, True, True)
-    for kernel in ("reduce_groups", "settle", "shift_groups"):
-        yield Variant("adamw", "centred", peak=kernel == "settle", form=column, kernel=kernel)
+    for kernel in ("survey_means", "combine_coordinates", "move_means"):
+        yield Variant("adamw", "centred", peak=kernel == "combine_coordinates", form=column, kernel=kernel)
         yield Variant("adamw", "centred", "bfloat16", master=True, form=row, kernel=kernel)
 
 
@@ -111,12 +122,30 @@ def _tiles() -> Iterator[tuple[Any, ...]]:
         yield (*triton_launch.tile(rows, run), True)
 
 
+def _units() -> Iterator[Variant]:
+    row, column = ((*triton_launch.tile(*shape), False, True) for shape in ((1, 4096), (4096, 1)))
+    for direction in ("sgd", "adam", "adamw"):
+        for kernel in ("survey_units", "combine_units", "move_units"):
+            yield Variant(direction, "units", form=(row,), kernel=kernel)
+    unbound = ((*row[:3], True, False),)
+    yield Variant("adam", "units", peak=True, form=(row,), kernel="combine_units")
+    yield Variant("adam", "units", "bfloat16", master=True, peak=True, form=unbound, kernel="survey_units")
+    yield Variant("adamw", "units", budgeted=True, form=(row,), kernel="combine_units")
+    for kernel in ("survey_units", "move_units"):
+        yield Variant("adamw", "units", form=(column,), kernel=kernel)
+        yield Variant("adamw", "units", "bfloat16", master=True, form=(row,), kernel=kernel)
+        yield Variant("adamw", "units", form=((*triton_launch.tile(1, 1), True, False),), kernel=kernel)
+        yield Variant("adamw", "units", form=unbound, kernel=kernel)
+
+
 VARIANTS = (
     *(Variant(d, r) for d in ("sgd", "adam", "adamw") for r in ("plain", "sparse", "sparse_free")),
+    *(Variant("lion", r) for r in ("plain", "sparse")),
+    Variant("lion", "nm", budgeted=True, form=(4,)),
     Variant("sgd", "sparse", momentum=False),
     Variant("adamw", "sparse", peak=True),
-    Variant("adamw", "sparse", trimmed=True),
-    Variant("adamw", "nm", trimmed=True, form=(4,)),
+    Variant("adamw", "sparse", budgeted=True),
+    Variant("adamw", "nm", budgeted=True, form=(4,)),
     Variant("adamw", "sparse_deep", form=(3,)),
     Variant("adamw", "sparse_deep", form=(4,)),
     *(Variant("adamw", "sparse", dtype, master=m) for dtype in ("bfloat16", "float16") for m in (True, False)),
@@ -127,6 +156,7 @@ VARIANTS = (
     Variant("adamw", "group", "bfloat16", master=True, form=(*triton_launch.tile(1, 4096), True)),
     *_ties(),
     *_coordinates(),
+    *_units(),
 )
 
 
@@ -156,24 +186,29 @@ def traffic(v: Variant) -> tuple[int, int]:
     """
     size = 4 if v.dtype == "float32" else 2
     state = 0 if not v.momentum else 4
-    if v.retraction == "mirror":  # of two copies, which share a second moment
+    if v.retraction == "orbit":  # of two copies, which share a second moment
         weight, second = size + 4 * v.master, 0 if v.direction == "sgd" else 2
         moments = state + second * (1 + v.peak)
-        if v.kernel == "snaps":
+        if v.kernel == "snap_orbits":
             return weight, weight
-        if v.kernel == "surveys":
+        if v.kernel == "survey_orbits":
             return weight + size + moments, moments
         if v.form[1]:
             return weight + size + moments, weight + moments
         return weight + (state or size) + second, weight
     if v.retraction in ("centred", "basis"):  # one second moment for many; of the basis one direction
         weight, basis = size + 4 * v.master, 4 * (v.retraction == "basis")
-        if v.kernel == "settle":
+        if v.kernel == "combine_coordinates":
             return 0, 0
-        if str(v.kernel).startswith("reduce"):
+        if str(v.kernel).startswith("survey"):
             return weight + size + state + basis, state
         return weight + (state or size) + basis, weight
-    if v.direction != "sgd" and v.retraction != "group":
+    if v.retraction == "units":  # one second moment for many
+        weight = size + 4 * v.master
+        if v.kernel == "combine_units":
+            return 0, 0
+        return (weight + size + state, state) if v.kernel == "survey_units" else (weight + (state or size), weight)
+    if v.direction not in ("sgd", "lion") and v.retraction != "group":
         state += 4 + 4 * v.peak
     factors = 8 if v.retraction == "sparse_free" else 0
     own = size + 4 * v.master + state + factors
@@ -188,20 +223,26 @@ def build(v: Variant, target: str) -> Code:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from symopt_kernels.triton.constants import ADDRESSES, LaunchSettings
+
     launches = triton_launch.launches(v.key, v.direction, stochastic=v.stochastic)
-    kernel, fixed, options = next(one for one in launches if v.kernel in (None, one[0].__name__))
-    signature: dict[str, str] = {}
-    constant, hints = dict(fixed), {}
+    launch = next(one for one in launches if v.kernel in (None, one.kernel.__name__))
+    kernel, fixed, options = launch.kernel, launch.fixed, dict(launch.options)
+    signature: dict[str, Any] = {}
+    constant: dict[Any, Any] = dict(fixed)
+    hints: dict[tuple[int, ...], Any] = {}
     for i, name in enumerate(kernel.arg_names):
         if name in _POINTERS:
             signature[name], hints[(i,)] = _POINTERS[name], [["tt.divisibility", 16]]
         elif name in ("seed", "programs"):
             signature[name] = "i32"
-        elif name in fixed or name in ("lr_at", "found_inf", "grad_scale"):
-            signature[name] = "constexpr"
-            constant.setdefault(name, None)
+        elif name == "given":
+            signature[name] = LaunchSettings(
+                *["constexpr"] * ADDRESSES, *["fp32"] * (len(LaunchSettings._fields) - ADDRESSES)
+            )
+            constant |= {(i, j): None for j in range(ADDRESSES)}
         else:
-            signature[name] = "fp32"
+            signature[name] = "constexpr"
     source = ASTSource(fn=kernel, signature=signature, constexprs=constant, attrs=hints)
     if target.startswith("gfx"):
         options.pop("maxnreg", None)
@@ -209,7 +250,7 @@ def build(v: Variant, target: str) -> Code:
         return _amd(text)
     made = triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options)
     size = fixed["BLOCK"] if "BLOCK" in fixed else fixed.get("R", 1) * fixed.get("C", 1)
-    if v.retraction == "mirror":
+    if v.retraction == "orbit":
         size *= 2
     return _nvidia(made.asm["cubin"], size / (32 * options["num_warps"]))
 

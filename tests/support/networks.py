@@ -13,7 +13,6 @@ from torch import nn
 
 from symopt.folding.fold import fold
 
-torch.set_num_threads(1)
 _seeded = torch.Generator().manual_seed(0)
 LINE, LINES, IMAGE = (torch.randn(*shape, generator=_seeded).double() for shape in [(5, 4), (5, 7, 4), (5, 1, 6, 6)])
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import symopt
+from support.lion import Lion
 from symopt.constraints import Constraint
 from symopt.optim import ConstrainedOptimizer
 
@@ -51,6 +52,8 @@ def _checkerboard(w: torch.Tensor) -> torch.Tensor:
     return torch.arange(w.numel()).reshape(w.shape) % 3
 
 
+Row = ConstraintRow | PlaneRow
+
 CONSTRAINTS = [
     ConstraintRow("sparse", lambda k: symopt.Sparse(k), (6, 5)),
     ConstraintRow("sparse-1d", lambda k: symopt.Sparse(k), (7,)),
@@ -63,6 +66,23 @@ CONSTRAINTS = [
     ConstraintRow("group-block", lambda k: symopt.GroupSparse("block:2x3", k), (4, 6)),
     ConstraintRow("group-index", lambda k: symopt.GroupSparse(torch.tensor([0, 2, 2, 0, 5, 5]), k), (6, 5)),
     ConstraintRow("group-callable", lambda k: symopt.GroupSparse(_checkerboard, k), (6, 5)),
+]
+
+
+DEEP = [
+    ConstraintRow("sparse-depth-3", lambda k: symopt.Sparse(k, depth=3), (6, 5)),
+    ConstraintRow("sparse-depth-4", lambda k: symopt.Sparse(k, depth=4), (7,)),
+    ConstraintRow("sparse-depth-5", lambda k: symopt.Sparse(k, depth=5), (6, 5)),
+    ConstraintRow("group-depth-3", lambda k: symopt.GroupSparse("out", k, depth=3), (6, 5)),
+    ConstraintRow("group-in-conv-depth-4", lambda k: symopt.GroupSparse("in", k, depth=4), (4, 3, 3, 2)),
+    ConstraintRow("group-index-depth-5", lambda k: symopt.GroupSparse(_checkerboard, k, depth=5), (6, 5)),
+]
+
+
+FREE = [
+    ConstraintRow("sparse-free", lambda k: symopt.Sparse(k, gauge="free"), (6, 5)),
+    ConstraintRow("sparse-free-depth-3", lambda k: symopt.Sparse(k, depth=3, gauge="free"), (6, 5)),
+    ConstraintRow("sparse-free-depth-4", lambda k: symopt.Sparse(k, depth=4, gauge="free"), (7,)),
 ]
 
 
@@ -174,6 +194,8 @@ MATRICES = [
 ]
 """Constraints that see a weight as a matrix; their units are not weights or groups of them (test_lowrank.py)."""
 
+EVERY: list[Row] = [*CONSTRAINTS, *DEEP, *FREE, *PLANES, *MATRICES]
+
 OPTIMIZERS = [
     OptimizerRow("sgd", symopt.SGD, torch.optim.SGD, 0.05),
     OptimizerRow("sgd-momentum", symopt.SGD, torch.optim.SGD, 0.01, {"momentum": 0.9}),
@@ -186,66 +208,22 @@ OPTIMIZERS = [
     OptimizerRow("adamw-amsgrad", symopt.AdamW, torch.optim.AdamW, 0.01, {"amsgrad": True, "betas": (0.8, 0.95)}),
     OptimizerRow("adamw-maximize", symopt.AdamW, torch.optim.AdamW, 0.01, {"maximize": True}),
 ]
+"""They take every constraint."""
+
+MORE_OPTIMIZERS = [
+    OptimizerRow("lion", symopt.Lion, Lion, 3e-3),
+    OptimizerRow("lion-maximize", symopt.Lion, Lion, 3e-3, {"maximize": True, "betas": (0.8, 0.95)}),
+    OptimizerRow("muon", symopt.Muon, torch.optim.Muon, 0.01),
+    OptimizerRow("muon-rms", symopt.Muon, torch.optim.Muon, 0.01, {"adjust_lr_fn": "match_rms_adamw"}),
+    OptimizerRow("muon-plain", symopt.Muon, torch.optim.Muon, 0.01, {"nesterov": False, "momentum": 0.8}),
+]
+"""They need a look at what they take (:func:`takes`), or have no counterpart in torch."""
+
+EVERY_OPTIMIZER = [*OPTIMIZERS, *MORE_OPTIMIZERS]
 
 
 def ids(row: Any) -> str:
     return str(row.id)
-
-
-def tolerance(kind: str) -> float:
-    """Every tolerance of the suite.  A kind that is not listed raises, so none can be invented in a test."""
-    return {
-        # One fp64 step against explicit factors: a handful of roundings of relative size 1e-16, amplified where
-        # sqrt(c^2 + 4 w^2) cancels against 2 w; the issue asks for 1e-12.
-        "factor step": 1e-12,
-        # compose(split(w)) and identities of one expression in fp64: a few ulp.
-        "identity": 1e-13,
-        # Objective gap relative to an independent convex solver run to 1e-12 or better.
-        "convex gap": 1e-6,
-        # The same on columns scaled over two decades.
-        "scaled convex gap": 1e-4,
-        # Stationary points of scalar problems: the step's fixed point exactly, reached at a linear rate.
-        "stationary": 1e-9,
-        # scipy.integrate.quad at its default absolute and relative error of 1.5e-8.
-        "quadrature": 1.5e-8,
-        # Thresholds on the strength are located from both sides at +-1 %.
-        "threshold": 0.01,
-        # First-order laws (collapse time, signal-to-noise) hold up to O(lr) and finite c.
-        "law": 0.05,
-        # The issue asks spred for scikit-learn's share of zeros to a tenth of a percentage point.
-        "share of zeros": 1e-3,
-        # Adam at a constant lr of 1e-2 trembles around the optimum of 2 000 factor pairs instead of reaching it.
-        "trembling gap": 1e-4,
-        # A projection in fp64 by means and products of a few dozen terms against pinv.
-        "projection": 1e-12,
-        # Mechanically identical computations.
-        "exact": 0.0,
-        # The native step in fp32 against fp64, in ulps of the terms that are added up (test_native.py says which).
-        # Moments and imbalance take up to six roundings of half an ulp, or a sum of up to 512 positive numbers in as
-        # few lanes as the compiler makes of it (largest seen: 1.9 ulp; 3.3 without optimization).
-        "native state": 4.0,
-        # Weights and factors add those of the bias corrections, a root, a division, the time scale and the retraction,
-        # about twelve in all (largest seen: 3.1 ulp).
-        "native weight": 4.0,
-        # In the free gauge a given decay of the imbalance first splits each weight anew, by two more roots (4.1 ulp).
-        "native rebalanced": 6.0,
-        # In fp64 the reference rounds as often as the kernel does, and sums in another order (2.7 and 4.0 ulp).
-        "native state, fp64": 4.0,
-        "native weight, fp64": 6.0,
-        # The Triton step, as the native one but with all sums in fp32 (up to 4096 terms in a tree) and with a root and
-        # quotients that may be off by 1 and 2 ulp on a GPU.
-        "triton state": 6.0,
-        "triton weight": 8.0,
-        # Against the same formulas in plain torch, fp32: "at most twice plain torch's error", flash-attention's rule.
-        "triton over torch": 2.0,
-        # Some twenty fp64 steps on two backends, whose gradients feed every rounding back.
-        "backends": 1e-11,
-        # The native law of the imbalance takes a weight that snaps for as large as it was before: up to SNAP of a
-        # typical one.
-        "backends, snapped": 1e-7,
-        # The same in fp32, where a rounding is 5e8 times as large.
-        "backends, fp32": 1e-4,
-    }[kind]
 
 
 def plane_module(row: PlaneRow, strength: float | None = 0.3, *, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
@@ -265,3 +243,23 @@ def constrained_parameter(
     module = torch.nn.Module()
     module.weight = torch.nn.Parameter(torch.randn(row.shape, generator=generator, dtype=torch.float64).to(dtype))
     return symopt.constrain(module, {"weight": row.make(strength)})
+
+
+def bound_module(row: Row, strength: float | None = 0.3, *, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    """A module whose parameters obey the row's constraint."""
+    if isinstance(row, PlaneRow):
+        return plane_module(row, strength, dtype=dtype)
+    return constrained_parameter(row, strength=strength, dtype=dtype)
+
+
+def takes(opt_row: OptimizerRow, row: Row) -> bool:
+    """Whether an optimizer takes a constraint at all, as the library has it."""
+    module = bound_module(row)
+    bound = zip(symopt.constraints(module).values(), module.parameters(), strict=True)
+    return not opt_row.cls.direction.sided or all(constraint.one_sided(p) for constraint, p in bound)
+
+
+def reasons(opt_row: OptimizerRow, row: Row, dtype: torch.dtype = torch.float64) -> dict[str, str | None]:
+    """Per backend why it cannot step a constraint under an optimizer, or None, as the library has it."""
+    opt = opt_row.cls(bound_module(row, dtype=dtype), lr=opt_row.lr, **opt_row.options)
+    return next(found for _, _, found in opt.backends())

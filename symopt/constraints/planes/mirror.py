@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from symopt.constraints.base import Constraint, Factors, Outs, heavy_factor, light_factor
+from symopt.constraints.base import Constraint, Factors, Outs
+from symopt.constraints.gauge import heavy_factor, light_factor
 from symopt.constraints.planes.plane import Plane, flat
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import elementwise
@@ -70,10 +71,10 @@ class Mirror(Plane):
         tensor([[-2., -1.,  3.]])
     """
 
-    binds_many: ClassVar[bool] = True
+    binds_many = True
 
     @property
-    def retraction(self) -> str:  # type: ignore[override]
+    def retraction(self) -> str:
         """By what the plane is given as, and by form."""
         if self.basis is None:
             return "plane"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ def labelled(labels: Tensor) -> Groups:
 class OrbitPlane(Plane):
     """Abstract: weights of one orbit are equal; P replaces each by its orbit's mean, exactly where they are."""
 
-    retraction: ClassVar[str] = "orbit"
+    retraction = "orbit"
 
     @abstractmethod
     def orbits(self, shape: tuple[int, ...]) -> Groups:

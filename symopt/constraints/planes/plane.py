@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from symopt.constraints.base import Constraint, Factors, Outs, heavy_factor
+from symopt.constraints.base import Constraint, Factors, Outs
+from symopt.constraints.gauge import heavy_factor
 from symopt_kernels.groups import Groups
 from symopt_kernels.orbits import PlaneLayout, Segment
 from symopt_kernels.reference import plane as kernel
@@ -46,10 +47,14 @@ class Plane(Constraint):
     P.  Where the gate is not one number for the whole plane, they override :meth:`gates`.
     """
 
-    retraction: ClassVar[str] = "plane"
+    @property
+    def retraction(self) -> str:
+        """Of a plane that no fused kernel knows."""
+        return "plane"
+
     uniform_strength: ClassVar[bool] = False
     is_plane: ClassVar[bool] = True
-    free_factors: ClassVar[int] = 1
+    free_factors = 1
     centred: ClassVar[bool] = False
     """Whether what is off the plane is the mean of each group of :meth:`partition`."""
 

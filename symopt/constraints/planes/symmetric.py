@@ -1,4 +1,4 @@
-"""Symmetric and Circulant: square matrices with equal entries."""
+"""Symmetric: undirected interactions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from symopt.constraints.base import Constraint
 from symopt.constraints.planes.orbits import OrbitPlane, labelled
 from symopt_kernels.groups import Groups
 
-__all__ = ["Circulant", "Symmetric"]
+__all__ = ["Symmetric", "check_square"]
 
 
 @final
@@ -43,7 +43,7 @@ class Symmetric(OrbitPlane):
     strength: float | None = None
 
     def bind(self, name: str, w: Tensor) -> Constraint:
-        _square(f"Symmetric on {name}", w)
+        check_square(f"Symmetric on {name}", w)
         return self
 
     def orbits(self, shape: tuple[int, ...]) -> Groups:
@@ -51,37 +51,7 @@ class Symmetric(OrbitPlane):
         return labelled(torch.minimum(labels, labels.T))
 
 
-@final
-@dataclass(frozen=True, repr=False)
-class Circulant(OrbitPlane):
-    """A square matrix becomes circulant: ``w[i, j]`` depends on ``(j - i) mod n`` alone, a circular convolution.
-
-    Args:
-        strength: kappa, as in :class:`symopt.Mirror`; None: automatic.
-
-    Raises:
-        TypeError, ValueError: for a bad ``strength`` or a weight that is no square matrix.
-
-    Source: L. Ziyin, ICML 2024 (arXiv 2309.16932), Section 4.
-
-    Example:
-        >>> import torch, symopt
-        >>> symopt.Circulant().onto(torch.tensor([[1.0, 2.0], [4.0, 3.0]]))
-        tensor([[2., 3.],
-                [3., 2.]])
-    """
-
-    strength: float | None = None
-
-    def bind(self, name: str, w: Tensor) -> Constraint:
-        _square(f"Circulant on {name}", w)
-        return self
-
-    def orbits(self, shape: tuple[int, ...]) -> Groups:
-        i = torch.arange(shape[0])
-        return labelled((i[None, :] - i[:, None]) % shape[0])
-
-
-def _square(owner: str, w: Tensor) -> None:
+def check_square(owner: str, w: Tensor) -> None:
+    """Raise unless ``w`` is a square matrix."""
     if w.dim() != 2 or w.shape[0] != w.shape[1]:
         raise ValueError(f"{owner}: needs a square matrix, got shape {tuple(w.shape)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Tied(OrbitPlane):
         True
     """
 
-    binds_many: ClassVar[bool] = True
+    binds_many = True
 
     strength: float | None = None
     mode: str = "joint"
@@ -119,7 +119,7 @@ class Tied(OrbitPlane):
         return places
 
     @property
-    def parameters_identical(self) -> bool:  # type: ignore[override]
+    def parameters_identical(self) -> bool:
         """Whether the tied parameters are the same in shape and order, so that one can serve as all."""
         return len(self.shapes) > 1 and (self.views is None or all(view is None for view in self.views))
 

@@ -38,7 +38,7 @@ class ZeroMean(Plane):
                 [ 0.,  0.]])
     """
 
-    retraction: ClassVar[str] = "centred"
+    retraction = "centred"
     centred: ClassVar[bool] = True
 
     strength: float | None = None

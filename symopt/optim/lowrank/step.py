@@ -89,10 +89,11 @@ class LowRankStep(OwnStep):
         """One number, the mean over the rows where each has its own."""
         if binding.decoupled(direction, options):
             return _constraint(binding).per_coordinate_factor(binding.parameters[0])
-        sub: State = moments(state, "u")
-        sub |= {"step": state["step"]} if "step" in state else {}
+        sub: State = dict(moments(state, "u"))
+        if "step" in state:
+            sub["step"] = state["step"]
         scale = direction.preconditioner(options, sub, torch.mean)
-        return direction.known_gain(options, scale, None, decoupled=False)
+        return direction.known_gain(options, scale, None, binding.parameters[0].shape, decoupled=False)
 
     def step(
         self, binding: Binding, direction: Direction, options: Options, state: State, grad_scale: Tensor | None

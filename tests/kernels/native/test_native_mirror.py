@@ -10,133 +10,38 @@ from typing import Any
 
 import pytest
 import torch
-from test_backends import HALF, Run, close, equal, gradient, step_alike, take, tensors
 from torch import Tensor
 
 import symopt
-from support.table import OPTIMIZERS, PLANES, OptimizerRow, PlaneRow, ids, plane_module
-from symopt.backends import _BACKENDS
+from support.cases import cases, pairs, some
+from support.planes import (
+    FEW,
+    MORE,
+    OTHERS,
+    SIMPLE,
+    TIES,
+    along,
+    both,
+    bound_weight,
+    constraint_of,
+    large,
+    make_equal,
+    nearly,
+    three_views,
+    tied,
+    weights,
+)
+from support.runs import HALF, Run, close, equal, step_alike, take, tensors
+from support.table import OPTIMIZERS, OptimizerRow, PlaneRow, plane_module
 from symopt.constraints.planes.plane import flat
 from symopt_kernels.native import binding as native
 
-torch.set_num_threads(1)
+EVERY_COUNT = [*TIES, *MORE]
 
 
-def planes(backend: str) -> list[PlaneRow]:
-    """Those that have a kernel there."""
-    rows = _BACKENDS[backend].rows
-    return [row for row in PLANES if ("adamw", constraint_of(plane_module(row)).retraction) in rows]
-
-
-def constraint_of(module: torch.nn.Module) -> symopt.Constraint:
-    return symopt.constraints(module)["w0"]
-
-
-TIES = planes("native")
-OTHERS = [row for row in PLANES if row not in TIES]
-SIMPLE = [row for row in TIES if constraint_of(plane_module(row)).parameters_identical]
-"""Ties of weights at one place of several tensors; of others the orbits are gathered."""
-FEW = [row for row in OPTIMIZERS if row.id in ("sgd", "sgd-nesterov", "adam-amsgrad", "adamw")]
-
-# The loops are written for two, three and four copies, and for any number.
-MORE = [
-    replace(row, id=f"{row.id}-{n}", shapes=row.shapes[:1] * n)
-    for row in SIMPLE
-    for n in (4, 5)
-    if len(row.shapes) == 2
-]
-
-every_count = pytest.mark.parametrize("row", [*TIES, *MORE], ids=ids)
-every_tie = pytest.mark.parametrize("row", TIES, ids=ids)
-# Where weights lie is no matter of the optimizer, so with those that are gathered only some meet.
-_PAIRS = [(row, opt_row) for row in TIES for opt_row in (OPTIMIZERS if row in SIMPLE else FEW)]
-every_pair = pytest.mark.parametrize(("row", "opt_row"), _PAIRS, ids=ids)
-few_optimizers = pytest.mark.parametrize("opt_row", FEW, ids=ids)
-
-
-def large(row: PlaneRow, shape: tuple[int, int] = (37, 51)) -> PlaneRow:
-    """Several blocks, the last one not full."""
-    if row.id.startswith("equivariant"):
-        return row  # its permutations have one size
-    if row.id.startswith("mirror-basis"):
-        basis = torch.linalg.qr(gradient(torch.zeros(len(row.shapes) * math.prod(shape), 3, dtype=torch.float64), 0)).Q
-        row = replace(row, make=lambda k: symopt.Mirror(basis=basis, strength=k))
-    if row.id == "zero-mean-two":
-        return replace(row, shapes=((shape[0], 3, shape[1]),))
-    if row.id in ("symmetric", "circulant"):
-        shape = (shape[1], shape[1])
-    return replace(row, shapes=(shape, shape[::-1]) if "transposed" in row.id else (shape,) * len(row.shapes))
-
-
-def both(
-    row: PlaneRow,
-    opt_row: OptimizerRow,
-    strength: float | None = None,
-    dtype: torch.dtype = torch.float64,
-    fused: str = "native",
-    device: str = "cpu",
-    **options: Any,
-) -> list[Run]:
-    """The same weights on the two backends, the fused one first."""
-    runs: list[Run] = []
-    for backend in (fused, "reference"):
-        module = plane_module(row, strength, dtype=dtype).to(device)
-        given = {"lr": opt_row.lr, **opt_row.options, **options}
-        runs.append((module, opt_row.cls(module, backend=backend, **given)))
-    return runs
-
-
-def weights(run: Run) -> list[Tensor]:
-    return [p.detach() for p in run[0].parameters()]
-
-
-def together(run: Run) -> Tensor:
-    """All weights as the constraint sees them."""
-    held = [w.double() for w in weights(run)]
-    return torch.cat([w.flatten() for w in held]) if len(held) > 1 else held[0]
-
-
-def put(run: Run, whole: Tensor) -> None:
-    with torch.no_grad():
-        held = weights(run)
-        for w, part in zip(held, whole.flatten().split([w.numel() for w in held]), strict=True):
-            w.copy_(part.reshape(w.shape))
-
-
-def tied(run: Run) -> bool:
-    constraint, w = constraint_of(run[0]), weights(run)[0]
-    return float(constraint.violation(together(run))) <= constraint.rounding(w)
-
-
-def make_equal(runs: list[Run], begin: float = 0.0, end: float = 1.0) -> None:
-    """Onto the plane, from one share of the orbits that are tied, or of the groups that are centred, to another."""
-    for run in runs:
-        constraint, w = constraint_of(run[0]), together(run)
-        orbits = constraint.partition(w)
-        chosen = torch.zeros(orbits.count, dtype=torch.bool, device=w.device)
-        ids = (orbits.size(w) > 1).nonzero().flatten()
-        first = int(begin * len(ids))
-        chosen[ids[first : max(first + 1, int(end * len(ids)))]] = True
-        assert bool(chosen.any())
-        put(run, torch.where(orbits.expand(chosen).reshape(w.shape), constraint.fold(w), w))
-
-
-def nearly(runs: list[Run], far: float = 0.01) -> None:
-    """Off the plane by little, alike in all runs."""
-    w = constraint_of(runs[0][0]).fold(together(runs[0]))
-    off = torch.sin(torch.arange(w.numel(), device=w.device) + 1.0)
-    for run in runs:
-        put(run, w + far * off.reshape(w.shape))
-
-
-def along(run: Run, t: int) -> list[Tensor]:
-    """Gradients that leave the plane by little."""
-    g = torch.cat([gradient(w.cpu(), t + 7 * i).flatten() for i, w in enumerate(weights(run))])
-    constraint, shape = constraint_of(run[0]), together(run).shape
-    g = constraint.fold(g.reshape(shape)).flatten() + 0.01 * g
-    held = weights(run)
-    parts = g.split([w.numel() for w in held])
-    return [part.reshape(w.shape).to(w.dtype) for part, w in zip(parts, held, strict=True)]
+def meet(row: PlaneRow, opt_row: OptimizerRow, **_: Any) -> bool:
+    """Where weights lie is no matter of the optimizer, so with those that are gathered only some meet."""
+    return row in SIMPLE or opt_row in FEW
 
 
 def test_which_planes_have_a_kernel_and_why_others_have_not() -> None:
@@ -158,9 +63,7 @@ def test_which_planes_have_a_kernel_and_why_others_have_not() -> None:
         opt.step()
 
 
-@pytest.mark.parametrize("time_scale", ["none", "saturated"])
-@pytest.mark.parametrize("strength", [None, 0.3])
-@every_pair
+@pairs(meet, row=TIES, opt_row=OPTIMIZERS, strength=[None, 0.3], time_scale=["none", "saturated"])
 def test_twenty_steps(row: PlaneRow, opt_row: OptimizerRow, strength: float | None, time_scale: str) -> None:
     for made in (row, large(row)) if time_scale == "saturated" else (row,):  # many weights grow without bounds
         runs = both(made, opt_row, strength, time_scale=time_scale)
@@ -171,14 +74,22 @@ def test_twenty_steps(row: PlaneRow, opt_row: OptimizerRow, strength: float | No
         assert not any(torch.equal(w, old) for w, old in zip(weights(runs[0]), start, strict=True))
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("imbalance", [0.0, 0.1])
-@pytest.mark.parametrize("strength", [None, 20.0])
-@every_pair
+@pairs(meet, row=TIES, opt_row=OPTIMIZERS, strength=[None, 20.0], imbalance=[0.0, 0.1], sign=[1, -1])
 def test_onto_the_plane_and_along_it(
     row: PlaneRow, opt_row: OptimizerRow, strength: float | None, imbalance: float, sign: int
 ) -> None:
     """Gradients that leave it by little: the plane is reached, at the same step, and held, bit for bit if a tie."""
+    onto_the_plane_and_along_it(row, opt_row, strength, imbalance, sign)
+
+
+@pairs(row=MORE, opt_row=FEW, imbalance=[0.0, 0.1])
+def test_more_copies_onto_the_plane(row: PlaneRow, opt_row: OptimizerRow, imbalance: float) -> None:
+    onto_the_plane_and_along_it(row, opt_row, None, imbalance, 1)
+
+
+def onto_the_plane_and_along_it(
+    row: PlaneRow, opt_row: OptimizerRow, strength: float | None, imbalance: float, sign: int
+) -> None:
     runs = both(row, opt_row, strength, imbalance=imbalance, lr=0.01)
     nearly(runs)
     arrived = None
@@ -195,34 +106,22 @@ def test_onto_the_plane_and_along_it(
     assert arrived is not None or imbalance > 0
 
 
-@pytest.mark.parametrize("imbalance", [0.0, 0.1])
-@few_optimizers
-@pytest.mark.parametrize("row", MORE, ids=ids)
-def test_more_copies_onto_the_plane(row: PlaneRow, opt_row: OptimizerRow, imbalance: float) -> None:
-    test_onto_the_plane_and_along_it(row, opt_row, None, imbalance, 1)
-
-
-def _parts(k: float | None) -> symopt.Constraint:
-    return symopt.Tied(k, views=[slice(1, 31), lambda w: w[:, 2:32].T, lambda w: w[0].reshape(-1, 40)[:30]])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@few_optimizers
+@cases(dtype=[torch.float64, torch.bfloat16], opt_row=FEW)
 def test_parts_of_parameters_of_several_shapes(opt_row: OptimizerRow, dtype: torch.dtype) -> None:
     """Tied ones from each, and free ones in each."""
-    row = replace(TIES[0], id="parts", make=_parts, shapes=((33, 40), (40, 33), (2, 35, 40)))
+    row = replace(TIES[0], id="parts", make=three_views, shapes=((33, 40), (40, 33), (2, 35, 40)))
     for strength in (None, 0.3):
         runs = both(row, opt_row, strength, dtype)
         nearly(runs)
-        start = together(runs[0])
+        start = bound_weight(runs[0])
         for t in range(8):
             step_alike(runs, t)
             close(*runs, "backends" if dtype == torch.float64 else "backends, fp32")
-        assert not torch.equal(together(runs[0]), start)
+        assert not torch.equal(bound_weight(runs[0]), start)
 
 
 _ORBITS: dict[str, tuple[symopt.Constraint, tuple[tuple[int, ...], ...], list[int]]] = {
-    "parts": (_parts(None), ((33, 40), (40, 33), (2, 35, 40)), [1, 1, 1, 3]),
+    "parts": (three_views(None), ((33, 40), (40, 33), (2, 35, 40)), [1, 1, 1, 3]),
     "transposed": (symopt.Tied(views=[None, "T"]), ((70, 150), (150, 70)), [2]),
     "sliced": (symopt.Tied(views=[slice(30), slice(30, 60)]), ((64, 90),), [1, 2]),
     "vectors": (symopt.Tied(views=[slice(5, 705), slice(705, 1405)]), ((1500,),), [1, 2]),
@@ -239,9 +138,9 @@ _ORBITS: dict[str, tuple[symopt.Constraint, tuple[tuple[int, ...], ...], list[in
 
 def _bound(constraint: Any, shapes: tuple[tuple[int, ...], ...]) -> tuple[Any, Tensor]:
     """The constraint of weights of these shapes, and a weight as it sees them."""
-    held = tuple(torch.empty(shape) for shape in shapes)
-    bound = constraint.bind_all("abc"[: len(held)], held) if constraint.binds_many else constraint.bind("a", held[0])
-    return bound, flat(held)
+    parts = tuple(torch.empty(shape) for shape in shapes)
+    bound = constraint.bind_all("abc"[: len(parts)], parts) if constraint.binds_many else constraint.bind("a", parts[0])
+    return bound, flat(parts)
 
 
 @pytest.mark.parametrize(("constraint", "shapes", "copies"), _ORBITS.values(), ids=list(_ORBITS))
@@ -296,10 +195,9 @@ _CENTRED: list[tuple[tuple[int, ...], int | tuple[int, ...] | None]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@few_optimizers
-@pytest.mark.parametrize(("shape", "dim"), _CENTRED, ids=str)
-def test_means_over_every_layout(shape: tuple[int, ...], dim: Any, opt_row: OptimizerRow, dtype: torch.dtype) -> None:
+@pairs(layout=_CENTRED, opt_row=FEW, dtype=[torch.float64, torch.float32])
+def test_means_over_every_layout(layout: Any, opt_row: OptimizerRow, dtype: torch.dtype) -> None:
+    shape, dim = layout
     row = PlaneRow("zero-mean", lambda k: symopt.ZeroMean(k, dim), (shape,), list)
     if native.layout(torch.empty(shape), symopt.ZeroMean(dim=dim).partition(torch.empty(shape))) is None:
         assert "interleave" in symopt.explain(symopt.AdamW(plane_module(row)))
@@ -311,8 +209,7 @@ def test_means_over_every_layout(shape: tuple[int, ...], dim: Any, opt_row: Opti
         close(*runs, "backends" if dtype == torch.float64 else "backends, fp32")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@every_pair
+@pairs(meet, row=TIES, opt_row=OPTIMIZERS, dtype=[torch.float32, *HALF])
 def test_lower_precision(row: PlaneRow, opt_row: OptimizerRow, dtype: torch.dtype) -> None:
     for made in (row, large(row)):
         runs = both(made, opt_row, None, dtype)
@@ -321,9 +218,7 @@ def test_lower_precision(row: PlaneRow, opt_row: OptimizerRow, dtype: torch.dtyp
             close(*runs, "backends, fp32")
 
 
-@pytest.mark.parametrize("imbalance", [0.0, 1.0])
-@few_optimizers
-@pytest.mark.parametrize("row", [row for row in (*TIES, *MORE) if not row.id.startswith("mirror")], ids=ids)
+@pairs(row=[row for row in EVERY_COUNT if not row.id.startswith("mirror")], opt_row=FEW, imbalance=[0.0, 1.0])
 def test_blocks_that_are_on_the_plane_beside_others_that_are_not(
     row: PlaneRow, opt_row: OptimizerRow, imbalance: float
 ) -> None:
@@ -335,23 +230,31 @@ def test_blocks_that_are_on_the_plane_beside_others_that_are_not(
     assert not tied(runs[0])
 
 
-@pytest.mark.parametrize("instructions", native.INSTRUCTIONS)
-@few_optimizers
-@every_count
+@pairs(
+    row=EVERY_COUNT,
+    opt_row=FEW,
+    instructions=native.INSTRUCTIONS,
+    dtype=[torch.float64, torch.float32],
+    imbalance=[0.0, 1.0],
+)
 def test_every_instruction_set(
-    row: PlaneRow, opt_row: OptimizerRow, instructions: str, monkeypatch: pytest.MonkeyPatch
+    row: PlaneRow,
+    opt_row: OptimizerRow,
+    instructions: str,
+    dtype: torch.dtype,
+    imbalance: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(native.step.__kwdefaults__, "instructions", instructions)
-    for imbalance, strength in ((0.0, None), (1.0, 0.3)):
-        for dtype, kind in ((torch.float64, "backends"), (torch.float32, "backends, fp32")):
-            runs = both(large(row), opt_row, strength, dtype, imbalance=imbalance)
-            for t in range(4):
-                step_alike(runs, t)
-                close(*runs, kind)
-            make_equal(runs)
-            for t in range(4):
-                step_alike(runs, t)
-                close(*runs, kind)
+    strength, kind = (0.3 if imbalance else None), ("backends" if dtype == torch.float64 else "backends, fp32")
+    runs = both(large(row), opt_row, strength, dtype, imbalance=imbalance)
+    for t in range(4):
+        step_alike(runs, t)
+        close(*runs, kind)
+    make_equal(runs)
+    for t in range(4):
+        step_alike(runs, t)
+        close(*runs, kind)
 
 
 @pytest.fixture
@@ -361,8 +264,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@few_optimizers
-@every_tie
+@some(row=TIES, opt_row=FEW)
 def test_results_do_not_depend_on_the_number_of_threads(row: PlaneRow, opt_row: OptimizerRow, threads: None) -> None:
     results = []
     for count in (1, 2, 3):
@@ -377,25 +279,21 @@ def test_results_do_not_depend_on_the_number_of_threads(row: PlaneRow, opt_row: 
     assert all(torch.equal(results[0][key], other[key]) for other in results[1:] for key in results[0])
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@few_optimizers
-@every_count
-def test_bad_gradients_show_in_the_weight(row: PlaneRow, opt_row: OptimizerRow, bad: float) -> None:
-    for on_the_plane in (False, True):
-        runs = both(large(row), opt_row)
-        if on_the_plane:
-            make_equal(runs)
-        for module, opt in runs:
-            for p in module.parameters():
-                p.grad = torch.ones_like(p)
-            module.w0.grad.view(-1)[5] = bad
-            opt.step()
-        have, want = ([w.isfinite() for w in weights(run)] for run in runs)
-        assert all(torch.equal(x, y) for x, y in zip(have, want, strict=True))
+@pairs(row=EVERY_COUNT, opt_row=FEW, bad=[float("nan"), float("inf")], on_the_plane=[False, True])
+def test_bad_gradients_show_in_the_weight(row: PlaneRow, opt_row: OptimizerRow, bad: float, on_the_plane: bool) -> None:
+    runs = both(large(row), opt_row)
+    if on_the_plane:
+        make_equal(runs)
+    for module, opt in runs:
+        for p in module.parameters():
+            p.grad = torch.ones_like(p)
+        module.w0.grad.view(-1)[5] = bad
+        opt.step()
+    have, want = ([w.isfinite() for w in weights(run)] for run in runs)
+    assert all(torch.equal(x, y) for x, y in zip(have, want, strict=True))
 
 
-@few_optimizers
-@every_tie
+@cases(row=TIES, opt_row=FEW)
 def test_whatever_happens_between_steps_is_noticed(row: PlaneRow, opt_row: OptimizerRow) -> None:
     def other_values(run: Run) -> None:
         with torch.no_grad():
@@ -439,8 +337,7 @@ def test_whatever_happens_between_steps_is_noticed(row: PlaneRow, opt_row: Optim
             close(*runs)
 
 
-@few_optimizers
-@every_tie
+@cases(row=TIES, opt_row=FEW)
 def test_scaled_gradients_and_those_that_overflowed(row: PlaneRow, opt_row: OptimizerRow) -> None:
     runs = both(row, opt_row)
     step_alike(runs, 0)

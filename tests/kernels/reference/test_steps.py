@@ -8,208 +8,36 @@ directions are torch's formulas, and the step is the plain simultaneous gradient
 in the gauge ``s**2 - ||d||**2 = c``.  A single weight is a group of one: ``s = u``, ``d = v``.
 """
 
-import itertools
 import math
-import re
 
 import pytest
 import torch
-from torch import Tensor
 
 import symopt
-from support.table import (
-    CONSTRAINTS,
-    CPU_BACKENDS,
-    OPTIMIZERS,
-    ConstraintRow,
-    OptimizerRow,
-    constrained_parameter,
-    ids,
-    tolerance,
-)
-from symopt.constraints import Constraint
-
-torch.set_num_threads(1)
-
-STRENGTH = 0.3
-SNAP = 1e-6
-
-every_constraint = pytest.mark.parametrize("row", CONSTRAINTS, ids=ids)
-every_optimizer = pytest.mark.parametrize("opt_row", OPTIMIZERS, ids=ids)
-every_time_scale = pytest.mark.parametrize("time_scale", ["none", "saturated"])
-
+from support.cases import cases, pairs
+from support.oracles import SNAP, STRENGTH, labels
+from support.runs import follow, gradients, optimizer
+from support.table import CONSTRAINTS, CPU_BACKENDS, OPTIMIZERS, constrained_parameter
+from support.tolerances import tolerance
 
 # -- the oracle ------------------------------------------------------------------------------------------------------
-
-
-def labels(constraint: Constraint, shape: tuple[int, ...]) -> Tensor:
-    """Unit of every weight, flat; units are numbered in the order of their names."""
-    names = [_unit(constraint, index, shape) for index in itertools.product(*map(range, shape))]
-    number = {name: i for i, name in enumerate(sorted(set(names)))}
-    return torch.tensor([number[name] for name in names])
-
-
-def _unit(constraint: Constraint, index: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    if isinstance(constraint, symopt.Sparse):
-        return index
-    if not isinstance(constraint, symopt.GroupSparse):
-        raise NotImplementedError(f"{type(constraint).__name__} needs an oracle of its own")
-    kind = constraint.groups
-    if callable(kind):
-        kind = kind(torch.zeros(shape))
-    if isinstance(kind, Tensor):
-        return (int(kind[index] if kind.shape == shape else kind[index[0]]),)
-    if kind in ("out", "in"):
-        return (index[0 if kind == "out" else 1],)
-    numbers = [int(n) for n in re.findall(r"\d+", kind)]
-    if kind.startswith("head:"):
-        packed = len(shape) == 2 and shape[0] == 3 * shape[1]
-        rows = shape[0] // 3 if packed else shape[0]  # rows of q, of k and of v, each cut into heads by itself
-        return (index[0] % rows // (rows // numbers[0]),)
-    return (index[0] // numbers[0], index[1] // numbers[1])
-
-
-class Explicit:
-    """A weight kept as explicit factors for the length of one step, then brought back into the gauge ``c``."""
-
-    def __init__(
-        self,
-        row: ConstraintRow,
-        opt_row: OptimizerRow,
-        w: Tensor,
-        *,
-        lr: float | None = None,
-        strength: float = STRENGTH,
-        imbalance: float = 1.0,
-        time_scale: str = "saturated",
-    ):
-        label = labels(row.make(None), row.shape)
-        self.member = torch.nn.functional.one_hot(label).to(w.dtype)  # weights x units
-        self.count = self.member.sum(0)
-        self.w = w.detach().flatten().clone()
-        self.lr, self.strength, self.saturated = lr or opt_row.lr, strength, time_scale == "saturated"
-        self.name = opt_row.torch_cls.__name__
-        self.options = opt_row.options
-        rms = self.size().square().mean().sqrt()
-        c = imbalance * (rms if rms > 0 else (self.count.mean() * w.shape[0] / w.numel()).sqrt())
-        self.state = {"imbalance": c, "metric_scale": self.metric(c).square().mean().sqrt()}
-
-    def norm(self, x: Tensor) -> Tensor:
-        return (x * x @ self.member).sqrt()
-
-    def size(self) -> Tensor:
-        return self.norm(self.w)
-
-    def metric(self, c: Tensor) -> Tensor:
-        return (c * c + 4 * self.size() ** 2).sqrt()
-
-    def direction(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """What torch subtracts at lr = 1, and what multiplies the strength of each unit."""
-        options, state = self.options, self.state
-        g = -grad.flatten() if options.get("maximize") else grad.flatten()
-        ones = torch.ones_like(self.count)
-        if self.name == "SGD":
-            momentum, dampening = options.get("momentum", 0.0), options.get("dampening", 0.0)
-            if momentum == 0:
-                return g, ones
-            buffer = state.get("momentum_buffer")
-            buffer = g.clone() if buffer is None else momentum * buffer + (1 - dampening) * g
-            state["momentum_buffer"] = buffer
-            d = g + momentum * buffer if options.get("nesterov") else buffer
-            return d, ones * (1 - dampening) / (1 - momentum)
-        beta1, beta2 = options.get("betas", (0.9, 0.999))
-        zero = torch.zeros_like(g)
-        step = state["step"] = state.get("step", torch.tensor(0.0)) + 1
-        state["exp_avg"] = beta1 * state.get("exp_avg", zero) + (1 - beta1) * g
-        square = (g * g @ self.member) / self.count  # one second moment per unit
-        peak = state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", 0 * square) + (1 - beta2) * square
-        if options.get("amsgrad"):
-            peak = state["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", peak), peak)
-        k = int(step)
-        preconditioner = 1 / (peak.sqrt() / math.sqrt(1 - beta2**k) + 1e-8)
-        d = state["exp_avg"] / (1 - beta1**k) * (self.member @ preconditioner)
-        return d, self.count.sqrt() if self.name == "AdamW" else preconditioner
-
-    def step(self, grad: Tensor) -> None:
-        c, scale, member = self.state["imbalance"], self.state["metric_scale"], self.member
-        d, gain = self.direction(grad)
-        delta, decay = self.lr * d, self.lr * self.strength * gain
-        metric = self.metric(c)
-        t = 1 / metric.clamp(min=float(scale)) if self.saturated else torch.ones_like(metric)
-        t = torch.minimum(t, 1 / (decay + 2 * self.norm(delta)) if self.saturated else 1 / decay)
-        delta, rho = delta * (member @ t), 1 - decay * t
-        gate = ((c + metric) / 2).sqrt()
-        part = torch.where(member @ gate > 0, self.w / (member @ gate), 0.0)
-        new_gate = rho * gate - (delta * part) @ member
-        new_part = (member @ rho) * part - delta * (member @ gate)
-        self.w = (member @ new_gate) * new_part
-        snapped = (self.size() <= SNAP * scale) & (self.norm(delta) < decay * t)
-        self.w = torch.where(member @ snapped.to(self.w) > 0, 0.0, self.w)
-        self.state["imbalance"] = self.next_imbalance(decay)
-
-    def next_imbalance(self, decay: Tensor) -> Tensor:
-        """rho**4 c, with rho from the slowest tenth of the units and from where the weight's mass is now."""
-        c, scale, size = self.state["imbalance"], self.state["metric_scale"], self.size()
-        slow = decay.sort().values[len(decay) // 10] if self.name == "Adam" or self.name == "AdamW" else decay[0]
-        if self.saturated:
-            slow = slow / torch.maximum(scale, 2 * (size @ size) / size.sum())
-        c = c * ((1 - slow).clamp(min=0) ** 4).clamp(min=0.98)
-        return torch.where(c <= SNAP * scale, 0.0, c)
-
-    def compare(self, p: Tensor, opt: torch.optim.Optimizer) -> None:
-        close = {"rtol": tolerance("factor step"), "atol": tolerance("factor step"), "check_dtype": False}
-        torch.testing.assert_close(p.detach().flatten(), self.w, **close)
-        state = opt.state[p]
-        assert set(state) - {"group_index"} == set(self.state)
-        for key in self.state:
-            torch.testing.assert_close(state[key].flatten(), self.state[key].flatten(), **close, msg=f"{key} differs")
-
-
-def optimizer(module: torch.nn.Module, opt_row: OptimizerRow, **options) -> torch.optim.Optimizer:
-    return opt_row.cls(module, **{"lr": opt_row.lr, **opt_row.options, **options})
-
-
-def gradients(shape: tuple[int, ...], steps: int, seed: int = 1) -> Tensor:
-    """Both signs; the second half leans one way, so that momentum and second moments build up too."""
-    g = torch.randn(steps, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    g[steps // 2 :] += 0.5
-    return g
-
-
-def follow(
-    row: ConstraintRow,
-    opt_row: OptimizerRow,
-    time_scale: str,
-    imbalance: float,
-    steps: int = 6,
-    backend: str = "native",
-) -> None:
-    """Run the library and the oracle side by side and compare after every step."""
-    module = constrained_parameter(row, strength=STRENGTH)
-    p = module.weight
-    opt = optimizer(module, opt_row, time_scale=time_scale, imbalance=imbalance, backend=backend)
-    oracle = Explicit(row, opt_row, p, time_scale=time_scale, imbalance=imbalance)
-    for g in gradients(row.shape, steps):
-        p.grad = g
-        opt.step()
-        oracle.step(g)
-        oracle.compare(p, opt)
 
 
 # -- the step is the factor step -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("imbalance", [1.0, 0.2, 0.0])
-@every_time_scale
-@every_optimizer
-@every_constraint
+@pairs(
+    row=CONSTRAINTS,
+    opt_row=OPTIMIZERS,
+    time_scale=["none", "saturated"],
+    imbalance=[1.0, 0.2, 0.0],
+    backend=CPU_BACKENDS,
+)
 def test_steps_are_those_of_explicit_factors(row, opt_row, time_scale, imbalance, backend):
     follow(row, opt_row, time_scale, imbalance, backend=backend)
 
 
-@every_optimizer
-@every_constraint
+@cases(row=CONSTRAINTS, opt_row=OPTIMIZERS)
 def test_moments_are_torchs(row, opt_row):
     """The state a checkpoint carries is the one torch.optim makes of the same gradients."""
     p = (module := constrained_parameter(row)).weight
@@ -234,8 +62,7 @@ def test_moments_are_torchs(row, opt_row):
             torch.testing.assert_close(opt.state[p][key], value, rtol=tol, atol=tol)
 
 
-@pytest.mark.parametrize("decoupled", [True, False])
-@every_constraint
+@cases(row=CONSTRAINTS, decoupled=[True, False])
 def test_the_strength_is_amplified_like_the_gradient(row, decoupled):
     """A step at zero gradient multiplies by (1 - lr kappa gain)**2, gain: SGD's amplification, AdamW's root size."""
     label = labels(row.make(None), row.shape)
@@ -257,9 +84,7 @@ def test_the_strength_is_amplified_like_the_gradient(row, decoupled):
 # -- rho stays >= 0 --------------------------------------------------------------------------------------------------
 
 
-@every_time_scale
-@every_optimizer
-@every_constraint
+@pairs(row=CONSTRAINTS, opt_row=OPTIMIZERS, time_scale=["none", "saturated"])
 def test_a_huge_strength_never_turns_a_weight_over(row, opt_row, time_scale):
     p = (module := constrained_parameter(row)).weight
     opt = optimizer(module, opt_row, time_scale=time_scale, strength=1e7)
@@ -276,9 +101,7 @@ def test_a_huge_strength_never_turns_a_weight_over(row, opt_row, time_scale):
     assert int(p.count_nonzero()) == 0
 
 
-@every_time_scale
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True}], ids=["adam", "amsgrad"])
-@every_constraint
+@pairs(row=CONSTRAINTS, options=[{}, {"amsgrad": True}], time_scale=["none", "saturated"])
 def test_units_without_any_gradient_stay_finite_under_adam(row, options, time_scale):
     """Their preconditioner is 1 / eps, which multiplies the strength: unbounded, rho would be about -lr kappa / eps."""
     p = (module := constrained_parameter(row)).weight
@@ -310,8 +133,7 @@ def snap(row, *, size, pull, decay, saturated, imbalance=0.0, scale=2.0):
     return new, unit
 
 
-@pytest.mark.parametrize("saturated", [True, False])
-@every_constraint
+@cases(row=CONSTRAINTS, saturated=[True, False])
 def test_attracted_units_below_the_threshold_become_zero(row, saturated):
     decay, scale = 1e-2, 2.0
     t = 1 / scale if saturated else 1.0
@@ -324,8 +146,7 @@ def test_attracted_units_below_the_threshold_become_zero(row, saturated):
         torch.testing.assert_close(new, HIGH * SNAP * scale * unit, rtol=tolerance("factor step"), atol=0)
 
 
-@pytest.mark.parametrize("saturated", [True, False])
-@every_constraint
+@cases(row=CONSTRAINTS, saturated=[True, False])
 def test_units_that_are_not_attracted_never_snap(row, saturated):
     decay, scale, size = 1e-2, 2.0, 1e-7
     t = 1 / scale if saturated else 1.0
@@ -336,15 +157,14 @@ def test_units_that_are_not_attracted_never_snap(row, saturated):
         assert pull or strength or torch.equal(new, size * unit)  # no force: not one ulp
 
 
-@every_constraint
+@cases(row=CONSTRAINTS)
 def test_a_zero_can_revive_while_there_is_imbalance_only(row):
     for imbalance in (0.5, 0.0):
         new, unit = snap(row, size=0.0, pull=0.1, decay=0.01, saturated=True, imbalance=imbalance)
         assert bool((new * unit > 0).all() if imbalance else (new == 0).all())
 
 
-@pytest.mark.parametrize("decay", [None, 1 - 1e-9], ids=["law", "annealed"])
-@every_constraint
+@cases(row=CONSTRAINTS, decay=[None, 1 - 1e-9])
 def test_an_imbalance_below_the_threshold_becomes_zero(row, decay):
     for factor in (LOW, HIGH):
         p = (module := constrained_parameter(row)).weight
@@ -361,7 +181,7 @@ def test_an_imbalance_below_the_threshold_becomes_zero(row, decay):
 # -- the time scale --------------------------------------------------------------------------------------------------
 
 
-@every_constraint
+@cases(row=CONSTRAINTS)
 def test_units_above_the_metric_scale_move_as_under_the_plain_optimizer(row):
     """Along the weight by delta, across it (a gate's direction) by half of it, up to delta**2 / |w|; sgn(w) for one."""
     p = (module := constrained_parameter(row, strength=0.0)).weight
@@ -391,8 +211,7 @@ def test_units_above_the_metric_scale_move_as_under_the_plain_optimizer(row):
 # -- where there is nothing to start from ----------------------------------------------------------------------------
 
 
-@every_optimizer
-@every_constraint
+@cases(row=CONSTRAINTS, opt_row=OPTIMIZERS)
 def test_an_all_zero_tensor_can_train(row, opt_row):
     p = (module := constrained_parameter(row, strength=1e-3)).weight
     p.data.zero_()
@@ -412,8 +231,7 @@ def test_an_all_zero_tensor_can_train(row, opt_row):
     assert bool((p - target).norm() < 0.99 * target.norm())
 
 
-@every_optimizer
-@every_constraint
+@cases(row=CONSTRAINTS, opt_row=OPTIMIZERS)
 def test_an_all_zero_tensor_without_imbalance_is_refused(row, opt_row):
     p = (module := constrained_parameter(row)).weight
     p.data.zero_()
@@ -425,7 +243,6 @@ def test_an_all_zero_tensor_without_imbalance_is_refused(row, opt_row):
 
 # -- half precision --------------------------------------------------------------------------------------------------
 
-HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 RATE = 2e-4  # relative change per step; half an ulp below 1 is 2.4e-4 in fp16 and eight times that in bf16
 
 
@@ -446,9 +263,7 @@ HALF_CONSTRAINTS = [row for row in CONSTRAINTS if row.id in ("sparse", "group-ou
 HALF_OPTIMIZERS = [row for row in OPTIMIZERS if row.id in ("sgd", "adamw")]
 
 
-@HALF
-@pytest.mark.parametrize("opt_row", HALF_OPTIMIZERS, ids=ids)
-@pytest.mark.parametrize("row", HALF_CONSTRAINTS, ids=ids)
+@cases(row=HALF_CONSTRAINTS, opt_row=HALF_OPTIMIZERS, dtype=[torch.bfloat16, torch.float16])
 def test_half_precision_weights_collapse_below_their_own_rounding(row, opt_row, dtype):
     p, opt = half(row, opt_row, dtype)
     # Without an fp32 copy the first step, and so every step, would be lost.
@@ -459,9 +274,7 @@ def test_half_precision_weights_collapse_below_their_own_rounding(row, opt_row, 
     assert int(p.count_nonzero()) == 0 == int(opt.state[p]["master"].count_nonzero())
 
 
-@HALF
-@pytest.mark.parametrize("opt_row", HALF_OPTIMIZERS, ids=ids)
-@pytest.mark.parametrize("row", HALF_CONSTRAINTS, ids=ids)
+@cases(row=HALF_CONSTRAINTS, opt_row=HALF_OPTIMIZERS, dtype=[torch.bfloat16, torch.float16])
 def test_entries_changed_from_outside_win_over_the_copy(row, opt_row, dtype):
     p, opt = half(row, opt_row, dtype)
     for _ in range(3):

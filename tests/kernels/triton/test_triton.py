@@ -20,7 +20,7 @@ MODES = ["interpreted", *(["gpu"] if torch.cuda.is_available() else [])]
 
 
 PARTS = [("triton_cases", "references"), ("triton_cases", "not references")]
-PARTS += [("triton_mirror_cases", "many"), ("triton_mirror_cases", "not many")]
+PARTS += [("triton_mirror_cases", "many"), ("triton_mirror_cases", "not many"), ("triton_units_cases", "test")]
 
 
 @pytest.mark.parametrize(("cases", "part"), PARTS)
@@ -47,24 +47,29 @@ COMPILED = [
     (Variant("adamw", "plain"), "sm_90"),
     (Variant("adam", "sparse", peak=True), "sm_80"),
     (Variant("sgd", "sparse_free"), "sm_90"),
-    (Variant("adamw", "nm", trimmed=True, form=(4,)), "sm_100"),
+    (Variant("adamw", "nm", budgeted=True, form=(4,)), "sm_100"),
     (Variant("adamw", "sparse_deep", form=(3,)), "sm_80"),
     (Variant("adamw", "sparse", "bfloat16", master=True), "sm_90"),
     (Variant("adamw", "group", form=_ROW), "sm_90"),
     (Variant("sgd", "group", form=_COLUMN), "sm_80"),
     (Variant("adamw", "group", form=_COLUMN), "gfx942"),
-    (Variant("adamw", "mirror", form=_TIE, kernel="surveys"), "sm_90"),
-    (Variant("adam", "mirror", "bfloat16", master=True, form=_TIE, kernel="moves"), "sm_100"),
-    (Variant("sgd", "mirror", form=_TIE, kernel="snaps"), "sm_80"),
-    (Variant("adam", "mirror", form=(True, True, False, False, True), kernel="moves"), "sm_80"),
-    (Variant("adam", "mirror", form=(False, True, True, True, False), kernel="moves"), "sm_90"),
-    (Variant("adamw", "mirror", form=(False, False, True, True, False), kernel="surveys"), "gfx942"),
-    (Variant("adam", "mirror", form=(False, *_TIE[1:]), kernel="moves"), "gfx942"),
-    (Variant("adamw", "centred", form=(*_ROW[:3], 1, True, True), kernel="reduce_groups"), "sm_90"),
-    (Variant("adam", "centred", form=(*_ROW[:3], 1, True, True), kernel="settle"), "sm_100"),
-    (Variant("sgd", "centred", form=(*_COLUMN[:3], 32, True, True), kernel="shift_groups"), "sm_80"),
-    (Variant("adamw", "basis", form=(2, 1024, True, True), kernel="reduce_basis"), "sm_90"),
-    (Variant("adam", "basis", form=(2, 1024, True, True), kernel="settle"), "gfx942"),
+    (Variant("adamw", "orbit", form=_TIE, kernel="survey_orbits"), "sm_90"),
+    (Variant("adam", "orbit", "bfloat16", master=True, form=_TIE, kernel="move_orbits"), "sm_100"),
+    (Variant("sgd", "orbit", form=_TIE, kernel="snap_orbits"), "sm_80"),
+    (Variant("adam", "orbit", form=(True, True, False, False, True), kernel="move_orbits"), "sm_80"),
+    (Variant("adam", "orbit", form=(False, True, True, True, False), kernel="move_orbits"), "sm_90"),
+    (Variant("adamw", "orbit", form=(False, False, True, True, False), kernel="survey_orbits"), "gfx942"),
+    (Variant("adam", "orbit", form=(False, *_TIE[1:]), kernel="move_orbits"), "gfx942"),
+    (Variant("adamw", "centred", form=(*_ROW[:3], 1, True, True), kernel="survey_means"), "sm_90"),
+    (Variant("adam", "centred", form=(*_ROW[:3], 1, True, True), kernel="combine_coordinates"), "sm_100"),
+    (Variant("sgd", "centred", form=(*_COLUMN[:3], 32, True, True), kernel="move_means"), "sm_80"),
+    (Variant("adamw", "basis", form=(2, 1024, True, True), kernel="survey_basis"), "sm_90"),
+    (Variant("adamw", "units", form=((*_ROW[:3], False, True),), kernel="survey_units"), "sm_100"),
+    (Variant("adamw", "units", form=((*_ROW[:3], True, False),), kernel="survey_units"), "sm_90"),
+    (Variant("adam", "units", form=((*_ROW[:3], False, True),), kernel="combine_units"), "gfx942"),
+    (Variant("adamw", "units", form=((*_COLUMN[:3], False, True),), kernel="move_units"), "sm_80"),
+    (Variant("lion", "sparse"), "sm_90"),
+    (Variant("adam", "basis", form=(2, 1024, True, True), kernel="combine_coordinates"), "gfx942"),
 ]
 
 
@@ -79,7 +84,7 @@ def test_machine_code(variant: Variant, target: str) -> None:
     code = build(variant, target)
     assert code.stack == 0, "spills"
     assert code.calls == 0 and code.doubles == 0
-    if target != "gfx942" and variant.form[-1]:
+    if target != "gfx942" and variant.aligned:
         # Nothing but 128-bit accesses is counted, so this is also the test that there are no narrower ones.
         assert (code.read, code.written) == traffic(variant)
 

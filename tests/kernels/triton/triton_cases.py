@@ -1,6 +1,6 @@
 """The Triton kernels on numbers: on a GPU where there is one, else interpreted; run by ``test_triton.py``.
 
-The oracle is ``test_native``'s: ``reference`` in fp64 on the same numbers, errors in ulps of the terms that are added.
+The oracle is the native step's: ``reference`` in fp64 on the same numbers, errors in ulps of the terms that are added.
 Tiles are tiny, so that small tensors already have several blocks, tails, parts and lags.
 """
 
@@ -13,59 +13,38 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import test_native as oracle
 import torch
-import triton.runtime.interpreter as interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import DIRECTIONS, FORMATS, OUTSIDE, STRENGTH, THRESHOLD, Case, Problem
 from torch import Tensor
 
 import symopt
-from support.table import CONSTRAINTS, OPTIMIZERS, OptimizerRow, constrained_parameter, ids, tolerance
+from support.interpreter import DEVICE, poisoned, pytestmark
+from support.kernel_cases import (
+    DIRECTIONS,
+    FORMATS,
+    OUTSIDE,
+    RETRACTIONS,
+    STEP,
+    STRENGTH,
+    THRESHOLD,
+    Case,
+    Problem,
+    applies,
+    arguments,
+    make,
+)
+from support.kernel_oracle import distances, expect, same
+from support.roles import roles
+from support.table import CONSTRAINTS, OPTIMIZERS, OptimizerRow, constrained_parameter, ids
+from support.tolerances import tolerance
+from symopt_kernels.backend import Request
 from symopt_kernels.reference import elementwise, gauge
 from symopt_kernels.triton import launch as triton_launch
 from symopt_kernels.triton import product as triton_explicit
 from symopt_kernels.triton import selection as triton_select
-from symopt_kernels.triton import table as triton_table
 
-DEVICE = "cpu" if triton_launch.INTERPRETED else "cuda"
-TILES = {"BLOCK": 128, "WIDTHS": (1, 4, 16, 64, 256), "SHARE": 2, "RESIDENT": 8}
-
-torch.set_num_threads(1)
-
-# numpy, which the interpreter computes with, warns of the NaN and infinities that some cases are about.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-def _bfloat(data: Any, source: Any, target: Any, rounding: Any) -> Any:
-    """Triton's interpreter truncates to bf16, and loses subnormals; GPUs round to nearest, as torch does."""
-    if str(source) == "bf16" and str(target) == "fp32":
-        return data.view("uint16").astype("uint32") << 16
-    assert (str(source), str(target)) == ("fp32", "bf16")
-    wide = torch.from_numpy(data.copy().reshape(-1).view("float32"))
-    return wide.to(torch.bfloat16).view(torch.uint16).numpy().reshape(data.shape)
-
-
-if triton_launch.INTERPRETED:
-    interpreter._convert_float = _bfloat
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small tiles, and fresh memory that is NaN."""
-    for name, value in TILES.items():
-        monkeypatch.setattr(triton_table, name, value)
-    for module in (triton_explicit, triton_select):
-        monkeypatch.setattr(module, "BLOCK", 128)
-    empty, like = torch.empty, torch.empty_like
-
-    def poison(x: Tensor) -> Tensor:
-        return x.fill_(math.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(like(*a, **k)))
-
+__all__ = ["poisoned", "pytestmark"]
 
 # ---------------------------------------------------------------------------------------------- one step, every variant
 
@@ -78,15 +57,15 @@ def on_device(problem: Problem) -> dict[str, Tensor]:
 def run(case: Case, problem: Problem, **changes: Any) -> int:
     there = on_device(problem)
     state = {k: v for k, v in there.items() if k not in ("w", "g")}
-    if case.trimmed:
-        trim = [STRENGTH, OUTSIDE, THRESHOLD, case.imbalance_factor]
-        state["budget"] = torch.tensor(trim, dtype=torch.float64, device=DEVICE)
+    if case.budgeted:
+        budget = [STRENGTH, OUTSIDE, THRESHOLD, case.imbalance_factor]
+        state["budget"] = torch.tensor(budget, dtype=torch.float64, device=DEVICE)
     entry = triton_launch.Entry()
     triton_launch.fill(
-        entry, there["w"], state, case.retraction, problem.groups, fresh=bool(case.option("fresh"))
+        entry, there["w"], roles(state), case.retraction, problem.groups, fresh=bool(case.option("fresh"))
     )  # fmt: skip
     entry.grad, entry.strength_kept = there["g"].data_ptr(), changes.pop("strength", STRENGTH)
-    options = {k: v for k, v in oracle.arguments(case).items() if k != "instructions"}
+    options = {k: v for k, v in arguments(case).items() if k != "instructions"}
     if options["grad_scale"] is not None:
         options["grad_scale"] = options["grad_scale"].to(DEVICE)
     triton_launch.step([entry], case.kind, **{**options, **changes})
@@ -97,10 +76,10 @@ def run(case: Case, problem: Problem, **changes: Any) -> int:
 
 
 def check(case: Case, **changes: Any) -> None:
-    problem = oracle.make(case)
-    expected = oracle.expect(case, problem)
+    problem = make(case)
+    expected = expect(case, problem)
     zeros = run(case, problem, **changes)
-    errors = oracle.distances(case, problem, expected)
+    errors = distances(case, problem, expected)
     weights = ("w", "master", "factor_0", "factor_1")
     bad = {
         key: f"{error:.1f} ulp"
@@ -112,9 +91,9 @@ def check(case: Case, **changes: Any) -> None:
         assert zeros == int((problem.w == 0).sum()), f"{case}: zeros"
     for key, value in problem.all().items():
         if key == "step":
-            assert value == oracle.STEP + 1, f"{case}: step"
+            assert value == STEP + 1, f"{case}: step"
         elif key not in expected and not (key == "imbalance" and case.retraction == "sparse_free"):
-            assert oracle.same(value, problem.start[key]), f"{case}: {key} was written to"
+            assert same(value, problem.start[key]), f"{case}: {key} was written to"
     for guard in (part for pair in problem.guards for part in pair):
         assert bool((guard == 77).all()), f"{case}: wrote beyond a tensor"
 
@@ -138,20 +117,20 @@ def combined(retraction: str) -> Iterator[Case]:
         for j in range(3 if retraction == "group" else 2):
             shape, groups = shapes[(3 * k + 5 * j) % len(shapes)]
             i += 1
-            trimmed = i % 3 == 0 and DIRECTIONS[direction][0] != "adam" and retraction != "plain"
+            budgeted = i % 3 == 0 and DIRECTIONS[direction][0] != "adam" and retraction != "plain"
             case = Case(
                 direction, retraction, shape, groups,
-                format=FORMS[i % len(FORMS)], saturated=i % 4 != 1, trimmed=trimmed, imbalance=(0.02, 0.0)[i % 2],
-                imbalance_factor=0.99 if trimmed or i % 5 == 0 else None, maximize=i % 7 == 3,
+                format=FORMS[i % len(FORMS)], saturated=i % 4 != 1, budgeted=budgeted, imbalance=(0.02, 0.0)[i % 2],
+                imbalance_factor=0.99 if budgeted or i % 5 == 0 else None, maximize=i % 7 == 3,
                 grad_scale=(None, 4.0)[i % 6 == 1], poison=i % 8 == 5 and math.prod(shape) > 6, seed=i,
             )  # fmt: skip
             if retraction == "plain":
                 case = replace(case, weight_decay=(0.0, 0.1)[i % 2])
-            if oracle.applies(case):
+            if applies(case):
                 yield case
 
 
-@pytest.mark.parametrize("case", [c for r in oracle.RETRACTIONS for c in combined(r)], ids=lambda c: f"{c.retraction}")
+@pytest.mark.parametrize("case", [c for r in RETRACTIONS for c in combined(r)], ids=lambda c: f"{c.retraction}")
 def test_a_step_is_the_references(case: Case) -> None:
     check(case)
 
@@ -171,7 +150,7 @@ def test_any_shape(
 ) -> None:  # fmt: skip
     groups = kind if retraction == "group" else None
     case = Case(direction, retraction, (rows, columns), groups, format=form, seed=seed)
-    if oracle.applies(case):
+    if applies(case):
         check(case)
 
 
@@ -202,7 +181,7 @@ def one_step(w: Tensor, g: Tensor, retraction: str, *, lr: Any = 0.01, inside: A
     w, g = w.clone().to(DEVICE), g.to(DEVICE)
     entry = triton_launch.Entry()
     own = {k: options.pop(k) for k in ("depth", "pattern") if k in options}
-    triton_launch.fill(entry, w, state, retraction, None, **own)
+    triton_launch.fill(entry, w, roles(state), retraction, None, **own)
     entry.grad, entry.strength_kept = g.data_ptr(), inside
     triton_launch.step([entry], "sgd", lr=lr, **options)
     return w.cpu()
@@ -229,13 +208,89 @@ def test_patterns(pattern: tuple[int, int]) -> None:
     decay = 0.01 * torch.where(outer, OUTSIDE, STRENGTH).double()
     c, scale = torch.tensor(0.02).double(), torch.tensor(1.5).double()
     expected = elementwise.sparse(w.double(), 0.01 * g.double(), decay, c, scale, snaps=outer)
-    trim = torch.tensor([STRENGTH, OUTSIDE, math.inf, 0.99], dtype=torch.float64)
-    found = one_step(w, g, "sparse", pattern=pattern, state={"budget": trim})
+    budget = torch.tensor([STRENGTH, OUTSIDE, math.inf, 0.99], dtype=torch.float64)
+    found = one_step(w, g, "sparse", pattern=pattern, state={"budget": budget})
     assert bool(((found - expected).abs() <= 8 * 2**-23 * (w.abs() + 0.02 * g.abs() + 0.02)).all())
-    trim[2] = -1.0  # nothing is outside yet
+    budget[2] = -1.0  # nothing is outside yet
     expected = elementwise.sparse(w.double(), 0.01 * g.double(), 0.01 * STRENGTH, c, scale)
-    found = one_step(w, g, "sparse", pattern=pattern, state={"budget": trim})
+    found = one_step(w, g, "sparse", pattern=pattern, state={"budget": budget})
     assert bool(((found - expected).abs() <= 8 * 2**-23 * (w.abs() + 0.02 * g.abs() + 0.02)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("retraction", ["plain", "sparse", "nm"])
+def test_lion(retraction: str, dtype: torch.dtype) -> None:
+    w, g = (x.to(dtype) for x in numbers(256))
+    m = numbers(256, seed=1)[1]
+    g[3] = m[3] = 0.0
+    g[5] = math.nan
+    lr, beta1, beta2, c, scale = 0.01, 0.9, 0.99, torch.tensor(0.02).double(), torch.tensor(1.5).double()
+    lead = beta1 * m.double() + (1 - beta1) * g.double()
+    assert lead.abs().sort().values[1] > 1e-6  # the sign of no other hangs on rounding
+    delta = lr * torch.where(lead.isnan(), lead, lead.sign())
+    state = {"imbalance": torch.tensor(0.02), "metric_scale": torch.tensor(1.5)}
+    options: dict[str, Any] = {"pattern": (2, 4) if retraction == "nm" else None}
+    if retraction == "plain":
+        state, expected = {}, elementwise.plain(w.double(), delta, lr * 0.1)
+    elif retraction == "sparse":
+        expected = elementwise.sparse(w.double(), delta, lr * STRENGTH, c, scale)
+    else:
+        state["budget"] = torch.tensor([STRENGTH, OUTSIDE, math.inf, 0.99], dtype=torch.float64)
+        pruned = elementwise.nm_pruned_mask(w.reshape(2, 128), 2, 4).flatten()
+        decay = lr * torch.where(pruned, OUTSIDE, STRENGTH).double()
+        expected = elementwise.sparse(w.double(), delta, decay, c, scale, snaps=pruned)
+    there = {k: v.to(DEVICE) for k, v in {"w": w.clone(), "g": g, "exp_avg": m.clone(), **state}.items()}
+    entry = triton_launch.Entry()
+    own = {k: v for k, v in there.items() if k not in ("w", "g")}
+    triton_launch.fill(entry, there["w"], roles(own), "plain" if retraction == "plain" else "sparse", **options)
+    entry.grad, entry.strength_kept = there["g"].data_ptr(), STRENGTH
+    triton_launch.step([entry], "lion", lr=lr, beta1=beta1, beta2=beta2, weight_decay=0.1)
+    found, rounding = there["w"].cpu().double(), torch.finfo(dtype).eps / 2 * (dtype != torch.float32)
+    close = (found - expected).abs() <= 8 * 2**-23 * (w.double().abs() + lr + 0.02) + rounding * expected.abs()
+    assert bool((close | (found.isnan() & expected.isnan())).all()) and bool(found[5].isnan())
+    moved = beta2 * m.double() + (1 - beta2) * g.double()
+    torch.testing.assert_close(there["exp_avg"].cpu().double(), moved, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize(("direction", "retraction"), [("lion", "group"), ("foreign", "sparse"), ("foreign", "plain")])
+def test_a_direction_that_is_not_listed_never_runs_as_another(direction: str, retraction: str) -> None:
+    w, g = (x.reshape(30, 10).to(DEVICE) for x in numbers(300))
+    groups = symopt.GroupSparse("out").partition(w) if retraction == "group" else None
+    request = Request(direction, retraction, (w,), groups=groups)
+    assert f"no step for the direction {direction!r} with the retraction {retraction!r}" in str(
+        triton_launch.why_not(request)
+    )
+    assert triton_launch.why_not(replace(request, direction="adamw")) is None
+    # As if it were Adam: it has Adam's state.
+    numbers_of_all = {"imbalance": torch.tensor(0.02), "metric_scale": torch.tensor(1.5), "step": torch.tensor(3.0)}
+    state = {key: x.to(DEVICE) for key, x in numbers_of_all.items()}
+    state |= {key: torch.zeros_like(w) if groups is None else w.new_zeros(30) for key in ("exp_avg", "exp_avg_sq")}
+    before, entry = w.clone(), triton_launch.Entry()
+    triton_launch.fill(entry, w, roles(state), retraction, groups)
+    entry.grad = g.data_ptr()
+    with pytest.raises(ValueError, match=f"no direction '{direction}' with the retraction '{retraction}'"):
+        triton_launch.step([entry], direction, lr=0.01, beta1=0.9, beta2=0.99)
+    assert torch.equal(w, before)
+
+
+def test_what_it_cannot_step_it_refuses_by_name() -> None:
+    w = torch.zeros(8, 6, device=DEVICE)
+    rows, index = (symopt.GroupSparse(by).partition(w) for by in ("out", torch.arange(48).reshape(8, 6) % 5))
+    wrapped = torch.nn.Buffer(w).as_subclass(torch.Tensor)
+    assert triton_launch.why_not(Request("sgd", "group", (wrapped,), groups=rows)) is None
+    other = "meta" if DEVICE == "cpu" else "cpu"
+    for request, reason in (
+        (Request("sgd", "plain", (w.to(other),)), "runs on GPUs"),
+        (Request("sgd", "plain", (w.double(),)), "not torch.float64"),
+        (Request("sgd", "plain", (w,), differentiable=True), "differentiable=True"),
+        (Request("sgd", "plain", (w[:, ::2],)), "not those of a dense tensor"),
+        (Request("sgd", "nm", (w.T,), pattern=(2, 4)), "do not lie side by side"),
+        (Request("sgd", "nm", (w,), pattern=(1, 3)), "M in (2, 4, 8, 16), not 1:3"),
+        (Request("sgd", "group", (w,), groups=index), "not an index map"),
+        (Request("sgd", "orbit", (w.T,)), "not those of a contiguous tensor"),
+        (Request("sgd", "units", (w, w.half())), "of one format on one device"),
+    ):
+        assert reason in str(triton_launch.why_not(request)), request
 
 
 def test_errors_are_at_most_twice_those_of_torch() -> None:
@@ -258,12 +313,12 @@ def test_numbers_may_be_tensors() -> None:
 def test_an_overflow_moves_nothing(retraction: str) -> None:
     groups = "in" if retraction == "group" else None
     case = Case("nesterov-fresh", retraction, (9, 40), groups)
-    problem = oracle.make(case)
+    problem = make(case)
     problem.state["momentum_buffer"].zero_()
     problem.start["momentum_buffer"].zero_()
     before = copy.deepcopy(problem.all())
     run(case, problem, found_inf=torch.ones((), device=DEVICE))
-    assert all(oracle.same(value, before[key]) for key, value in problem.all().items())
+    assert all(same(value, before[key]) for key, value in problem.all().items())
 
 
 def test_stochastic_rounding_has_the_right_mean_and_keeps_what_fits() -> None:

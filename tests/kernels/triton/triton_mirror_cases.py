@@ -11,21 +11,21 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import test_backends
-import test_native_mirror
 import torch
-from test_backends import HALF, step_alike, take, tensors
-from test_native_mirror import FEW, SIMPLE, along, large, make_equal, nearly, planes, tied, weights
-from triton_cases import DEVICE, poisoned, pytestmark
 
 import symopt
+from support import planes as plane_runs
+from support import runs as runs_of
+from support.interpreter import DEVICE, poisoned, pytestmark
+from support.planes import FEW, SIMPLE, along, large, make_equal, nearly, planes, tied, weights
+from support.runs import HALF, Run, gradient, step_alike, take, tensors
 from support.table import OPTIMIZERS, OptimizerRow, PlaneRow, ids, plane_module
 from symopt_kernels.triton import launch as triton_launch
 from symopt_kernels.triton import table as triton_table
 
 __all__ = ["poisoned", "pytestmark"]
 
-TIES = planes("triton")
+TIES = planes("triton", DEVICE)
 OTHERS = {row.id: row for row in TIES if row not in SIMPLE}
 _PAIRS = [(row, opt_row) for row in TIES for opt_row in (OPTIMIZERS if row in SIMPLE else FEW)]
 every_pair = pytest.mark.parametrize(("row", "opt_row"), _PAIRS, ids=ids)
@@ -44,8 +44,8 @@ def aligned(row: PlaneRow) -> PlaneRow:
     return large(row, (8, 12))
 
 
-both = functools.partial(test_native_mirror.both, dtype=torch.float32, fused="triton", device=DEVICE)
-close = functools.partial(test_backends.close, kind="backends, fp32")
+both = functools.partial(plane_runs.both, dtype=torch.float32, fused="triton", device=DEVICE)
+close = functools.partial(runs_of.close, kind="backends, fp32")
 
 
 @every_pair
@@ -105,7 +105,7 @@ def test_blocks_that_are_on_the_plane_beside_others_that_are_not(row: PlaneRow, 
 
 @pytest.mark.parametrize("opt_row", [FEW[1], FEW[-1]], ids=ids)
 def test_parts_of_parameters_of_several_shapes(opt_row: OptimizerRow) -> None:
-    row = replace(SIMPLE[0], id="parts", make=test_native_mirror._parts, shapes=((33, 40), (40, 33), (2, 35, 40)))
+    row = replace(SIMPLE[0], id="parts", make=plane_runs.three_views, shapes=((33, 40), (40, 33), (2, 35, 40)))
     runs = both(row, opt_row, None if opt_row.id == "adamw" else 0.3)
     nearly(runs)
     start = [w.clone() for w in weights(runs[0])]
@@ -128,7 +128,7 @@ def test_sums_of_many_parts(
     shape: tuple[int, ...], dim: int, share: int, opt_row: OptimizerRow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Groups in one tile and in several, tiles in one part and in several, more groups than are settled at a time."""
-    monkeypatch.setattr(triton_table, "SHARE", share)
+    monkeypatch.setattr(triton_table, "LINES_PER_PROGRAM", share)
     row = replace(OTHERS["zero-mean"], make=lambda k: symopt.ZeroMean(k, dim), shapes=(shape,))
     runs = both(row, opt_row, None if opt_row.id == "adamw" else 0.3)
     step_alike(runs, 0)
@@ -146,7 +146,7 @@ def test_a_basis_over_many_blocks(resident: int, opt_row: OptimizerRow, monkeypa
     monkeypatch.setattr(triton_table, "BLOCK", 64)
     shapes = ((34, 33), (3, 5), (50,))
     numel = sum(torch.Size(shape).numel() for shape in shapes)
-    basis = torch.linalg.qr(test_backends.gradient(torch.zeros(numel, 3, dtype=torch.float64), 0)).Q
+    basis = torch.linalg.qr(gradient(torch.zeros(numel, 3, dtype=torch.float64), 0)).Q
     row = replace(OTHERS["mirror-basis-two"], make=lambda k: symopt.Mirror(basis=basis, strength=k), shapes=shapes)
     runs = both(row, opt_row, None if opt_row.id == "adamw" else 0.3)
     for t in range(2):
@@ -157,7 +157,7 @@ def test_a_basis_over_many_blocks(resident: int, opt_row: OptimizerRow, monkeypa
 
 
 def test_planes_of_coordinates_share_launches() -> None:
-    runs: list[test_backends.Run] = []
+    runs: list[Run] = []
     for backend in ("triton", "reference"):
         torch.manual_seed(0)
         net = torch.nn.ModuleList(torch.nn.Linear(n, 12, bias=False) for n in (7, 9, 12)).to(DEVICE)
@@ -171,15 +171,15 @@ def test_planes_of_coordinates_share_launches() -> None:
         close(*runs)
     (plan,) = {id(s.entry.plan): s.entry.plan for s in runs[0][1]._slots.values() if s.entry.plan is not None}.values()
     for key, bucket in plan.buckets:
-        names = [kernel.__name__ for kernel, _, _ in triton_launch.launches(key, "adamw")]
-        kind = "basis" if key[0] == "basis" else "groups"
-        assert names == [f"reduce_{kind}", "settle", f"shift_{kind}"]
+        names = [one.kernel.__name__ for one in triton_launch.launches(key, "adamw")]
+        kind = "basis" if key[0] == "basis" else "means"
+        assert names == [f"survey_{kind}", "combine_coordinates", f"move_{kind}"]
         assert len(bucket.rows) == (1 if kind == "basis" else 2)
     assert len(plan.buckets) == 2
 
 
 def test_planes_whose_orbits_are_gathered_share_launches() -> None:
-    runs: list[test_backends.Run] = []
+    runs: list[Run] = []
     for backend in ("triton", "reference"):
         torch.manual_seed(0)
         net = torch.nn.ModuleList(torch.nn.Linear(n, n, bias=False) for n in (7, 33)).to(DEVICE)
@@ -278,9 +278,9 @@ def test_bad_gradients_show_in_the_weight(row: PlaneRow, opt_row: OptimizerRow, 
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ties of one kind share theirs; gates for every index need one, a joint gate three."""
     for mode, strength, expected in (
-        ("joint", None, ["surveys", "moves", "snaps"]),
-        ("elementwise", None, ["moves"]),
-        ("elementwise", 0.3, ["moves"]),
+        ("joint", None, ["survey_orbits", "move_orbits", "snap_orbits"]),
+        ("elementwise", None, ["move_orbits"]),
+        ("elementwise", 0.3, ["move_orbits"]),
     ):
         net = torch.nn.ModuleList(torch.nn.Linear(5, 3) for _ in range(4)).to(DEVICE)
         made = symopt.Tied(strength, mode)
@@ -293,7 +293,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         opt.step()
         (plan,) = {id(s.entry.plan): s.entry.plan for s in opt._slots.values() if s.entry.plan is not None}.values()
         ((key, _),) = plan.buckets
-        assert [kernel.__name__ for kernel, _, _ in triton_launch.launches(key, "adamw")] == expected
+        assert [one.kernel.__name__ for one in triton_launch.launches(key, "adamw")] == expected
 
 
 def test_the_comparison_notices_a_wrong_learning_rate() -> None:

@@ -1,0 +1,26 @@
+"""Options of the suite; ``tests/README.md`` says which promise is tested where."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from support import cases
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="run all cases, not only some of each kind")
+    parser.addoption("--case", default="", help="run only the cases with this in their name, of tests that loop")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # two in each of two workers wait for each other at every small operation
+    cases.EXHAUSTIVE = config.getoption("exhaustive")
+    cases.ONLY = config.getoption("case")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("exhaustive"):
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
