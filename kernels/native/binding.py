@@ -131,8 +131,7 @@ def fill(
     """Point ``entry`` at a weight and its state; every tensor has the weight's strides, group values are flat.
 
     Moments are under their roles: ``first``, ``second`` and ``peak``, the largest second moment so far.  ``fresh`` says
-    that the first one holds nothing yet.  The gradient, the strengths and the pattern of ``nm``
-    are the caller's to set.
+    that the first one holds nothing yet.  The gradient, the strengths and the pattern of ``nm`` are the caller's to set.
     """
     shape = layout(weight, groups)
     assert shape is not None

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from support.table import tolerance
+from support.tolerances import tolerance
 from symopt_kernels.groups import Groups
 from symopt_kernels.native import binding as native
 from symopt_kernels.reference.gauge import MIN_IMBALANCE_FACTOR, SNAP
@@ -149,7 +149,7 @@ class Problem:
         return {key: value.clone() for key, value in self.all().items()}
 
 
-OWN = ("exp_avg", "momentum_buffer", "master")
+OWN = ("first", "master")
 
 
 def make(case: Case, units: Units | None = None) -> Problem:
@@ -178,10 +178,10 @@ def make(case: Case, units: Units | None = None) -> Problem:
         common["budget"] = torch.tensor([KEPT, PRUNED, THRESHOLD, factor], dtype=torch.float64)
     if case.kind != "sgd":
         second = torch.cat([drive, torch.full((units.unbound,), 0.1)]).double()
-        common["exp_avg_sq"] = ((0.5 + rand(len(second))) * second).square().to(case.accurate)
+        common["second"] = ((0.5 + rand(len(second))) * second).square().to(case.accurate)
         common["step"] = torch.tensor(STEP)
         if case.option("amsgrad"):
-            common["max_exp_avg_sq"] = common["exp_avg_sq"] * 2 * rand(len(second)).to(case.accurate)
+            common["peak"] = common["second"] * 2 * rand(len(second)).to(case.accurate)
     guards: list[tuple[Tensor, Tensor]] = []
     poison = case.seed % 2 == 1  # the others end where their memory does, for the address sanitizer
 
@@ -194,11 +194,11 @@ def make(case: Case, units: Units | None = None) -> Problem:
     for t, w in enumerate(stored):
         state = dict(common)
         if case.kind != "sgd":
-            state["exp_avg"] = place(moments[t], case.accurate)
+            state["first"] = place(moments[t], case.accurate)
         elif case.option("fresh"):
-            state["momentum_buffer"] = place(torch.full(w.shape, math.nan), case.accurate)  # it holds nothing yet
+            state["first"] = place(torch.full(w.shape, math.nan), case.accurate)  # it holds nothing yet
         elif case.option("momentum"):
-            state["momentum_buffer"] = place(moments[t], case.accurate)
+            state["first"] = place(moments[t], case.accurate)
         if has_master:
             near = w.to(case.accurate) * (1 + torch.finfo(dtype).eps * (rand(*w.shape) - 0.5).to(case.accurate) * 0.9)
             near = torch.where(near.to(dtype) == w, near, w.to(case.accurate))
@@ -279,7 +279,7 @@ def expect(case: Case, problem: Problem, hook: Callable[[Tensor], None] | None =
     gather = slices_of(units)
 
     def joined(xs: list[Tensor], u: int, power: int) -> Tensor:
-        slices = [xs[t].select(d, i).flatten() * parts[t].factor**power for t, d, i in gather[u]]
+        slices = [xs[t].select(d, i).flatten() * parts[t].factor ** power for t, d, i in gather[u]]
         return torch.cat([torch.empty(0, dtype=torch.float64), *slices])
 
     sums = torch.stack(
@@ -297,7 +297,7 @@ def expect(case: Case, problem: Problem, hook: Callable[[Tensor], None] | None =
     if case.kind == "sgd":
         gain *= (1 - case.option("dampening")) / (1 - case.option("momentum"))
     else:
-        second = common["exp_avg_sq"].clone()
+        second = common["second"].clone()
         second[: units.count] = BETA2 * second[: units.count] + (1 - BETA2) * gg / sizes.clamp(min=1)
         for t, (part, g) in enumerate(zip(parts, gs, strict=True)):
             place = units.count + sum(p.unbound for p in parts[:t])
@@ -306,11 +306,11 @@ def expect(case: Case, problem: Problem, hook: Callable[[Tensor], None] | None =
                 second[place : place + len(own)] += (1 - BETA2) * own.square()
                 place += len(own)
         slack = torch.cat([unsummed, torch.ones(units.unbound)]).double()
-        out["exp_avg_sq"] = Expected(second, second * slack)
+        out["second"] = Expected(second, second * slack)
         high = second
         if case.option("amsgrad"):
-            high = torch.maximum(common["max_exp_avg_sq"], second)
-            out["max_exp_avg_sq"] = Expected(high, high * slack)
+            high = torch.maximum(common["peak"], second)
+            out["peak"] = Expected(high, high * slack)
         preconditioner = 1 / ((high * correct2).sqrt() + EPS)
         rate = rate * preconditioner[: units.count] * correct1
         coupled = case.kind == "adam" and not case.option("decoupled")
@@ -384,23 +384,21 @@ def unbound_rows(part: Part, x: Tensor) -> list[Tensor]:
     return [whole[o, i] for o in range(len(whole)) for i in (part.index < 0).nonzero().flatten().tolist()]
 
 
-def _lead(
-    case: Case, t: int, g: Tensor, own: dict[str, Tensor], out: dict[str, Expected]
-) -> tuple[Tensor, Tensor]:
+def _lead(case: Case, t: int, g: Tensor, own: dict[str, Tensor], out: dict[str, Expected]) -> tuple[Tensor, Tensor]:
     """The update before the unit's gain, and its terms; first moments go to ``out``."""
     if case.kind != "sgd":
-        m = own["exp_avg"] + (1 - BETA1) * (g - own["exp_avg"])
-        terms = own["exp_avg"].abs() + (1 - BETA1) * (g - own["exp_avg"]).abs()
-        out[f"exp_avg{t}"] = Expected(m, terms)
+        m = own["first"] + (1 - BETA1) * (g - own["first"])
+        terms = own["first"].abs() + (1 - BETA1) * (g - own["first"]).abs()
+        out[f"first{t}"] = Expected(m, terms)
         return m, terms
     momentum, dampening = case.option("momentum"), case.option("dampening")
     if not momentum:
         return g, g.abs()
     buffer, terms = g, g.abs()
     if not case.option("fresh"):
-        buffer = momentum * own["momentum_buffer"] + (1 - dampening) * g
-        terms = momentum * own["momentum_buffer"].abs() + (1 - dampening) * g.abs()
-    out[f"momentum_buffer{t}"] = Expected(buffer, terms)
+        buffer = momentum * own["first"] + (1 - dampening) * g
+        terms = momentum * own["first"].abs() + (1 - dampening) * g.abs()
+    out[f"first{t}"] = Expected(buffer, terms)
     if case.option("nesterov"):
         return g + momentum * buffer, g.abs() + momentum * terms
     return buffer, terms
@@ -602,9 +600,7 @@ def test_rows_of_one_matrix_step_as_groups_do(direction: str) -> None:
         run(case, ours)
         entry = native.Entry()
         groups = Groups(7, (7, 5), (1,))
-        native.fill(
-            entry, theirs.weights[0], theirs.states[0], "group", groups, fresh=bool(case.option("fresh"))
-        )
+        native.fill(entry, theirs.weights[0], theirs.states[0], "group", groups, fresh=bool(case.option("fresh")))
         entry.grad, entry.decoupled = theirs.grads[0].data_ptr(), bool(case.option("decoupled"))
         entry.strength_kept = entry.strength_pruned = KEPT
         native.step([entry], case.kind, **arguments(case))
@@ -637,7 +633,7 @@ def test_the_comparison_notices_a_small_error(name: str, format: str) -> None:
         check(case, **{name: change})
 
 
-@pytest.mark.parametrize("key", ["w0", "w3", "g1", "exp_avg2", "exp_avg_sq", "imbalance", "metric_scale"])
+@pytest.mark.parametrize("key", ["w0", "w3", "g1", "first2", "second", "imbalance", "metric_scale"])
 @pytest.mark.parametrize("format", ["fp32", "fp64"])
 def test_the_comparison_notices_a_single_wrong_element(key: str, format: str) -> None:
     case = Case("adam", "stream", format, seed=4)
@@ -759,7 +755,7 @@ def test_nan_stays_in_its_unit(layout: str, instructions: str) -> None:
             assert same(poisoned.weights[t][~hit], clean.weights[t][~hit]), case
             assert not bool(poisoned.weights[t][hit].isfinite().any()), case
         assert bool(poisoned.states[0]["imbalance"].isfinite())
-        second = poisoned.states[0].get("exp_avg_sq")
+        second = poisoned.states[0].get("second")
         assert second is None or int((~second.isfinite()).sum()) == 1
 
 
