@@ -180,7 +180,8 @@ def step(
     from symopt_kernels.triton.constants import LaunchSettings
 
     plan = entries[0].plan
-    if plan is None or plan.entries != list(entries) or plan.gradients_aligned != gradients_aligned(entries):
+    known = isinstance(plan, LaunchPlan) and plan.entries == list(entries)
+    if not isinstance(plan, LaunchPlan) or not known or plan.gradients_aligned != gradients_aligned(entries):
         plan = entries[0].plan = LaunchPlan(entries)
     lr_at = lr if isinstance(lr, Tensor) else None
     given = LaunchSettings(
