@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from support.interpreter import DEVICE, poisoned, pytestmark
-from support.table import tolerance
+from support.tolerances import tolerance
 from symopt_kernels.reference import gauge
 from symopt_kernels.triton import launch as triton_launch
 from symopt_kernels.triton import table as triton_table
