@@ -7,7 +7,7 @@ PACKAGING := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test fuzz soak bench-test sass trainers packages versions sanitize bench recipes lint format types install clean
+.PHONY: help quickstart test test-all fuzz soak bench-test sass trainers packages versions sanitize bench recipes lint format types install clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,9 +33,13 @@ quickstart: $(VENV)/demo.stamp  ## train, compress and fold LeNet-300-100 on MNI
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 # The console script, not `python -m pytest`: the latter puts the repository on sys.path, before the installed package.
-test: $(VENV)/test.stamp  ## run all tests and doctests against the installed package; ARGS="-k name" selects
+test: $(VENV)/test.stamp  ## run tests and doctests against the installed package; ARGS="-k name" selects
 	@$(MAKE) -s install
-	$(BIN)/pytest -n 2 $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
+
+test-all: $(VENV)/test.stamp  ## the same with all cases instead of some of each kind (CI)
+	@$(MAKE) -s install
+	$(BIN)/pytest -n 2 --dist worksteal --exhaustive $(ARGS)
 
 fuzz: $(VENV)/test.stamp  ## tests/optim/test_fuzz.py on 10 000 new cases (CI has 500 fixed ones)
 	@$(MAKE) -s install

@@ -26,7 +26,8 @@ def test_suite(release: str, tmp_path: Path, record_property: Any) -> None:
         call(python, "-m", "pip", "install", "-q", f"torch=={torch}", "./source[test]", cwd=tmp_path)
         shutil.rmtree(tmp_path / "source" / "build", ignore_errors=True)
         found, numpy, triton = call(python, "-c", NAMES, cwd=tmp_path).split()
-        call(python, "-m", "pytest", "-q", "-n", "2", "--junitxml", tmp_path / "suite.xml", cwd=tmp_path / "source")
+        options = ("-q", "-n", "2", "--exhaustive", "--junitxml", tmp_path / "suite.xml")
+        call(python, "-m", "pytest", *options, cwd=tmp_path / "source")
     finally:
         shutil.rmtree(tmp_path / "venv")  # gigabytes
     counts = next(ET.parse(tmp_path / "suite.xml").iter("testsuite")).attrib

@@ -15,7 +15,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # two in each of two workers wait for each other at every small operation
-    config.addinivalue_line("markers", "exhaustive: runs only with --exhaustive")
     cases.EXHAUSTIVE = config.getoption("exhaustive")
     cases.ONLY = config.getoption("case")
 

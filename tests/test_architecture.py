@@ -86,7 +86,7 @@ def layer(name: str) -> int:
     for rank, line in enumerate(LAYERS[:-1]):
         if any(within(name, package) for package in line.split()):
             return rank
-    raise AssertionError(f"{name} is in no layer; give it its place in LAYERS and in the design")
+    raise AssertionError(f"{name} is in no layer; give it its place in LAYERS")
 
 
 # ------------------------------------------------------------------------------------------------------------ imports
@@ -131,6 +131,41 @@ def test_only_the_top_knows_modules(name: str) -> None:
         assert not (used and isinstance(node.value, ast.Name) and node.value.id == "torch"), f"{name} uses torch.nn"
 
 
+def parameters(name: str) -> Iterator[tuple[str, str, str]]:
+    """Function, parameter and annotation of every parameter in a file."""
+    for node in ast.walk(tree(name)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
+                yield node.name, arg.arg, "" if arg.annotation is None else ast.unparse(arg.annotation)
+
+
+OPTIMIZER, CONSTRAINT = ("optimizer", "opt"), ("constraint", "constraints")
+
+
+def test_nothing_below_the_optimizers_is_handed_one() -> None:
+    """A call up is an import up that the imports do not show."""
+    below = [name for name in SOURCES if layer(name) < layer("symopt.optim") and name != "symopt.backends"]
+    assert [(name, *p) for name in below for p in parameters(name) if p[1] in OPTIMIZER] == []
+    assert any(p[1] in OPTIMIZER for p in parameters("symopt.report"))
+
+
+def test_optimizers_and_constraints_have_a_type() -> None:
+    found = [(name, *p) for name in SOURCES for p in parameters(name) if p[1] in OPTIMIZER + CONSTRAINT]
+    assert [entry for entry in found if "Any" in entry[3] and entry[0] not in UNTYPED] == []
+    assert len(found) > 20
+
+
+UNTYPED = {"symopt.optim.compiled"}
+MOST_ANY, MOST_IGNORES = 116, 12
+
+
+def test_few_types_are_left_open() -> None:
+    names = [node for name in SOURCES for node in ast.walk(tree(name)) if isinstance(node, ast.Name)]
+    assert sum(node.id == "Any" for node in names) <= MOST_ANY
+    texts = [path.read_text(encoding="utf-8") for path in SOURCES.values()]
+    assert sum(text.count("# type: ignore") for text in texts) <= MOST_IGNORES
+
+
 @cases(name=[n for n in SOURCES if within(n, "symopt_kernels")])
 def test_kernels_know_tensors_and_numbers_only(name: str) -> None:
     allowed = set(sys.stdlib_module_names) | {"torch", "triton", "symopt_kernels"}
@@ -148,9 +183,16 @@ def test_importing_symopt_needs_only_torch() -> None:
 # ------------------------------------------------------------------------------------------------------------- sizes
 
 
+def library() -> dict[str, str]:
+    """What both packages are made of, in both languages."""
+    folders = [ROOT / name for name in ("symopt", "kernels")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(files)}
+
+
 def test_files_are_short() -> None:
-    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in SOURCES.items()}
-    assert {name: n for name, n in lengths.items() if n > 400} == {}
+    lengths = {name: len(text.splitlines()) for name, text in library().items()}
+    assert {name: n for name, n in lengths.items() if n > 450} == {}
     assert statistics.median(lengths.values()) <= 150
 
 
@@ -304,3 +346,21 @@ def test_no_path_of_one_machine() -> None:
 def test_text_files_are_clean() -> None:
     assert lines_with(r"[ \t]+$|\r$|^(<{7}|>{7}|={7}$)") == []
     assert [name for name, text in TRACKED.items() if text and not text.endswith("\n")] == []
+
+
+def test_the_readme_of_the_tests_has_every_file() -> None:
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)`", text)
+    files = {
+        name.removeprefix("tests/") for name in TRACKED if re.match(r"tests/(.*/)?test_\w+\.py|tests/support/", name)
+    }
+    assert set(named) == files - {"support/__init__.py"} and len(named) == len(set(named))
+
+
+def test_tests_share_through_support_only() -> None:
+    for name, text in TRACKED.items():
+        if name.startswith("tests/") and name.endswith(".py"):
+            modules = re.findall(r"^(?:from|import) ([\w.]+)", text, re.M)
+            assert not [
+                m for m in modules if m.startswith(("test_", "tests", "triton_")) or "_cases" in m.split(".")[0]
+            ]

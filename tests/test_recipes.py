@@ -10,7 +10,7 @@ from skglm import GroupLasso
 from sklearn.linear_model import Lasso
 
 import symopt
-from support.cases import cases
+from support.cases import cases, exhaustive
 from support.tolerances import tolerance
 from symopt import recipes
 
@@ -157,7 +157,7 @@ def test_schedule_leaves_decay_of_other_weights_alone():
 # -- the papers' claims ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("seed", "strength"), [(0, 0.1), (0, 0.5), (1, 0.1)])
+@pytest.mark.parametrize(("seed", "strength"), [(0, 0.1), *exhaustive((0, 0.5), (1, 0.1))])
 def test_spred_is_the_lasso(seed, strength):
     """Many irrelevant features, Adam at 1e-2 with coupled decay as in the paper's notebook: scikit-learn's zeros."""
     problem = Regression(seed, 100, 2000, 10, 0.1)
@@ -175,7 +175,7 @@ def test_spred_is_the_lasso(seed, strength):
     assert abs(float(objective(w) / objective(best) - 1)) <= tolerance("trembling gap")
 
 
-@cases(seed=[0, 1])
+@pytest.mark.parametrize("seed", [0, *exhaustive(1)])
 def test_deep_weight_factorization_is_sparser_at_equal_fit(seed):
     """Depth 2 keeps several times as many weights even where it fits slightly worse: it shrinks the live ones."""
     problem = Regression(seed, 100, 200, 10, 0.3)
@@ -207,7 +207,7 @@ def test_deep_weight_factorization_starts_variance_matched(depth):
 GROUPS, SIZE = 20, 5
 
 
-@cases(strength=[0.03, 0.1, 0.3, 1.2])
+@pytest.mark.parametrize("strength", [0.1, 1.2, *exhaustive(0.03, 0.3)])
 def test_d_gating_follows_the_group_lasso(strength):
     problem = Regression(0, 150, GROUPS * SIZE, 4 * SIZE, 0.3)
     members = torch.arange(GROUPS * SIZE).reshape(GROUPS, SIZE).tolist()
@@ -245,7 +245,7 @@ def test_d_gating_starts_with_open_gates():
     assert torch.equal(direction, before) and torch.equal(net.weight, before)
 
 
-@cases(seed=[0, 1])
+@pytest.mark.parametrize("seed", [0, *exhaustive(1)])
 def test_pilot_ends_nearer_to_the_truth(seed):
     """n = 40, p = 100, 5 live, no noise: constant decay is biased by shrinkage, none by the l2 start."""
     problem, strength = Regression(seed, 40, 100, 5, 0.0), 0.1

@@ -33,6 +33,7 @@ from symopt_kernels.native.library import (
 )
 from symopt_kernels.native.library import Segment as _Segment
 from symopt_kernels.orbits import Segment
+from symopt_kernels.reference.directions import amplification
 from symopt_kernels.units import Units
 
 __all__ = [
@@ -129,14 +130,14 @@ def fill(
 ) -> None:
     """Point ``entry`` at a weight and its state; every tensor has the weight's strides, group values are flat.
 
-    ``fresh`` says that ``momentum_buffer`` holds nothing yet.  The gradient, the strengths and the pattern of ``nm``
+    Moments are under their roles: ``first``, ``second`` and ``peak``, the largest second moment so far.  ``fresh`` says
+    that the first one holds nothing yet.  The gradient, the strengths and the pattern of ``nm``
     are the caller's to set.
     """
     shape = layout(weight, groups)
     assert shape is not None
-    keys = {"first": "exp_avg" if "exp_avg" in state else "momentum_buffer", "second": "exp_avg_sq"}
-    keys |= {"peak": "max_exp_avg_sq", "index": "group_index"}
-    keys |= {key: key for key in ("master", "factor_0", "factor_1", "imbalance", "metric_scale", "step", "budget")}
+    keys = {key: key for key in ("first", "second", "peak", "master", "factor_0", "factor_1")}
+    keys |= {key: key for key in ("imbalance", "metric_scale", "step", "budget")} | {"index": "group_index"}
     entry.weight = weight.data_ptr()
     for name, key in keys.items():
         setattr(entry, name, state[key].data_ptr() if key in state else None)
@@ -265,6 +266,7 @@ def step(
         eps=eps,
         momentum=momentum,
         dampening=dampening,
+        amplification=amplification(momentum, dampening),
         weight_decay=weight_decay,
         imbalance_factor=-1.0 if imbalance_factor is None else imbalance_factor,
         grad_scale=None if grad_scale is None else grad_scale.data_ptr(),

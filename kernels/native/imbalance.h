@@ -20,9 +20,8 @@ void write(const Entry& e, void* p, double x) {
   else *static_cast<float*>(p) = float(x);
 }
 
-// By how much momentum amplifies a constant gradient, and so the strength.
 double amplification(const Entry& e, const Settings& s) {
-  return s.direction == SGD && e.first ? (1 - s.dampening) / (1 - s.momentum) : 1;
+  return s.direction == SGD && e.first ? s.amplification : 1;
 }
 
 // Counts the step where there is a counter.

@@ -96,6 +96,7 @@ class Settings(Structure):
 
     _fields_: ClassVar = [
         *[(name, c_double) for name in ("lr", "beta1", "beta2", "eps", "momentum", "dampening", "weight_decay")],
+        ("amplification", c_double),
         ("imbalance_factor", c_double),
         ("grad_scale", c_void_p),
         ("found_inf", c_void_p),

@@ -86,6 +86,7 @@ struct UnitsEntry {
 // What the tensors of a call have in common.
 struct Settings {
   double lr, beta1, beta2, eps, momentum, dampening, weight_decay;
+  double amplification;     // of a constant gradient by momentum, and so of the strength
   double imbalance_factor;  // negative: the automatic law
   const float* grad_scale;  // or null
   const float* found_inf;   // or null; nonzero skips the step

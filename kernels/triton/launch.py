@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from symopt_kernels.reference.directions import amplification
 from symopt_kernels.triton import table
 from symopt_kernels.triton.backend import BACKEND, DIRECTIONS, DTYPES, PATTERNS, ROWS, why_not
 from symopt_kernels.triton.launch_plan import Bucket, LaunchPlan, gradients_aligned
@@ -200,7 +201,7 @@ def step(
         weight_decay=float(weight_decay),
         imbalance_factor=-1.0 if imbalance_factor is None else float(imbalance_factor),
     )
-    amplified = given._replace(amplify=float((1 - dampening) / (1 - momentum)))
+    amplified = given._replace(amplify=float(amplification(momentum, dampening)))
     options = {"nesterov": nesterov, "maximize": maximize, "saturated": saturated, "weight_decay": weight_decay != 0}
     options |= {"stochastic": seed is not None, "hooked": combine is not None}
     found = [(key, bucket, launches(key, direction, **options)) for key, bucket in plan.buckets]

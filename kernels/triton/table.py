@@ -84,8 +84,7 @@ Units have a row for each of their ``parameters``, of ``groups`` slices each: ``
 -1 - its place among the ``unbound_slices``), ``unit_slices`` from ``unit_begins[i]`` on are those of unit i.  The first
 row also says how many ``units`` there are and where their sizes and sums lie; ``combine_count`` programs combine."""
 
-_STATE = {"peak": "max_exp_avg_sq", "second": "exp_avg_sq"}
-_STATE |= {k: k for k in ("master", "factor_0", "factor_1", "imbalance", "metric_scale", "step", "budget")}
+_STATE = ("first", "second", "peak", "master", "factor_0", "factor_1", "imbalance", "metric_scale", "step", "budget")
 
 
 class Entry:
@@ -138,7 +137,7 @@ def fill(
 ) -> None:
     """Point ``entry`` at a weight and its state, as ``native.fill``.
 
-    ``depth`` is that of ``sparse``; ``pattern`` is N:M.  ``fresh`` says that ``momentum_buffer`` holds nothing yet,
+    ``depth`` is that of ``sparse``; ``pattern`` is N:M.  ``fresh`` says that the first moment holds nothing yet,
     which the kernel itself remembers from then on: a step that ``found_inf`` skips leaves it so.
     """
     shape = layout(weight, groups)
@@ -165,10 +164,9 @@ def fill_state(
     entry: Entry, weight: Tensor, state: Mapping[str, Tensor], *, shared_moment: bool, fresh: bool
 ) -> dict[str, int]:
     """Addresses of a weight and its state; ``shared_moment`` says that not every weight has an own second moment."""
-    first = state.get("exp_avg", state.get("momentum_buffer"))
     f = entry.fields = dict.fromkeys(FIELDS, 0)
-    f |= {name: state[key].data_ptr() if key in state else 0 for name, key in _STATE.items()}
-    f |= {"weight": weight.data_ptr(), "first": 0 if first is None else first.data_ptr(), "numel": weight.numel()}
+    f |= {key: state[key].data_ptr() if key in state else 0 for key in _STATE}
+    f |= {"weight": weight.data_ptr(), "numel": weight.numel()}
     if fresh:
         entry.has_momentum = torch.zeros((), dtype=torch.int32, device=weight.device)
     f["has_momentum"] = 0 if entry.has_momentum is None else entry.has_momentum.data_ptr()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from symopt.budgets.state import BUDGET, BudgetState
 from symopt.optim.binding import Binding
-from symopt.optim.direction import Direction, Options
+from symopt.optim.direction import Direction, Moment, Options
 from symopt.optim.slot import Slot
 from symopt_kernels.groups import Groups
 from symopt_kernels.native import binding as native
@@ -45,10 +45,14 @@ class FusedStep:
                 fresh.clear()
         slot.note()
         used = []
-        keys = (*(moment.key for moment in moments), *_OTHER_STATE, BUDGET)
         for p, state, fresh in zip(binding.parameters, states, self._fresh, strict=True):
-            used.append({key: state[key] for key in keys if state.get(key) is not None} | fresh)
-            _check_shapes(p, used[-1], {moment.key for moment in moments if moment.per_unit}, count)
+            found = {key: state[key] for key in (*_OTHER_STATE, BUDGET) if state.get(key) is not None}
+            for moment in moments:
+                value = fresh.get(moment.key, state.get(moment.key))
+                if value is not None:
+                    found[moment.role] = value
+            used.append(found)
+            _check_shapes(p, found, {moment.role: moment for moment in moments}, count)
         _check_groups(slot)
         self.entry, self.entries = _filled(slot, used, fresh=any(self._fresh))
         self._strength: float | Tensor | None = None
@@ -189,23 +193,24 @@ def _check_groups(slot: Slot) -> None:
             raise ValueError(f"group_index must lie in 0 ... {groups.count - 1}; {_FIX}")
 
 
-def _check_shapes(p: Tensor, used: Mapping[str, Tensor], shared: set[str], count: int | None) -> None:
+def _check_shapes(p: Tensor, used: Mapping[str, Tensor], moments: Mapping[str, Moment], count: int | None) -> None:
     """Raise unless the kernel stays inside every tensor: a checkpoint or a changed weight may bring other sizes.
 
-    ``count`` is the number of second moments where units share them, ``shared`` their keys.
+    ``count`` is the number of second moments where units share them; ``moments`` are by role, as in ``used``.
     """
     for name, value in used.items():
         if name == BUDGET:
             fits = BudgetState.fits(value) and value.dtype == torch.float64
         elif name in ("step", "imbalance", "metric_scale", "critical"):
             fits = value.numel() == 1
-        elif name in shared and count is not None:
+        elif name in moments and moments[name].per_unit and count is not None:
             fits = value.shape == (count,)
         else:
             fits = value.shape == p.shape
         if not fits:
             sizes = f"{tuple(value.shape)}, which does not fit {tuple(p.shape)}"
-            raise ValueError(f"state {name!r} has shape {sizes}; {_FIX}")
+            key = moments[name].key if name in moments else name
+            raise ValueError(f"state {key!r} has shape {sizes}; {_FIX}")
 
 
 def _gradient(p: Tensor) -> Tensor:

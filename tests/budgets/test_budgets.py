@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import symopt
 from support.cases import cases, pairs, some
+from support.roles import roles
 from support.tolerances import tolerance
-from symopt import anneal as schedule
-from symopt.budgets import selection
+from symopt.budgets import schedule, selection
 from symopt.budgets.pools import BudgetedWeight, Pool, pools
 from symopt_kernels.native import binding as native
 from symopt_kernels.native import selection as native_selection
@@ -583,7 +583,7 @@ def test_the_native_pattern_is_the_references(
     flags: Any = {"saturated": saturated, "snaps": lost}
     want = elementwise.sparse(w.double(), 0.01 * g.double(), decay, c, scale, **flags)
     entry = native.Entry()
-    native.fill(entry, w, state, "sparse")
+    native.fill(entry, w, roles(state), "sparse")
     entry.grad, entry.pattern_n, entry.pattern_m = g.data_ptr(), keep, of
     native.step([entry], "sgd", lr=0.01, saturated=saturated, instructions=instructions)
     close = torch.finfo(dtype).eps * tolerance("native weight, fp64")
@@ -608,5 +608,5 @@ def test_large_budgets_are_met_at_high_rates(monkeypatch: pytest.MonkeyPatch) ->
     """At these rates a unit outside dies in three steps, and one without a gradient, like a dead ReLU, stays so."""
     cases = [(0.1, 0.7, 0), (0.1, 0.7, 1), (0.1, 0.9, 0)]
     assert all(lived(lr, keep, seed) == round(64 * keep) for lr, keep, seed in cases)
-    monkeypatch.setattr(schedule, "GENTLE", math.inf)
+    monkeypatch.setattr(schedule, "MAX_RELATIVE_DECAY", math.inf)
     assert all(lived(lr, keep, seed) < round(64 * keep) for lr, keep, seed in cases)

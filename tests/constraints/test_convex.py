@@ -13,7 +13,7 @@ from skglm import GroupLasso
 from sklearn.linear_model import Lasso
 
 import symopt
-from support.cases import exhaustive
+from support.cases import cases, exhaustive
 from support.tolerances import tolerance
 from symopt_kernels.reference import gauge
 
@@ -237,17 +237,17 @@ COLLAPSE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "held"),
+@cases(
     # Adam without any gradient has the preconditioner 1 / eps and no time to measure: see test_steps.
-    [(name, held) for name in COLLAPSE for held in (False, True) if held or name != "adam"],
-    ids=lambda x: x if isinstance(x, str) else ("held" if x else "free"),
+    lambda name, pulled, **_: pulled or name != "adam",
+    size=[1, 3],
+    name=COLLAPSE,
+    pulled=[False, True],
+    time_scale=["saturated", "none"],
 )
-@pytest.mark.parametrize(("time_scale", "lr"), [("saturated", 0.03), ("none", 0.006)])
-@pytest.mark.parametrize("size", [1, 3], ids=["sparse", "group"])
-def test_collapse_takes_the_steps_the_formula_says(size, name, held, time_scale, lr):
+def test_collapse_takes_the_steps_the_formula_says(size, name, pulled, time_scale):
     cls, options = COLLAPSE[name]
-    strength = 2.0
+    strength, lr = 2.0, {"saturated": 0.03, "none": 0.006}[time_scale]
     g = torch.Generator().manual_seed(0)
     radius = torch.logspace(-2, 1, 16, dtype=torch.float64)  # both sides of half the metric scale, which is 3.9
     unit = torch.nn.functional.normalize(torch.randn(16, size, generator=g, dtype=torch.float64), dim=1)
@@ -256,7 +256,7 @@ def test_collapse_takes_the_steps_the_formula_says(size, name, held, time_scale,
     constraint = symopt.GroupSparse("out", strength) if size > 1 else symopt.Sparse(strength)
     symopt.constrain(module, {"weight": constraint})
     opt = cls(module, lr=lr, time_scale=time_scale, imbalance=1e-4, **options)
-    p, pull = module.weight, 0.5 * strength if held else 0.0
+    p, pull = module.weight, 0.5 * strength if pulled else 0.0
     born_dead = torch.full((16,), math.inf, dtype=torch.float64)
     for k in itertools.count(1):
         p.grad = -pull * unit  # towards growth
@@ -270,7 +270,7 @@ def test_collapse_takes_the_steps_the_formula_says(size, name, held, time_scale,
         "sgd": (1.0, pull / strength),
         "momentum": (0.7 / 0.2, pull / strength),
         # a constant gradient is its own root mean square: 1 per coordinate
-        "adamw": (math.sqrt(size), 1 / strength if held else 0.0),
+        "adamw": (math.sqrt(size), 1 / strength if pulled else 0.0),
         "adam": (math.sqrt(size) / (pull or 1.0), pull / strength),
     }[name]
     scale = opt.state[p]["metric_scale"]

@@ -1,4 +1,4 @@
-"""A constrained weight never silently becomes a plain one, whatever is done to its module (trap 5 of the design)."""
+"""A constrained weight never silently becomes a plain one, whatever is done to its module."""
 
 from __future__ import annotations
 

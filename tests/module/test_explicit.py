@@ -259,7 +259,7 @@ def test_gradients_only_where_asked_for():
 def test_reused_memory_leaves_alone_whatever_still_lives(row, monkeypatch):
     monkeypatch.setattr(ReusedMemory, "large", 0)
     module, x = explicit(row), randn(row.shape, 5)
-    held, expected, first = [], [], factors(module)[0]
+    kept, expected, first = [], [], factors(module)[0]
     for i in range(8):
         with torch.no_grad():
             first.add_(0.1)
@@ -267,10 +267,10 @@ def test_reused_memory_leaves_alone_whatever_still_lives(row, monkeypatch):
         weight = module.weight
         grads = torch.autograd.grad((weight * x).sum() * (i + 1), factors(module))
         for part in (weight, weight.detach()[0], weight.detach().numpy(), *grads):
-            held.append(torch.as_tensor(part))
+            kept.append(torch.as_tensor(part))
         wanted, rest = constraint.compose(now), constraint.pullback(now, x * (i + 1))
         expected += [wanted, wanted[0], wanted, *rest]
-    close([h.detach() for h in held], expected)
+    close([h.detach() for h in kept], expected)
     out = [(module.weight * x).sum() for _ in range(3)]  # three graphs at once, backward in another order
     for i in (1, 0, 2):
         close(torch.autograd.grad(out[i], factors(module)), constraint.pullback(now, x))

@@ -48,7 +48,8 @@ Indices = tuple[int, ...]
 
 def exhaustive(*values: Any) -> list[Any]:
     """Values of ``pytest.mark.parametrize`` that run with ``--exhaustive`` only."""
-    return [pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
+    wrapped = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*value, marks=pytest.mark.exhaustive) for value in wrapped]
 
 
 def covering(sizes: Sequence[int], strength: int, allowed: Callable[[Indices], bool]) -> list[Indices]:
@@ -114,7 +115,8 @@ def combinations(axes: dict[str, Sequence[Any]], where: Where | None, strength: 
 def name_of(case: dict[str, Any], axes: dict[str, Sequence[Any]]) -> str:
     def text(name: str, value: Any) -> str:
         found = str(getattr(value, "id", None) or getattr(value, "__name__", None) or value)
-        return found if len(found) < 60 and "<lambda>" not in found else f"{name}[{axes[name].index(value)}]"
+        number = next(i for i, other in enumerate(axes[name]) if other is value)
+        return found if len(found) < 60 and "<lambda>" not in found else f"{name}[{number}]"
 
     return "-".join(itertools.starmap(text, case.items()))
 

@@ -120,7 +120,7 @@ class Case:
     format: str = "fp32"
     instructions: str = native.INSTRUCTIONS[-1]
     saturated: bool = True
-    trimmed: bool = False
+    budgeted: bool = False
     imbalance: float = 0.02
     imbalance_factor: float | None = None
     maximize: bool = False
@@ -302,7 +302,7 @@ AXES: dict[str, list[Any]] = {
     "format": list(FORMATS),
     "instructions": list(native.INSTRUCTIONS),
     "saturated": [True, False],
-    "trimmed": [False, True],
+    "budgeted": [False, True],
     "imbalance": [0.02, 0.0],
 }
 
@@ -319,6 +319,6 @@ def product_of_axes(direction: str, retraction: str) -> Iterator[Case]:
         shape, groups = shapes[i % len(shapes)]
         case = Case(direction, retraction, shape, groups, seed=i, **dict(zip(AXES, values, strict=True)))
         if retraction == "plain":
-            case = replace(case, weight_decay=0.1 if case.trimmed else 0.0)
+            case = replace(case, weight_decay=0.1 if case.budgeted else 0.0)
         if applies(case):
             yield case

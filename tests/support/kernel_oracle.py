@@ -91,8 +91,8 @@ def expect(case: Case, problem: Problem) -> dict[str, Expected]:
 
     size = w.abs() if groups is None else groups.sum(w * w).sqrt()
     decay: Any = case.lr * STRENGTH * gain
-    flags: dict[str, Any] = {"saturated": case.saturated, "snaps": size <= THRESHOLD if case.trimmed else True}
-    if case.trimmed:
+    flags: dict[str, Any] = {"saturated": case.saturated, "snaps": size <= THRESHOLD if case.budgeted else True}
+    if case.budgeted:
         decay = case.lr * torch.where(size <= THRESHOLD, size.new_tensor(OUTSIDE), size.new_tensor(STRENGTH)) * gain
     delta, c, scale = case.lr * up, old["imbalance"], old["metric_scale"]
     if case.retraction == "sparse_free":

@@ -48,6 +48,7 @@ from support.kernel_cases import (
     product_of_axes,
 )
 from support.kernel_oracle import Expected, allowed, distances, expect, rebalanced, same
+from support.roles import roles
 from symopt_kernels.groups import Groups
 from symopt_kernels.native import binding as native
 from symopt_kernels.reference import elementwise, gauge
@@ -57,12 +58,12 @@ from symopt_kernels.reference import group as group_kernel
 def run(case: Case, problem: Problem, **changes: Any) -> native.Entry:
     entry = native.Entry()
     native.fill(
-        entry, problem.w, problem.state, case.retraction, problem.groups, fresh=bool(case.option("fresh"))
+        entry, problem.w, roles(problem.state), case.retraction, problem.groups, fresh=bool(case.option("fresh"))
     )  # fmt: skip
     entry.grad = problem.g.data_ptr()
     entry.strength_kept = changes.pop("strength", STRENGTH)
-    entry.strength_pruned = OUTSIDE if case.trimmed else entry.strength_kept
-    entry.threshold = THRESHOLD if case.trimmed else -1.0
+    entry.strength_pruned = OUTSIDE if case.budgeted else entry.strength_kept
+    entry.threshold = THRESHOLD if case.budgeted else -1.0
     native.step([entry], case.kind, **{**arguments(case), **changes})
     return entry
 
@@ -193,7 +194,7 @@ def test_a_group_whose_terms_nearly_cancel_is_not_taken_for_zero(instructions: s
     want = group_kernel.group(w.double(), lr * g.double(), decay, c, scale, groups)
     assert bool((want.abs() < 1e-4 * w).all()) and bool((want != 0).all())
     entry = native.Entry()
-    native.fill(entry, w, state, "group", groups)
+    native.fill(entry, w, roles(state), "group", groups)
     entry.grad, entry.strength_kept, entry.strength_pruned = g.data_ptr(), decay, decay
     native.step([entry], "sgd", lr=lr, instructions=instructions)
     assert entry.zeros == int((w == 0).sum()) == 0
@@ -258,7 +259,7 @@ def any_case(draw: Any) -> Case:
         format,
         draw(st.sampled_from(native.INSTRUCTIONS)),
         saturated=draw(st.booleans()),
-        trimmed=draw(st.booleans()),
+        budgeted=draw(st.booleans()),
         imbalance=draw(st.sampled_from([0.0, 1e-6, 0.02, 3.0])),
         imbalance_factor=draw(st.sampled_from([None, None, 0.0, 0.9, 1.0])),
         maximize=draw(st.booleans()),
@@ -300,7 +301,7 @@ def test_nan_and_infinity_stay_where_they_are(
         format = ["fp32", "fp64", "bf16", "bf16+master", "fp16", "fp16+master"][i % 6]
         format = format.removesuffix("+master") if retraction == "sparse_free" else format
         clean = Case(
-            direction, retraction, shape, groups, format, instructions, saturated, trimmed=i % 4 > 1, seed=2 * i
+            direction, retraction, shape, groups, format, instructions, saturated, budgeted=i % 4 > 1, seed=2 * i
         )
         poisoned = replace(clean, poison=True)
         check(poisoned)
@@ -358,7 +359,7 @@ def run_all(pairs: list[tuple[Case, Problem]]) -> list[Tensor]:
             value.copy_(problem.start[key])
         entry = native.Entry()
         fresh = bool(case.option("fresh"))
-        native.fill(entry, problem.w, problem.state, case.retraction, problem.groups, fresh=fresh)
+        native.fill(entry, problem.w, roles(problem.state), case.retraction, problem.groups, fresh=fresh)
         entry.grad = problem.g.data_ptr()
         entry.strength_kept = entry.strength_pruned = STRENGTH
         entries.append(entry)
@@ -460,9 +461,9 @@ def test_no_tensors_and_empty_tensors() -> None:
     problem = make(case := Case("adamw", "plain", (5,)))
     empty, nothing = native.Entry(), torch.empty(0)
     state = {"exp_avg": nothing, "exp_avg_sq": nothing, "step": torch.tensor(STEP)}
-    native.fill(empty, nothing, state, "plain")
+    native.fill(empty, nothing, roles(state), "plain")
     other = native.Entry()
-    native.fill(other, problem.w, problem.state, "plain")
+    native.fill(other, problem.w, roles(problem.state), "plain")
     other.grad = problem.g.data_ptr()
     expected = expect(case, problem)
     native.step([empty, other], "adamw", **arguments(case))
@@ -579,7 +580,7 @@ def test_every_half_precision_number_is_read_and_written_as_torch_does(dtype: to
         w, g = every[shift:].clone(), every.roll(shift)[shift:].clone()
         buffer = torch.full(w.shape, math.nan)
         entry = native.Entry()
-        native.fill(entry, w, {"momentum_buffer": buffer}, "plain", fresh=True)
+        native.fill(entry, w, {"first": buffer}, "plain", fresh=True)
         entry.grad = g.data_ptr()
         native.step([entry], "sgd", lr=0.0, momentum=0.9, instructions=instructions)
         finite = g.isfinite()  # 0 * infinity

@@ -35,6 +35,7 @@ from support.kernel_cases import (
     make,
 )
 from support.kernel_oracle import distances, expect, same
+from support.roles import roles
 from support.table import CONSTRAINTS, OPTIMIZERS, OptimizerRow, constrained_parameter, ids
 from support.tolerances import tolerance
 from symopt_kernels.backend import Request
@@ -56,12 +57,12 @@ def on_device(problem: Problem) -> dict[str, Tensor]:
 def run(case: Case, problem: Problem, **changes: Any) -> int:
     there = on_device(problem)
     state = {k: v for k, v in there.items() if k not in ("w", "g")}
-    if case.trimmed:
-        trim = [STRENGTH, OUTSIDE, THRESHOLD, case.imbalance_factor]
-        state["budget"] = torch.tensor(trim, dtype=torch.float64, device=DEVICE)
+    if case.budgeted:
+        budget = [STRENGTH, OUTSIDE, THRESHOLD, case.imbalance_factor]
+        state["budget"] = torch.tensor(budget, dtype=torch.float64, device=DEVICE)
     entry = triton_launch.Entry()
     triton_launch.fill(
-        entry, there["w"], state, case.retraction, problem.groups, fresh=bool(case.option("fresh"))
+        entry, there["w"], roles(state), case.retraction, problem.groups, fresh=bool(case.option("fresh"))
     )  # fmt: skip
     entry.grad, entry.strength_kept = there["g"].data_ptr(), changes.pop("strength", STRENGTH)
     options = {k: v for k, v in arguments(case).items() if k != "instructions"}
@@ -116,11 +117,11 @@ def combined(retraction: str) -> Iterator[Case]:
         for j in range(3 if retraction == "group" else 2):
             shape, groups = shapes[(3 * k + 5 * j) % len(shapes)]
             i += 1
-            trimmed = i % 3 == 0 and DIRECTIONS[direction][0] != "adam" and retraction != "plain"
+            budgeted = i % 3 == 0 and DIRECTIONS[direction][0] != "adam" and retraction != "plain"
             case = Case(
                 direction, retraction, shape, groups,
-                format=FORMS[i % len(FORMS)], saturated=i % 4 != 1, trimmed=trimmed, imbalance=(0.02, 0.0)[i % 2],
-                imbalance_factor=0.99 if trimmed or i % 5 == 0 else None, maximize=i % 7 == 3,
+                format=FORMS[i % len(FORMS)], saturated=i % 4 != 1, budgeted=budgeted, imbalance=(0.02, 0.0)[i % 2],
+                imbalance_factor=0.99 if budgeted or i % 5 == 0 else None, maximize=i % 7 == 3,
                 grad_scale=(None, 4.0)[i % 6 == 1], poison=i % 8 == 5 and math.prod(shape) > 6, seed=i,
             )  # fmt: skip
             if retraction == "plain":
@@ -180,7 +181,7 @@ def one_step(w: Tensor, g: Tensor, retraction: str, *, lr: Any = 0.01, inside: A
     w, g = w.clone().to(DEVICE), g.to(DEVICE)
     entry = triton_launch.Entry()
     own = {k: options.pop(k) for k in ("depth", "pattern") if k in options}
-    triton_launch.fill(entry, w, state, retraction, None, **own)
+    triton_launch.fill(entry, w, roles(state), retraction, None, **own)
     entry.grad, entry.strength_kept = g.data_ptr(), inside
     triton_launch.step([entry], "sgd", lr=lr, **options)
     return w.cpu()
@@ -207,12 +208,12 @@ def test_patterns(pattern: tuple[int, int]) -> None:
     decay = 0.01 * torch.where(outer, OUTSIDE, STRENGTH).double()
     c, scale = torch.tensor(0.02).double(), torch.tensor(1.5).double()
     expected = elementwise.sparse(w.double(), 0.01 * g.double(), decay, c, scale, snaps=outer)
-    trim = torch.tensor([STRENGTH, OUTSIDE, math.inf, 0.99], dtype=torch.float64)
-    found = one_step(w, g, "sparse", pattern=pattern, state={"budget": trim})
+    budget = torch.tensor([STRENGTH, OUTSIDE, math.inf, 0.99], dtype=torch.float64)
+    found = one_step(w, g, "sparse", pattern=pattern, state={"budget": budget})
     assert bool(((found - expected).abs() <= 8 * 2**-23 * (w.abs() + 0.02 * g.abs() + 0.02)).all())
-    trim[2] = -1.0  # nothing is outside yet
+    budget[2] = -1.0  # nothing is outside yet
     expected = elementwise.sparse(w.double(), 0.01 * g.double(), 0.01 * STRENGTH, c, scale)
-    found = one_step(w, g, "sparse", pattern=pattern, state={"budget": trim})
+    found = one_step(w, g, "sparse", pattern=pattern, state={"budget": budget})
     assert bool(((found - expected).abs() <= 8 * 2**-23 * (w.abs() + 0.02 * g.abs() + 0.02)).all())
 
 
@@ -241,7 +242,7 @@ def test_lion(retraction: str, dtype: torch.dtype) -> None:
     there = {k: v.to(DEVICE) for k, v in {"w": w.clone(), "g": g, "exp_avg": m.clone(), **state}.items()}
     entry = triton_launch.Entry()
     own = {k: v for k, v in there.items() if k not in ("w", "g")}
-    triton_launch.fill(entry, there["w"], own, "plain" if retraction == "plain" else "sparse", **options)
+    triton_launch.fill(entry, there["w"], roles(own), "plain" if retraction == "plain" else "sparse", **options)
     entry.grad, entry.strength_kept = there["g"].data_ptr(), STRENGTH
     triton_launch.step([entry], "lion", lr=lr, beta1=beta1, beta2=beta2, weight_decay=0.1)
     found, rounding = there["w"].cpu().double(), torch.finfo(dtype).eps / 2 * (dtype != torch.float32)
@@ -265,7 +266,7 @@ def test_a_direction_that_is_not_listed_never_runs_as_another(direction: str, re
     state = {key: x.to(DEVICE) for key, x in numbers_of_all.items()}
     state |= {key: torch.zeros_like(w) if groups is None else w.new_zeros(30) for key in ("exp_avg", "exp_avg_sq")}
     before, entry = w.clone(), triton_launch.Entry()
-    triton_launch.fill(entry, w, state, retraction, groups)
+    triton_launch.fill(entry, w, roles(state), retraction, groups)
     entry.grad = g.data_ptr()
     with pytest.raises(ValueError, match=f"no direction '{direction}' with the retraction '{retraction}'"):
         triton_launch.step([entry], direction, lr=0.01, beta1=0.9, beta2=0.99)

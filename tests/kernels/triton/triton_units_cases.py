@@ -17,6 +17,7 @@ from torch import Tensor
 import symopt
 from support.cases import cases
 from support.interpreter import DEVICE, poisoned, pytestmark
+from support.roles import roles
 from support.runs import Run, close, step_alike
 from support.table import OPTIMIZERS
 from support.tolerances import tolerance
@@ -159,7 +160,8 @@ def make(case: Case) -> Problem:
 def entry_of(case: Case, problem: Problem, **changes: Any) -> triton_launch.UnitsEntry:
     entry = triton_launch.UnitsEntry()
     units = changes.get("units", problem.units)
-    triton_launch.fill_units(entry, problem.weights, problem.states, units, fresh=case.option("fresh", False))
+    states = [roles(state) for state in problem.states]
+    triton_launch.fill_units(entry, problem.weights, states, units, fresh=case.option("fresh", False))
     for own, g in zip(entry.entries, problem.grads, strict=True):
         own.grad, own.strength_kept = g.data_ptr(), changes.get("strength", STRENGTH)
     return entry
