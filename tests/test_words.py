@@ -92,7 +92,6 @@ LEFT = {
     "kernels/orbits.py": {"cut", "inside"},
     "kernels/reference/elementwise.py": {"keep", "lost", "of", "spread"},
     "kernels/reference/plane.py": {"lost"},
-    "kernels/triton/launch_plan.py": {"together"},
 }
 """File -> words that are still to go."""
 
