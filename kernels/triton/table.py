@@ -95,7 +95,7 @@ class Entry:
         self.strength_kept: float | Tensor = 0.0
         self.strength_pruned: float | Tensor = 0.0
         self.plan: object = None
-        """The :class:`symopt_kernels.triton.launch_plan.LaunchPlan` of the call that it was first in."""
+        """The ``LaunchPlan`` of the entries that it is the first of."""
         self.counted: tuple[Tensor, int] | None = None
         self.device = torch.device("cpu")
         self.has_momentum: Tensor | None = None
