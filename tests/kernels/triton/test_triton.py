@@ -25,13 +25,14 @@ PARTS += [("triton_mirror_cases", "many"), ("triton_mirror_cases", "not many"), 
 
 @pytest.mark.parametrize(("cases", "part"), PARTS)
 @pytest.mark.parametrize("mode", MODES)
-def test_numbers(mode: str, cases: str, part: str, tmp_path: Path) -> None:
+def test_numbers(mode: str, cases: str, part: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """The interpreter replaces the compiler when the kernels are imported, so it needs a process of its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_INTERPRET"))}
     if mode == "interpreted":
         environment["TRITON_INTERPRET"] = "1"
     settings = str(HERE.parents[2] / "pyproject.toml")
     options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-c", settings, "-k", part]
+    options += ["--exhaustive"] if pytestconfig.getoption("exhaustive") else []
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(HERE / f"{cases}.py")],
         cwd=tmp_path, env=environment, capture_output=True, text=True,

@@ -16,6 +16,7 @@ import torch
 import symopt
 from support import planes as plane_runs
 from support import runs as runs_of
+from support.cases import cases, some
 from support.interpreter import DEVICE, poisoned, pytestmark
 from support.planes import FEW, SIMPLE, along, large, make_equal, nearly, planes, tied, weights
 from support.runs import HALF, Run, gradient, step_alike, take, tensors
@@ -27,15 +28,15 @@ __all__ = ["poisoned", "pytestmark"]
 
 TIES = planes("triton", DEVICE)
 OTHERS = {row.id: row for row in TIES if row not in SIMPLE}
-_PAIRS = [(row, opt_row) for row in TIES for opt_row in (OPTIMIZERS if row in SIMPLE else FEW)]
-every_pair = pytest.mark.parametrize(("row", "opt_row"), _PAIRS, ids=ids)
 # Three copies, two copies element-wise, one and two gathered; coordinates of groups and of several tensors.
 COORDINATES = [OTHERS["zero-mean"], OTHERS["mirror-basis-two"]]
-some_ties = pytest.mark.parametrize("row", [SIMPLE[1], SIMPLE[2], OTHERS["symmetric"], *COORDINATES], ids=ids)
-few_optimizers = pytest.mark.parametrize("opt_row", FEW, ids=ids)
 
 
-def some(row: PlaneRow) -> PlaneRow:
+def meet(row: PlaneRow, opt_row: OptimizerRow) -> bool:
+    return row in SIMPLE or opt_row in FEW
+
+
+def tails(row: PlaneRow) -> PlaneRow:
     """Several blocks, the last one not full; no multiple of what 128 bits hold."""
     return large(row, (9, 11))
 
@@ -48,13 +49,13 @@ both = functools.partial(plane_runs.both, dtype=torch.float32, fused="triton", d
 close = functools.partial(runs_of.close, kind="backends, fp32")
 
 
-@every_pair
+@some(meet, row=TIES, opt_row=OPTIMIZERS)
 def test_many_steps(row: PlaneRow, opt_row: OptimizerRow) -> None:
     """Strengths, formats, shapes and the other choices rotate."""
     i, j = TIES.index(row), OPTIMIZERS.index(opt_row)
     dtype, unbounded = (torch.float32, *HALF)[(i + 2 * j) % 3], (i + j) % 5 == 4
     # Without the time scale many weights grow without bounds.
-    made = row if unbounded else (some, aligned)[(i + j // 2) % 2](row)
+    made = row if unbounded else (tails, aligned)[(i + j // 2) % 2](row)
     options = {"maximize": j % 3 == 0, "time_scale": "none" if unbounded else "saturated"}
     runs = both(made, opt_row, (None, 0.3)[(i + j) % 2], dtype=dtype, **options)
     start = [w.clone() for w in weights(runs[0])]
@@ -70,12 +71,10 @@ ONTO += [(OTHERS[name], None, 1, 0.0) for name in ("tied-slices-elementwise", "s
 ONTO += [(row, *case) for row in (*COORDINATES, OTHERS["zero-mean-in"]) for case in ((None, 1, 0.0), (20.0, -1, 0.1))]
 
 
-@pytest.mark.parametrize(("row", "strength", "sign", "imbalance"), ONTO, ids=lambda x: getattr(x, "id", str(x)))
-@few_optimizers
-def test_onto_the_plane_and_along_it(
-    row: PlaneRow, opt_row: OptimizerRow, strength: float | None, imbalance: float, sign: int
-) -> None:
+@some(onto=ONTO, opt_row=FEW)
+def test_onto_the_plane_and_along_it(onto: tuple[PlaneRow, float | None, int, float], opt_row: OptimizerRow) -> None:
     """Gradients that differ by little: the plane is reached and held bit for bit."""
+    row, strength, sign, imbalance = onto
     runs = both(row, opt_row, strength, imbalance=imbalance, lr=0.02)
     nearly(runs, 0.003)
     arrived: list[int] = []
@@ -91,11 +90,10 @@ def test_onto_the_plane_and_along_it(
     assert imbalance > 0
 
 
-@few_optimizers
-@pytest.mark.parametrize("row", [SIMPLE[1], SIMPLE[2], OTHERS["symmetric"], COORDINATES[0]], ids=ids)
+@some(row=[SIMPLE[1], SIMPLE[2], OTHERS["symmetric"], COORDINATES[0]], opt_row=FEW)
 def test_blocks_that_are_on_the_plane_beside_others_that_are_not(row: PlaneRow, opt_row: OptimizerRow) -> None:
     for strength, imbalance in ((None, 0.0), (0.3, 1.0)):
-        runs = both(some(row), opt_row, strength, imbalance=imbalance)
+        runs = both(tails(row), opt_row, strength, imbalance=imbalance)
         make_equal(runs, 0.2, 0.8)
         for t in range(2):
             step_alike(runs, t)
@@ -103,7 +101,7 @@ def test_blocks_that_are_on_the_plane_beside_others_that_are_not(row: PlaneRow, 
         assert not tied(runs[0])
 
 
-@pytest.mark.parametrize("opt_row", [FEW[1], FEW[-1]], ids=ids)
+@cases(opt_row=[FEW[1], FEW[-1]])
 def test_parts_of_parameters_of_several_shapes(opt_row: OptimizerRow) -> None:
     row = replace(SIMPLE[0], id="parts", make=plane_runs.three_views, shapes=((33, 40), (40, 33), (2, 35, 40)))
     runs = both(row, opt_row, None if opt_row.id == "adamw" else 0.3)
@@ -201,17 +199,15 @@ def test_large_orbits_are_left_to_the_reference() -> None:
         assert ("more than 64 weights" in str(reasons["triton"])) == (size == 65)
 
 
-@few_optimizers
-@some_ties
+@some(row=[SIMPLE[1], SIMPLE[2], OTHERS["symmetric"], *COORDINATES], opt_row=FEW)
 def test_a_step_without_lr_and_gradients_changes_no_bit(row: PlaneRow, opt_row: OptimizerRow) -> None:
-    run = both(some(row), opt_row, 0.3, lr=0.0)[0]
+    run = both(tails(row), opt_row, 0.3, lr=0.0)[0]
     before = [w.clone() for w in weights(run)]
     take([run], [torch.zeros_like(w) for w in before])
     assert all(torch.equal(w, old) for w, old in zip(weights(run), before, strict=True))
 
 
-@few_optimizers
-@some_ties
+@some(row=[SIMPLE[1], SIMPLE[2], OTHERS["symmetric"], *COORDINATES], opt_row=FEW)
 def test_what_changes_between_steps(row: PlaneRow, opt_row: OptimizerRow) -> None:
     """Numbers on the device, a given factor of the imbalance, scaled gradients, and none for one of the members."""
     runs = both(row, opt_row)
@@ -240,8 +236,7 @@ def test_what_changes_between_steps(row: PlaneRow, opt_row: OptimizerRow) -> Non
     close(*runs)
 
 
-@few_optimizers
-@some_ties
+@some(row=[SIMPLE[1], SIMPLE[2], OTHERS["symmetric"], *COORDINATES], opt_row=FEW)
 def test_an_overflow_moves_nothing(row: PlaneRow, opt_row: OptimizerRow) -> None:
     """In the first step too, whose momentum is then still to come."""
     runs = both(row, opt_row)
@@ -260,12 +255,10 @@ def test_an_overflow_moves_nothing(row: PlaneRow, opt_row: OptimizerRow) -> None
     assert all(torch.equal(value, kept[key]) for key, value in tensors(ours).items())
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@few_optimizers
-@some_ties
+@some(row=[SIMPLE[1], SIMPLE[2], OTHERS["symmetric"], *COORDINATES], opt_row=FEW, bad=[float("nan"), float("inf")])
 def test_bad_gradients_show_in_the_weight(row: PlaneRow, opt_row: OptimizerRow, bad: float) -> None:
     for on_the_plane in (False, True):
-        runs = both(some(row), opt_row, None if on_the_plane else 0.3)
+        runs = both(tails(row), opt_row, None if on_the_plane else 0.3)
         if on_the_plane:
             make_equal(runs)
         grads = [torch.ones(w.shape) for w in weights(runs[0])]
