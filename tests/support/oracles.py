@@ -72,7 +72,7 @@ class Explicit:
         label = labels(row.make(None), row.shape)
         self.member = torch.nn.functional.one_hot(label).to(w.dtype)  # weights x units
         self.count = self.member.sum(0)
-        self.w = w.detach().flatten().clone()
+        self.w, self.shape = w.detach().flatten().clone(), row.shape
         self.lr, self.strength, self.saturated = lr or opt_row.lr, strength, time_scale == "saturated"
         self.name = opt_row.torch_cls.__name__
         self.options = opt_row.options
@@ -103,8 +103,16 @@ class Explicit:
             state["momentum_buffer"] = buffer
             d = g + momentum * buffer if options.get("nesterov") else buffer
             return d, ones * (1 - dampening) / (1 - momentum)
-        beta1, beta2 = options.get("betas", (0.9, 0.999))
+        if self.name == "Muon":
+            return self.orthogonal(g.reshape(self.shape))
         zero = torch.zeros_like(g)
+        if self.name == "Lion":
+            beta1, beta2 = options.get("betas", (0.9, 0.99))
+            mean = beta1 * state.get("exp_avg", zero) + (1 - beta1) * g
+            state["exp_avg"] = beta2 * state.get("exp_avg", zero) + (1 - beta2) * g
+            rms = ((mean * mean @ self.member) / self.count).sqrt()
+            return mean / (self.member @ torch.where(rms > 0, rms, 1.0)), self.count.sqrt()
+        beta1, beta2 = options.get("betas", (0.9, 0.999))
         step = state["step"] = state.get("step", torch.tensor(0.0)) + 1
         state["exp_avg"] = beta1 * state.get("exp_avg", zero) + (1 - beta1) * g
         square = (g * g @ self.member) / self.count  # one second moment per unit
@@ -115,6 +123,21 @@ class Explicit:
         preconditioner = 1 / (peak.sqrt() / math.sqrt(1 - beta2**k) + 1e-8)
         d = state["exp_avg"] / (1 - beta1**k) * (self.member @ preconditioner)
         return d, self.count.sqrt() if self.name == "AdamW" else preconditioner
+
+    def orthogonal(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """What torch's Muon subtracts from a weight that is zero, at lr 1, and its root mean square times sqrt(n)."""
+        if not hasattr(self, "theirs"):
+            self.zero = torch.nn.Parameter(torch.zeros_like(grad))
+            self.theirs = torch.optim.Muon([self.zero], lr=1.0, weight_decay=0.0, **self.options)
+        self.zero.data.zero_()
+        self.zero.grad = grad.clone()
+        self.theirs.step()
+        self.state["momentum_buffer"] = self.theirs.state[self.zero]["momentum_buffer"]
+        rows, columns = grad.shape
+        adjusted = {None: math.sqrt(max(1, rows / columns)), "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns))}
+        # min(m, n) singular values of 1 on m n weights.
+        rms = adjusted[self.options.get("adjust_lr_fn")] * math.sqrt(min(rows, columns) / (rows * columns))
+        return -self.zero.detach().flatten(), rms * self.count.sqrt()
 
     def step(self, grad: Tensor) -> None:
         c, scale, member = self.state["imbalance"], self.state["metric_scale"], self.member
@@ -136,7 +159,7 @@ class Explicit:
     def next_imbalance(self, decay: Tensor) -> Tensor:
         """rho**4 c, with rho from the slowest tenth of the units and from where the weight's mass is now."""
         c, scale, size = self.state["imbalance"], self.state["metric_scale"], self.size()
-        slow = decay.sort().values[len(decay) // 10] if self.name == "Adam" or self.name == "AdamW" else decay[0]
+        slow = decay.sort().values[len(decay) // 10]
         if self.saturated:
             slow = slow / torch.maximum(scale, 2 * (size @ size) / size.sum())
         c = c * ((1 - slow).clamp(min=0) ** 4).clamp(min=0.98)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import symopt
+from support.lion import Lion
 from symopt.constraints import Constraint
 from symopt.optim import ConstrainedOptimizer
 
@@ -207,6 +208,18 @@ OPTIMIZERS = [
     OptimizerRow("adamw-amsgrad", symopt.AdamW, torch.optim.AdamW, 0.01, {"amsgrad": True, "betas": (0.8, 0.95)}),
     OptimizerRow("adamw-maximize", symopt.AdamW, torch.optim.AdamW, 0.01, {"maximize": True}),
 ]
+"""They take every constraint."""
+
+MORE_OPTIMIZERS = [
+    OptimizerRow("lion", symopt.Lion, Lion, 3e-3),
+    OptimizerRow("lion-maximize", symopt.Lion, Lion, 3e-3, {"maximize": True, "betas": (0.8, 0.95)}),
+    OptimizerRow("muon", symopt.Muon, torch.optim.Muon, 0.01),
+    OptimizerRow("muon-rms", symopt.Muon, torch.optim.Muon, 0.01, {"adjust_lr_fn": "match_rms_adamw"}),
+    OptimizerRow("muon-plain", symopt.Muon, torch.optim.Muon, 0.01, {"nesterov": False, "momentum": 0.8}),
+]
+"""They need a look at what they take (:func:`takes`), or have no counterpart in torch."""
+
+EVERY_OPTIMIZER = [*OPTIMIZERS, *MORE_OPTIMIZERS]
 
 
 def ids(row: Any) -> str:
@@ -237,3 +250,16 @@ def bound_module(row: Row, strength: float | None = 0.3, *, dtype: torch.dtype =
     if isinstance(row, PlaneRow):
         return plane_module(row, strength, dtype=dtype)
     return constrained_parameter(row, strength=strength, dtype=dtype)
+
+
+def takes(opt_row: OptimizerRow, row: Row) -> bool:
+    """Whether an optimizer takes a constraint at all, as the library has it."""
+    module = bound_module(row)
+    bound = zip(symopt.constraints(module).values(), module.parameters(), strict=True)
+    return not opt_row.cls.direction.sided or all(constraint.one_sided(p) for constraint, p in bound)
+
+
+def reasons(opt_row: OptimizerRow, row: Row, dtype: torch.dtype = torch.float64) -> dict[str, str | None]:
+    """Per backend why it cannot step a constraint under an optimizer, or None, as the library has it."""
+    opt = opt_row.cls(bound_module(row, dtype=dtype), lr=opt_row.lr, **opt_row.options)
+    return next(found for _, _, found in opt.backends())
