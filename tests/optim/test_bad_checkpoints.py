@@ -129,7 +129,7 @@ def test_adam_does_not_become_adamw_by_loading(source: Any) -> None:
     unchanged(before, pair)
     other = trained(symopt.AdamW)[1]
     other.load_state_dict(pair[1].state_dict())  # Adam's moments serve AdamW, which stays what it is
-    assert other.decoupled(other.param_groups[0]) and other.param_groups[0]["decoupled_weight_decay"]
+    assert other.direction.decoupled(other.param_groups[0]) and other.param_groups[0]["decoupled_weight_decay"]
 
 
 def test_a_truncated_file_is_refused_before_there_is_anything_to_load() -> None:
