@@ -17,8 +17,8 @@ namespace symopt {
 namespace {
 
 constexpr int64_t CHUNK = 1 << 16;        // elements of a task
-constexpr int64_t SMALL_CHUNK = 1 << 14;  // the same in tensors below SMALL
-constexpr int64_t SMALL = 1 << 20;
+constexpr int64_t SMALL_CHUNK = 1 << 14;  // the same in tensors below SMALL_TENSOR
+constexpr int64_t SMALL_TENSOR = 1 << 20;
 constexpr int64_t CHUNKS = 1024;          // of one tensor, at most
 constexpr int64_t CACHED = 1 << 15;       // elements of a stripe that is summed and moved at once; three arrays in L2
 constexpr int64_t LONG_RUN = 128;         // members in a row from which a group is summed by itself
@@ -55,7 +55,7 @@ template <class F> void sweep(int64_t tasks, int64_t elements, const Settings& s
 
 // Elements of one task of a tensor that is divided without regard to groups.
 inline int64_t chunk_of(int64_t numel) {
-  return numel < SMALL ? SMALL_CHUNK : std::max(CHUNK, (numel / CHUNKS + BLOCK) / BLOCK * BLOCK);
+  return numel < SMALL_TENSOR ? SMALL_CHUNK : std::max(CHUNK, (numel / CHUNKS + BLOCK) / BLOCK * BLOCK);
 }
 
 // A task's number within one of several tensors, whose first tasks are given in order.

@@ -104,8 +104,8 @@ class LaunchPlan:
                 form = (*form, bool(entry.fields["aligned"]) and all(gradients_aligned([entry])))
             found.setdefault((entry.device, (*key, form)), []).append(entry)
         self.buckets: list[tuple[tuple[Any, ...], Bucket]] = []
-        for (_, key), together in found.items():
-            bucket = Bucket(together)
+        for (_, key), bucketed in found.items():
+            bucket = Bucket(bucketed)
             self.buckets.append(((*key[:-1], bucket.forms) if key[0] == "units" else key, bucket))
 
 
