@@ -89,6 +89,8 @@ class Units:
 
     count: int
     parts: tuple[Part, ...]
+    all_sizes: Tensor | None = None
+    """Number of weights of each unit, where other processes hold some of them; None: the parts are all there is."""
 
     @property
     def unbound(self) -> int:
@@ -99,7 +101,7 @@ class Units:
         """The same with indices on another device."""
         if all(part.index.device == device for part in self.parts):
             return self
-        return Units(self.count, tuple(replace(part, index=part.index.to(device)) for part in self.parts))
+        return replace(self, parts=tuple(replace(part, index=part.index.to(device)) for part in self.parts))
 
     def sizes(self, like: Tensor) -> Tensor:
         """Number of weights of each unit, ``(count,)``."""
@@ -107,6 +109,8 @@ class Units:
 
     @cached_property
     def _sizes(self) -> Tensor:
+        if self.all_sizes is not None:
+            return self.all_sizes
         ones = [torch.full_like(part.index, part.inner, dtype=torch.float64) for part in self.parts]
         return self._gather(ones)
 
