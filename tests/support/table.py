@@ -53,8 +53,8 @@ class UnitsRow:
 
     def make(self, strength: float | None, keep: float | int | None = None) -> Constraint:
         """The constraint."""
-        slices = zip(self.dims, self.indices, strict=True)
-        groups = {f"w{i}": (dim, None if index == (0, 1, 2, 3) else list(index)) for i, (dim, index) in enumerate(slices)}
+        indices = [None if index == (0, 1, 2, 3) else list(index) for index in self.indices]
+        groups = {f"w{i}": pair for i, pair in enumerate(zip(self.dims, indices, strict=True))}
         factors = {f"w{i}": factor for i, factor in enumerate(self.factors)}
         return symopt.GroupSparse(groups, strength, keep, factors=factors)
 

@@ -1,26 +1,23 @@
-"""Units that span several parameters: every step, against a gate and directions written out unit by unit.
+"""Units that span several parameters: every step, against a gate and directions written out unit by unit."""
 
-``w_t[slice_t(g)] = a_t s_g d_t[slice_t(g)]`` with one gate per unit for all of its slices in all parameters; weights in
-no unit take the plain step.
-"""
-
-import copy
 import dataclasses
-import io
-import itertools
-import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import symopt
 from support.cases import cases, pairs
-from support.oracles import SNAP, STRENGTH
+from support.oracles import STRENGTH
 from support.runs import close, equal, optimizer, take
-from support.table import EVERY_OPTIMIZER, OPTIMIZERS, UNITS, UnitsRow, bound_module, reasons, takes
+from support.table import EVERY_OPTIMIZER, OPTIMIZERS, UNITS, bound_module, reasons, takes
 from support.tolerances import tolerance
+from support.units import ExplicitUnits, gradients_of, units_of
+from symopt.optim import registry
+from symopt.optim.binding import Binding
 from symopt_kernels.reference import units as kernel
+from symopt_kernels.units import Part, Units
 
 TAKEN = [opt_row for opt_row in EVERY_OPTIMIZER if takes(opt_row, UNITS[0])]
 SPANNING = UNITS[:2]
@@ -30,121 +27,10 @@ def available(opt_row, backend, row=UNITS[0], **_):
     return reasons(opt_row, row, torch.float64)[backend] is None
 
 
-def gradients_of(module, t):
-    generator = torch.Generator().manual_seed(t)
-    return [torch.randn(p.shape, generator=generator, dtype=torch.float64) + 0.3 * (t % 2) for p in module.parameters()]
-
-
-# -- the oracle ------------------------------------------------------------------------------------------------------
-
-
-def units_of(row):
-    """Unit of every weight, one list per parameter in row-major order; those without one are numbered on from there."""
-    names = sorted({unit for index in row.indices for unit in index if unit >= 0})
-    found, free = [], itertools.count(len(names))
-    for shape, dim, index in zip(row.shapes, row.dims, row.indices, strict=True):
-        places = itertools.product(*map(range, shape))
-        found.append([names.index(index[i[dim]]) if index[i[dim]] >= 0 else next(free) for i in places])
-    return found, len(names)
-
-
-class Explicit:
-    """Weights over their factors a, in one flat vector; every unit has a gate and a direction for the length of a step."""
-
-    def __init__(self, row, opt_row, module, *, strength=STRENGTH, imbalance=1.0, time_scale="saturated"):
-        units, self.count = units_of(row)
-        self.unit = torch.tensor([u for part in units for u in part])
-        self.a = torch.cat([torch.full((len(part),), a, dtype=torch.float64) for part, a in zip(units, row.factors, strict=True)])
-        self.v = torch.cat([p.detach().flatten() for p in module.parameters()]) / self.a
-        self.name, self.options, self.lr = opt_row.torch_cls.__name__, opt_row.options, opt_row.lr
-        self.strength, self.saturated = strength, time_scale == "saturated"
-        self.of = [(self.unit == u).nonzero().flatten() for u in range(int(self.unit.max()) + 1)]
-        sizes = self.sizes()
-        c = imbalance * sizes.square().mean().sqrt()
-        self.state = {"imbalance": c, "metric_scale": (c * c + 4 * sizes.square()).mean().sqrt()}
-
-    def sizes(self):
-        return torch.stack([self.v[self.of[u]].norm() for u in range(self.count)])
-
-    def means(self, x):
-        return torch.stack([x[of].mean() for of in self.of])
-
-    def direction(self, g):
-        """Update at lr 1 of what a unit sees, and what multiplies its strength; a weight without one is its own."""
-        s, o = self.state, self.options
-        ones = torch.ones(len(self.of)).double()
-        count = torch.tensor([len(of) for of in self.of]).double()
-        if self.name == "SGD":
-            momentum, dampening = o.get("momentum", 0.0), o.get("dampening", 0.0)
-            if not momentum:
-                return g, ones
-            buffer = s.get("momentum_buffer")
-            s["momentum_buffer"] = buffer = g if buffer is None else momentum * buffer + (1 - dampening) * g
-            return g + momentum * buffer if o.get("nesterov") else buffer, ones * (1 - dampening) / (1 - momentum)
-        if self.name == "Lion":
-            b1, b2 = o.get("betas", (0.9, 0.99))
-            m = s.get("exp_avg", torch.zeros_like(g))
-            lead, s["exp_avg"] = b1 * m + (1 - b1) * g, b2 * m + (1 - b2) * g
-            return lead / self.means(lead * lead).sqrt()[self.unit], count.sqrt()
-        b1, b2 = o.get("betas", (0.9, 0.999))
-        k = s["step"] = s.get("step", 0) + 1
-        s["exp_avg"] = b1 * s.get("exp_avg", torch.zeros_like(g)) + (1 - b1) * g
-        v = s["exp_avg_sq"] = b2 * s.get("exp_avg_sq", 0 * ones) + (1 - b2) * self.means(g * g)
-        if o.get("amsgrad"):
-            v = s["max_exp_avg_sq"] = torch.maximum(s.get("max_exp_avg_sq", v), v)
-        p = 1 / (v.sqrt() / (1 - b2**k) ** 0.5 + 1e-8)
-        return p[self.unit] * s["exp_avg"] / (1 - b1**k), count.sqrt() if self.name == "AdamW" else p
-
-    def step(self, grads):
-        g = torch.cat([x.flatten() for x in grads]) * (-1 if self.options.get("maximize") else 1)
-        bound = self.unit < self.count
-        update, gain = self.direction(torch.where(bound, self.a * g, g))
-        c, scale = self.state["imbalance"], self.state["metric_scale"]
-        decays = self.lr * self.strength * gain[: self.count]
-        self.v = torch.where(bound, self.v, self.v - self.lr * update / self.a)
-        for of, decay in zip(self.of, decays, strict=False):
-            v, delta = self.v[of], self.lr * update[of]
-            metric = (c * c + 4 * v.square().sum()).sqrt()
-            most = decay + 2 * delta.norm()
-            t = 1 / torch.stack([metric, scale, most]).max() if self.saturated else 1 / decay.clamp(min=1)
-            s = ((c + metric) / 2).sqrt()
-            d = v / s if s > 0 else torch.zeros_like(v)
-            rho = 1 - t * decay
-            s_new, d_new = rho * s - t * (delta * d).sum(), rho * d - t * s * delta
-            new = s_new * d_new
-            snaps = new.norm() <= SNAP * scale and delta.norm() < decay
-            self.v[of] = 0 if snaps else new
-        sizes, slow = self.sizes(), decays.sort().values[self.count // 10]
-        if self.saturated:
-            slow = slow / torch.maximum(scale, 2 * sizes.square().sum() / sizes.sum().clamp(min=1e-300))
-        c = c * ((1 - slow).clamp(min=0) ** 4).clamp(min=0.98)
-        self.state["imbalance"] = torch.where(c <= SNAP * scale, 0.0, c)
-
-    def compare(self, module, opt):
-        tol = {"rtol": tolerance("factor step"), "atol": tolerance("factor step"), "check_dtype": False}
-        params = list(module.parameters())
-        sizes = [p.numel() for p in params]
-        a = torch.where(self.unit < self.count, self.a, 1.0).split(sizes)
-        for p, w in zip(params, (self.a * self.v).split(sizes), strict=True):
-            torch.testing.assert_close(p.detach().flatten(), w, **tol)
-            assert torch.equal(p.detach().flatten() == 0, w == 0)
-        for i, p in enumerate(params):
-            state = opt.state[p]
-            assert set(state) == set(self.state)
-            for key, value in self.state.items():
-                if key in ("exp_avg", "momentum_buffer"):  # the library keeps that of the weight
-                    assert state[key].shape == p.shape
-                    value = value.split(sizes)[i] / a[i]
-                else:
-                    assert state[key] is opt.state[params[0]][key]
-                value = torch.as_tensor(value).double().flatten()
-                torch.testing.assert_close(state[key].flatten(), value, **tol, msg=f"{key} differs")
-
-
 def follow(row, opt_row, steps=6, backend="reference", strength=STRENGTH, **options):
     module = bound_module(row, strength)
     opt = optimizer(module, opt_row, backend=backend, **options)
-    oracle = Explicit(row, opt_row, module, strength=strength, **options)
+    oracle = ExplicitUnits(row, opt_row, module, strength=strength, **options)
     for t in range(steps):
         grads = gradients_of(module, t)
         take([(module, opt)], grads)
@@ -186,3 +72,139 @@ def test_the_suite_notices_a_wrong_step(part, monkeypatch):
     monkeypatch.setattr(kernel, part, wrong)
     with pytest.raises(AssertionError, match="not close"):
         follow(UNITS[0], next(row for row in OPTIMIZERS if row.id == "adamw"))
+
+
+# -- one parameter with all of its units -------------------------------------------------------------------------------
+
+WHOLE = {"rows": ("out", (6, 5), 0), "filters": ("out", (4, 3, 2, 2), 0), "columns": ("in", (6, 5), 1)}
+WHOLE |= {"input channels": ("in", (4, 3, 2, 2), 1), "weights": ("out", (5,), 0)}
+
+
+@cases(
+    lambda opt_row, backend, **_: available(opt_row, backend),
+    whole=WHOLE,
+    opt_row=TAKEN,
+    backend=["reference", "native"],
+)
+def test_units_of_one_parameter_are_its_groups(whole, opt_row, backend):
+    name, shape, dim = WHOLE[whole]
+    runs = []
+    for groups in (name, {"w": (dim, None)}):
+        module = torch.nn.Module()
+        generator = torch.Generator().manual_seed(0)
+        module.w = torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+        symopt.constrain(module, {"w": symopt.GroupSparse(groups, STRENGTH)})
+        runs.append((module, optimizer(module, opt_row, backend=backend)))
+    for t in range(12):
+        take(runs, gradients_of(runs[0][0], t))
+        close(*runs)
+    assert not equal(runs[0], (runs[0][0], optimizer(runs[0][0], opt_row)))
+
+
+# -- units whose weights are on several machines -----------------------------------------------------------------------
+
+
+def cut(x, part):
+    """In two, across the slices; a vector into slices."""
+    return x.chunk(2, 1 - part.dim if x.dim() > 1 else 0)
+
+
+def halves(module):
+    """The weights and the constraint of each of two machines."""
+    constraint = next(iter(symopt.constraints(module).values()))
+    units = constraint.spanning_units
+    sizes, found = units.sizes(torch.zeros((), dtype=torch.float64)), []
+    for i in range(2):
+        weights = [cut(p.detach(), part)[i].clone() for p, part in zip(module.parameters(), units.parts, strict=True)]
+        parts = tuple(
+            Part(tuple(w.shape), part.dim, cut(part.index, part)[i] if w.dim() == 1 else part.index, part.factor)
+            for w, part in zip(weights, units.parts, strict=True)
+        )
+        found.append((weights, dataclasses.replace(constraint, units_=Units(units.count, parts, sizes))))
+    return found
+
+
+class Sums:
+    """Adds what two threads have, each of which gets the same bits."""
+
+    def __init__(self):
+        self.barrier, self.given, self.calls = threading.Barrier(2, timeout=60), [None, None], [0, 0]
+
+    def combine(self, i):
+        def reduce(sums):
+            self.given[i] = sums.clone()
+            self.calls[i] += 1
+            self.barrier.wait()
+            total = self.given[0] + self.given[1]
+            self.barrier.wait()
+            sums.copy_(total)
+
+        return reduce
+
+
+class Half:
+    """One machine: an optimizer, and what binds the parameters that it holds."""
+
+    def __init__(self, weights, constraint, combine, start):
+        self.module = torch.nn.Module()
+        for k, w in enumerate(weights):
+            self.module.register_parameter(f"w{k}", torch.nn.Parameter(w))
+        params = tuple(self.module.parameters())
+        self.bound = Binding(constraint, tuple(f"w{k}" for k in range(len(params))), params)
+        self.bound.combine = combine
+        registry.add(self)
+        self.start = start
+
+    def binding(self):
+        return self.bound
+
+    def optimizer(self, opt_row, **options):
+        opt = optimizer(self.module, opt_row, **options)
+        for p in self.bound.parameters:
+            opt.state[p] |= {key: value.clone() for key, value in self.start.items()}
+        return opt
+
+
+def follow_halves(row, opt_row, backend, sums, steps=5):
+    module = bound_module(row)
+    constraint = next(iter(symopt.constraints(module).values()))
+    parts, count = constraint.spanning_units.parts, constraint.spanning_units.count
+    flat = torch.cat([p.detach().flatten() for p in module.parameters()])
+    start = dict(zip(("imbalance", "metric_scale"), constraint.start(flat, 1.0), strict=True))
+    runs = [Half(*half, sums.combine(i), start) for i, half in enumerate(halves(module))]
+    opts = [half.optimizer(opt_row, backend=backend) for half in runs]
+    whole = optimizer(module, opt_row, backend=backend)
+    grads = [gradients_of(module, t) for t in range(steps)]
+
+    def train(i):
+        for t in range(steps):
+            take([(runs[i].module, opts[i])], [cut(g, part)[i] for g, part in zip(grads[t], parts, strict=True)])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, range(2)))
+    for t in range(steps):
+        take([(module, whole)], grads[t])
+    tol = {"rtol": tolerance("backends"), "atol": tolerance("backends")}
+    for k, (p, part) in enumerate(zip(module.parameters(), parts, strict=True)):
+        for half, piece in zip(runs, cut(p.detach(), part), strict=True):
+            torch.testing.assert_close(half.bound.parameters[k].detach(), piece, **tol)
+    theirs = whole.state[next(module.parameters())]
+    for half, opt in zip(runs, opts, strict=True):
+        mine = opt.state[half.bound.parameters[0]]
+        assert mine.keys() == theirs.keys()
+        for key in {"exp_avg_sq", "max_exp_avg_sq", "imbalance", "metric_scale", "step"} & mine.keys():
+            torch.testing.assert_close(mine[key].flatten()[:count], theirs[key].flatten()[:count], **tol)
+
+
+@cases(available, row=SPANNING, opt_row=TAKEN, backend=["reference", "native"])
+def test_two_halves_that_add_their_sums_step_as_the_whole(row, opt_row, backend):
+    sums, steps = Sums(), 5
+    follow_halves(row, opt_row, backend, sums, steps)
+    assert sums.calls == [steps, steps]
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_a_half_that_does_not_see_the_other_steps_otherwise(backend, monkeypatch):
+    monkeypatch.setattr(Sums, "combine", lambda self, i: lambda sums: None)
+    with pytest.raises(AssertionError, match="not close"):
+        follow_halves(UNITS[0], OPTIMIZERS[0], backend, Sums())
