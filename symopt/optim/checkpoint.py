@@ -165,7 +165,8 @@ def _check_options(where: str, defaults: ParamGroup, saved: ParamGroup) -> None:
         elif _is_number(default):
             fits = _is_number(value)
         else:
-            fits = value is None or isinstance(value, (bool, int, float, Tensor, type(default)))
+            text = (str,) if default is None else ()  # as of a backend
+            fits = value is None or isinstance(value, (bool, int, float, Tensor, type(default), *text))
         if not fits:
             raise ValueError(f"{where}: {key} is {value!r}, which cannot stand for {default!r}")
     if saved.get("decoupled_weight_decay", False) and not defaults.get("decoupled_weight_decay", True):
