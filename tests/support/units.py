@@ -18,8 +18,12 @@ from support.tolerances import tolerance
 
 
 def gradients_of(module: nn.Module, t: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(t)
-    return [torch.randn(p.shape, generator=generator, dtype=torch.float64) + 0.3 * (t % 2) for p in module.parameters()]
+    """Of both signs, in the order of the parameters."""
+    generator, found = torch.Generator().manual_seed(t), []
+    for p in module.parameters():
+        g = torch.randn(p.shape, generator=generator, dtype=torch.float64) + 0.3 * (t % 2)
+        found.append(g.to(p.dtype))
+    return found
 
 
 def units_of(row: UnitsRow) -> tuple[list[list[int]], int]:

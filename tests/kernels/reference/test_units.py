@@ -11,7 +11,7 @@ import symopt
 from support.cases import cases, pairs
 from support.oracles import STRENGTH
 from support.runs import close, equal, optimizer, take
-from support.table import EVERY_OPTIMIZER, OPTIMIZERS, UNITS, bound_module, reasons, takes
+from support.table import EVERY_OPTIMIZER, OPTIMIZERS, UNITS, UnitsRow, bound_module, reasons, takes
 from support.tolerances import tolerance
 from support.units import ExplicitUnits, gradients_of, units_of
 from symopt.optim import registry
@@ -59,6 +59,32 @@ def test_units_die_as_one_while_free_weights_live(row, opt_row, backend, time_sc
     module, oracle = follow(row, opt_row, 20, backend, strength=600.0, imbalance=0.0, time_scale=time_scale)
     for p, unit in zip(module.parameters(), units_of(row)[0], strict=True):
         assert torch.equal(p.detach().flatten() != 0, torch.tensor(unit) >= oracle.count)
+
+
+LARGE = UnitsRow(
+    "units-large",
+    ((96, 40, 9), (96,), (300, 96)),
+    (0, 0, 1),
+    (tuple(range(96)), tuple(reversed(range(96))), tuple(i % 7 - 1 for i in range(96))),
+    (1.0, 0.5, 1.5),
+)
+"""Several blocks of each parameter."""
+
+
+@cases(backend=["reference", "native"], opt_row=[r for r in OPTIMIZERS if r.id in ("sgd-momentum", "adamw-amsgrad")])
+def test_equal_inputs_give_equal_bits_whatever_the_number_of_threads(opt_row, backend):
+    """Sums are added in a fixed order."""
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 1, 2, 3):
+            torch.set_num_threads(threads)
+            module = bound_module(LARGE, dtype=torch.float32)
+            runs.append((module, optimizer(module, opt_row, backend=backend)))
+            for t in range(3):
+                take(runs[-1:], gradients_of(module, t))
+    finally:
+        torch.set_num_threads(before)
+    assert all(equal(runs[0], run) for run in runs[1:])
 
 
 @pytest.mark.parametrize("part", ["survey", "combine", "move"])
