@@ -113,19 +113,19 @@ def _cut(places: Tensor, row: Tensor, tile: Tensor) -> tuple[Tensor, Tensor]:
     """``begins`` and ``tiles`` of a segment, from the row and tile of every orbit."""
     orbits, size = torch.arange(len(tile)), torch.bincount(tile)
     start = size.cumsum(0) - size
-    inside, last = orbits - start[tile], len(tile) - 1
+    offset, last = orbits - start[tile], len(tile) - 1
     breadth = torch.zeros_like(size).index_add_(0, tile, (row == row[start][tile]).long())  # of its first row
     rows, at = size // breadth, places[:, start]
     step = [places[:, (start + by).clamp(max=last)] - at for by in (breadth, torch.ones_like(breadth))]
     step = [torch.where(several > 1, by, 0) for several, by in zip((rows, breadth), step, strict=True)]
-    i, j = inside // breadth[tile], inside % breadth[tile]
+    i, j = offset // breadth[tile], offset % breadth[tile]
     misses = places != at[:, tile] + i * step[0][:, tile] + j * step[1][:, tile]
     misses = torch.zeros_like(at).index_add_(1, tile, misses.long())
     rows = torch.where((misses == 0) & (rows * breadth == size), rows, 0)
     # What has to be looked up in any case is better looked up in large pieces, counted from where it begins.
     odd = 2 * (rows > 0).sum(0) < len(rows)
     opens = odd & ~torch.cat([odd.new_zeros(1), odd[:-1]])
-    since = torch.where(opens[tile] & (inside == 0), orbits, 0).cummax(0).values
-    cut = torch.where(odd[tile], (orbits - since) % _TILE[1] == 0, inside == 0).nonzero().flatten()
-    tiles = torch.where(odd, 0, torch.stack([at, *step, rows]))[..., tile[cut]]
-    return torch.cat([cut, cut.new_tensor([len(tile)])]), tiles.permute(1, 2, 0).int().contiguous()
+    since = torch.where(opens[tile] & (offset == 0), orbits, 0).cummax(0).values
+    begins = torch.where(odd[tile], (orbits - since) % _TILE[1] == 0, offset == 0).nonzero().flatten()
+    tiles = torch.where(odd, 0, torch.stack([at, *step, rows]))[..., tile[begins]]
+    return torch.cat([begins, begins.new_tensor([len(tile)])]), tiles.permute(1, 2, 0).int().contiguous()

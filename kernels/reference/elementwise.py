@@ -45,8 +45,8 @@ def sparse(
         w' = (rho**2 + delta**2) w - rho delta sqrt(c**2 + 4 w**2),
 
     then exact zeros: ``|w'| <= SNAP * metric_scale`` while ``|delta| < decay`` (attracted), where ``snaps``.  A budget
-    gives each weight one of two values of ``decay``, and ``snaps`` only where it is the one outside the budget; inside,
-    a weight stays where it is instead of shrinking below that size.
+    gives each weight one of two values of ``decay``, and ``snaps`` only where it is that of a pruned weight; a kept
+    weight stays where it is instead of shrinking below that size.
     """
     metric = (imbalance * imbalance + 4 * w * w).sqrt()
     t = time_scale(metric, delta, decay, metric_scale if saturated else None)
@@ -111,42 +111,43 @@ def sparse_free(
     return torch.where(snapped, 0.0, w), new
 
 
-def rebalance(factors: tuple[Tensor, ...], keep: float) -> tuple[Tensor, ...]:
-    """The same weight in a gauge where every difference ``u_i**2 - u_j**2`` is ``keep`` times what it was.
+def rebalance(factors: tuple[Tensor, ...], imbalance_factor: float) -> tuple[Tensor, ...]:
+    """The same weight in a gauge where every difference ``u_i**2 - u_j**2`` is ``imbalance_factor`` times what it was.
 
-    The squares become ``m + keep (u_i**2 - mean)`` with the one m that leaves their product ``w**2``; Newton from the
-    mean, which lies above it because shrinking the differences raises a product, so the descent is monotone.
+    The squares become ``m + imbalance_factor (u_i**2 - mean)`` with the one m that leaves their product ``w**2``;
+    Newton from the mean, which lies above it because shrinking the differences raises a product, so the descent is
+    monotone.
     """
-    if keep == 0:
+    if imbalance_factor == 0:
         size = product(factors).abs() ** (1 / len(factors))
         return tuple(torch.where(u < 0, -size, size) for u in factors)
     if len(factors) == 2:  # in closed form, which keeps the digits of a light factor
         a, b = factors
-        size, c = (a * b).abs(), keep * ((a - b) * (a + b))
+        size, c = (a * b).abs(), imbalance_factor * ((a - b) * (a + b))
         high = ((c.abs() + (c * c + 4 * size * size).sqrt()) / 2).sqrt()
         low = size / high.clamp(min=torch.finfo(a.dtype).tiny)
         pair = torch.where(c >= 0, high, low), torch.where(c >= 0, low, high)
         return tuple(torch.where(u < 0, -x, x) for u, x in zip(factors, pair, strict=True))
     squares = torch.stack([u * u for u in factors])
     mean, target = squares.mean(0), squares.prod(0)
-    spread = keep * (squares - mean)
+    differences = imbalance_factor * (squares - mean)
     m = mean
     for _ in range(32):
-        shifted = (m + spread).clamp(min=0)
+        shifted = (m + differences).clamp(min=0)
         slope = sum_of_products(shifted)
         step = (shifted.prod(0) - target) / slope.clamp(min=torch.finfo(mean.dtype).tiny)
         m = m - step.clamp(min=0)
     # At a zero the root may be a double one, where Newton only halves: there the squares just shrink.
-    new = torch.where(target == 0, keep * (squares - squares.amin(0)), m + spread)
+    new = torch.where(target == 0, imbalance_factor * (squares - squares.amin(0)), m + differences)
     return tuple(torch.where(u < 0, -size, size) for u, size in zip(factors, new.clamp(min=0).sqrt(), strict=True))
 
 
-def nm_pruned_mask(w: Tensor, keep: int, of: int) -> Tensor:
-    """N:M: True at all but the ``keep`` largest of every ``of`` neighbouring inputs; of equals the first stay."""
-    size = w.detach().abs().unflatten(1, (-1, of))
+def nm_pruned_mask(w: Tensor, pattern_n: int, pattern_m: int) -> Tensor:
+    """N:M: True at all but the n largest of every m neighbouring inputs; of equal ones the first stay."""
+    size = w.detach().abs().unflatten(1, (-1, pattern_m))
     order = size.argsort(stable=True, dim=2, descending=True)
-    lost: Tensor = order.argsort(2) >= keep
-    return lost.flatten(1, 2)
+    pruned: Tensor = order.argsort(2) >= pattern_n
+    return pruned.flatten(1, 2)
 
 
 def _drive(factors: tuple[Tensor, ...], delta: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from symopt_kernels.reference.gauge import CRITICAL_EMA, CRITICAL_FLOOR, SNAP, t
 
 __all__ = ["gate_decay", "needed", "plane_step"]
 
+
 def needed(running: Tensor, critical: Tensor, typical: Tensor) -> Tensor:
     """The running estimate of the critical strength: the largest of about the last thousand steps.
 
@@ -55,17 +56,17 @@ def plane_step(
     behind a preconditioner.  The gate then takes its :func:`gate_decay`; ``||delta_off / decay|| < 1`` is attracted.
     """
     off = w - on
-    varies = isinstance(decay, Tensor) and decay.dim() > 0
+    rates = decay if isinstance(decay, Tensor) and decay.dim() > 0 else None
     metric = (imbalance * imbalance + 4 * gates.sum(off * off)).sqrt()
     pull = gates.sum(delta_off * delta_off).sqrt()
-    decay_of_gate = gate_decay(decay, gates) if varies else decay  # type: ignore[arg-type]
+    decay_of_gate = decay if rates is None else gate_decay(rates, gates)
     t = time_scale(metric, pull, decay_of_gate, metric_scale if saturated else None)
     gradient = delta_off
-    if varies:
-        ratio = delta_off / decay
+    if rates is not None and isinstance(decay_of_gate, Tensor):
+        ratio = delta_off / rates
         attracted = gates.sum(ratio * ratio).sqrt() < 1
         # The gate sees the gradient through its own preconditioner; else the threshold would not be that of the norm.
-        own = gates.expand(decay_of_gate).reshape(w.shape) / decay  # type: ignore[arg-type]
+        own = gates.expand(decay_of_gate).reshape(w.shape) / rates
         gradient = torch.where(own.isfinite(), own, 1.0) * delta_off
     else:
         attracted = pull < decay
@@ -73,15 +74,16 @@ def plane_step(
     tiny = torch.finfo(w.dtype).tiny
     shared = 1 - t * decay_of_gate - t * gates.sum(gradient * off) / gate_sq.clamp(min=tiny)
     # As a change of w, which is then exactly zero where the step is.
-    if varies:
+    if rates is not None:
         # A weight that has no gradient has a decay without bounds; its factor must not overshoot zero.
-        rate = gates.scale(t, decay)  # type: ignore[arg-type]
+        rate = gates.scale(t, rates)
         fits = 1 / rate.clamp(min=1)
-        lost = gates.scale(shared, 1 - fits * rate) - 1
+        shrink_less_one = gates.scale(shared, 1 - fits * rate) - 1
         shift = gates.scale(shared * gate_sq * t, fits)
     else:
-        lost, shift = (gates.expand(x).reshape(w.shape) for x in (shared * (1 - t * decay) - 1, shared * gate_sq * t))
-    change = lost * off - shift * delta_off
+        per_gate = shared * (1 - t * decay) - 1, shared * gate_sq * t
+        shrink_less_one, shift = (gates.expand(x).reshape(w.shape) for x in per_gate)
+    change = shrink_less_one * off - shift * delta_off
     rest = off + change
     snapped = (gates.sum(rest * rest).sqrt() <= SNAP * metric_scale) & attracted & snaps
     return torch.where(gates.expand(snapped).reshape(w.shape), on - delta_on, w - delta_on + change)

@@ -22,7 +22,7 @@ from symopt_kernels.triton.memory import (
     strength,
 )
 
-__all__ = ["DirectionConstants", "LaunchSettings", "StepConstants", "prepare", "unbias"]
+__all__ = ["DirectionConstants", "LaunchSettings", "StepConstants", "Value", "prepare", "unbias"]
 
 # Constants stand on the right of a product: before Triton 3.9 its interpreter has none of a constexpr and a tensor.
 SNAP = tl.constexpr(gauge.SNAP)
@@ -32,6 +32,9 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
+Value = Any
+"""A number, or what a kernel has in its place: a scalar or a block of them."""
+
 ADDRESSES = 3
 """That :class:`LaunchSettings` begins with."""
 
@@ -39,23 +42,23 @@ ADDRESSES = 3
 class LaunchSettings(NamedTuple):
     """Numbers of one launch; the first are addresses of fp32 numbers on the device, or None."""
 
-    lr_at: Any
-    found_inf: Any
-    grad_scale: Any
-    lr: Any
-    beta1: Any
-    one_minus_beta1: Any
-    beta2: Any
-    one_minus_beta2: Any
-    log_beta1: Any
-    log_beta2: Any
-    eps: Any
-    momentum: Any
-    one_minus_dampening: Any
-    amplify: Any
+    lr_at: Value
+    found_inf: Value
+    grad_scale: Value
+    lr: Value
+    beta1: Value
+    one_minus_beta1: Value
+    beta2: Value
+    one_minus_beta2: Value
+    log_beta1: Value
+    log_beta2: Value
+    eps: Value
+    momentum: Value
+    one_minus_dampening: Value
+    amplify: Value
     """(1 - dampening) / (1 - momentum): the strength is amplified as momentum amplifies the gradient."""
-    weight_decay: Any
-    imbalance_factor: Any
+    weight_decay: Value
+    imbalance_factor: Value
     """Below zero: that of the automatic law."""
 
 
@@ -63,31 +66,31 @@ class DirectionConstants(NamedTuple):
     """What a direction needs; ``fresh`` is nonzero while the momentum buffer holds nothing, ``unbias`` are
     ``1 / (1 - beta**step)``."""
 
-    momentum: Any
-    one_minus_dampening: Any
-    fresh: Any
-    beta1: Any
-    one_minus_beta1: Any
-    beta2: Any
-    one_minus_beta2: Any
-    eps: Any
-    unbias1: Any
-    unbias2: Any
-    step: Any
+    momentum: Value
+    one_minus_dampening: Value
+    fresh: Value
+    beta1: Value
+    one_minus_beta1: Value
+    beta2: Value
+    one_minus_beta2: Value
+    eps: Value
+    unbias1: Value
+    unbias2: Value
+    step: Value
 
 
 class StepConstants(NamedTuple):
     """What a retraction needs."""
 
-    lr: Any
-    decay_kept: Any
+    lr: Value
+    decay_kept: Value
     """lr * strength, of what lives within a budget if there is one."""
-    decay_pruned: Any
-    threshold: Any
-    imbalance: Any
-    metric_scale: Any
-    imbalance_factor: Any
-    snap_limit: Any
+    decay_pruned: Value
+    threshold: Value
+    imbalance: Value
+    metric_scale: Value
+    imbalance_factor: Value
+    snap_limit: Value
     """The largest size that may become zero: the threshold of a budget, or infinity."""
 
 

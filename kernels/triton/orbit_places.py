@@ -9,11 +9,12 @@ compared with the first of them, so that what equal ones differ by is exactly ze
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+from symopt_kernels.triton.constants import Value
 from symopt_kernels.triton.group_tiles import reload_line
 from symopt_kernels.triton.memory import (
     BEGIN,
@@ -49,27 +50,27 @@ __all__ = [
 class FirstCopy(NamedTuple):
     """Weight and update of the first copy of every orbit, and what the means over the orbit exceed them by."""
 
-    w: Any
-    u: Any
-    w_mean: Any
-    u_mean: Any
+    w: Value
+    u: Value
+    w_mean: Value
+    u_mean: Value
 
 
 class OrbitSums(NamedTuple):
     """Per orbit: squares and products of what is off the plane, and the squares of the whole updates."""
 
-    ww: Any
-    uu: Any
-    uw: Any
-    all_uu: Any
+    ww: Value
+    uu: Value
+    uw: Value
+    all_uu: Value
 
 
 class OffPlaneStep(NamedTuple):
     """``off' = off + shrink_less_one off - shift u_off``, while on the plane ``on' = on - step_scale u_on``."""
 
-    step_scale: Any
-    shrink_less_one: Any
-    shift: Any
+    step_scale: Value
+    shrink_less_one: Value
+    shift: Value
 
 
 @triton.jit

@@ -76,8 +76,8 @@ def _sorted_shares(counts: list[Tensor], keep: int) -> Tensor:
     slope = torch.ones_like(x).copysign(len(first) - 0.5 - order).cumsum(0)
     reached = (x.diff() * slope[:-1]).cumsum(0)
     i = torch.searchsorted(reached, keep).clamp(max=len(reached) - 1)
-    cut = x[1:].take(i) - (reached.take(i) - keep) / slope.take(i)
-    live = (cut - first - _ROUNDING).floor().clamp(min=0).maximum(first == 0).minimum(near).long()
+    limit = x[1:].take(i) - (reached.take(i) - keep) / slope.take(i)
+    live = (limit - first - _ROUNDING).floor().clamp(min=0).maximum(first == 0).minimum(near).long()
     # What rounding down has left goes to the best of the rest.
     order = first.argsort(stable=True)
     spare = (many - live)[order]
@@ -98,9 +98,9 @@ def largest_groups(sizes: list[Tensor], costs: list[int], keep: float) -> list[T
         score[:1].fill_(math.inf)
         scores.append(torch.empty_like(score).scatter_(0, order, score))
     order = torch.cat(scores).sort(descending=True, stable=True).indices
-    each = torch.cat([torch.full_like(s, cost, dtype=torch.int64) for s, cost in zip(sizes, costs, strict=True)])
-    chosen = torch.zeros_like(each, dtype=torch.bool)
-    chosen.scatter_(0, order, each[order].cumsum(0) <= keep)
+    cost_of = torch.cat([torch.full_like(s, cost, dtype=torch.int64) for s, cost in zip(sizes, costs, strict=True)])
+    chosen = torch.zeros_like(cost_of, dtype=torch.bool)
+    chosen.scatter_(0, order, cost_of[order].cumsum(0) <= keep)
     return list(chosen.split([s.numel() for s in sizes]))
 
 

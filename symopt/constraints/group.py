@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -287,10 +287,11 @@ class GroupSparse(Constraint):
         snaps: Tensor | bool = True,
     ) -> Tensor:
         groups = groups or self.partition(w)
-        flags: Any = {"saturated": saturated, "snaps": snaps}
         if self.depth > 2:
-            return group_kernel.group_deep(w, delta, decay, metric_scale, groups, self.depth, **flags)
-        return group_kernel.group(w, delta, decay, imbalance, metric_scale, groups, **flags)
+            return group_kernel.group_deep(
+                w, delta, decay, metric_scale, groups, self.depth, saturated=saturated, snaps=snaps
+            )
+        return group_kernel.group(w, delta, decay, imbalance, metric_scale, groups, saturated=saturated, snaps=snaps)
 
     def penalty(self, w: Tensor) -> Tensor:
         return self.depth / 2 * (self.size(w) ** (2 / self.depth)).sum()

@@ -109,8 +109,8 @@ class GroupBridge(Constraint):
         pull = gate * groups.sum(delta * delta).sqrt()
         t = time_scale(3 * gate**4, pull, decay, metric_scale if saturated else None)
         rho = 1 - t * decay
-        inside = groups.expand(rho).reshape(w.shape) - w.sign() * groups.scale(t * gate, delta)
-        new = groups.scale((rho - t * radial).clamp(min=0), w) * inside.clamp(min=0) ** 2
+        change = groups.expand(rho).reshape(w.shape) - w.sign() * groups.scale(t * gate, delta)
+        new = groups.scale((rho - t * radial).clamp(min=0), w) * change.clamp(min=0) ** 2
         new = new + 0 * delta  # the clamp would turn an infinite gradient into a quiet zero
         small = groups.sum(new.abs()) <= SNAP * weight_scale(metric_scale, 3)
         snapped = small & (pull < decay) & snaps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -159,10 +159,9 @@ class Sparse(Constraint):
         saturated: bool = True,
         snaps: Tensor | bool = True,
     ) -> Tensor:
-        flags: Any = {"saturated": saturated, "snaps": snaps}
         if self.depth > 2:
-            return elementwise.sparse_deep(w, delta, decay, metric_scale, self.depth, **flags)
-        return elementwise.sparse(w, delta, decay, imbalance, metric_scale, **flags)
+            return elementwise.sparse_deep(w, delta, decay, metric_scale, self.depth, saturated=saturated, snaps=snaps)
+        return elementwise.sparse(w, delta, decay, imbalance, metric_scale, saturated=saturated, snaps=snaps)
 
     def advance(
         self, factors: Factors, delta: Tensor, decay: Tensor | float, metric_scale: Tensor, *, saturated: bool = True

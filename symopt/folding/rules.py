@@ -169,8 +169,8 @@ def _reduce(call: Call) -> Axis:
     dims = {_from_end(d, axis) for d in given if isinstance(d, int)}
     if not dims or len(dims) < len(given) or min(dims) <= axis.dim:
         raise KeepShape
-    lost = 0 if keep else len(dims)
-    return replace(axis, dim=axis.dim + lost, ndim=axis.ndim and axis.ndim - lost)
+    dropped = 0 if keep else len(dims)
+    return replace(axis, dim=axis.dim + dropped, ndim=axis.ndim and axis.ndim - dropped)
 
 
 def _flattened(axis: Axis, start: int, end: int) -> Axis:

@@ -23,9 +23,7 @@ def known_gain(
         return own.known_gain(binding, direction, options, state)
     decoupled = direction.decoupled(options) if decoupled is None else decoupled
     scale = binding.preconditioner(direction, options, state)
-    return direction.known_gain(
-        options, scale, binding.size(state), binding.parameters[0].shape, decoupled=decoupled
-    )
+    return direction.known_gain(options, scale, binding.size(state), binding.parameters[0].shape, decoupled=decoupled)
 
 
 def metric_scale(binding: Binding, options: Options, state: State) -> Tensor:

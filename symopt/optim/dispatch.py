@@ -11,7 +11,7 @@ from symopt.backends import BACKENDS, FUSED, check_backend, choose, why_not
 from symopt.optim.binding import Binding
 from symopt.optim.direction import Direction, Options, ParamGroup, State
 from symopt.optim.fused import FusedStep, step_fused
-from symopt.optim.membership import Members, Membership
+from symopt.optim.membership import GroupBindings, Membership
 from symopt.optim.reference_step import step as step_reference
 from symopt.optim.slot import Slot
 from symopt.optim.state import fit_plain
@@ -54,12 +54,12 @@ def step_groups(
     if found_inf is not None and found_inf.device.type == "cpu" and not INTERPRETED and bool(found_inf):
         return  # nothing moves, and the step count neither
     for group in param_groups:
-        members = membership.of(group, param_groups)
-        _step_group(members, membership.direction, group, states, slots, step_plain, grad_scale, found_inf)
+        of_group = membership.of(group, param_groups)
+        _step_group(of_group, membership.direction, group, states, slots, step_plain, grad_scale, found_inf)
 
 
 def _step_group(
-    members: Members,
+    of_group: GroupBindings,
     direction: Direction,
     options: ParamGroup,
     states: Mapping[Tensor, State],
@@ -70,8 +70,8 @@ def _step_group(
 ) -> None:
     """One step of a param group: its unconstrained parameters by ``step_plain``, unless a fused backend is named."""
     fused = options["backend"] in FUSED
-    bindings = members.bindings + members.unconstrained if fused else members.bindings
-    plain = [] if fused else [b.parameters[0] for b in members.unconstrained if b.parameters[0].grad is not None]
+    bindings = of_group.bindings + of_group.unconstrained if fused else of_group.bindings
+    plain = [] if fused else [b.parameters[0] for b in of_group.unconstrained if b.parameters[0].grad is not None]
     reference: list[Slot] = []
     native_steps: list[FusedStep] = []
     triton_steps: list[FusedStep] = []

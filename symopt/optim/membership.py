@@ -13,13 +13,13 @@ from symopt.optim import registry
 from symopt.optim.binding import Binding
 from symopt.optim.direction import Direction, Options, ParamGroup
 
-__all__ = ["Members", "Membership"]
+__all__ = ["GroupBindings", "Membership"]
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Members:
-    """The parameters of one param group, as they were when this was looked up."""
+class GroupBindings:
+    """The bindings of one param group, as it was when this was looked up."""
 
     owner: str
     """Name of the optimizer, for messages."""
@@ -39,7 +39,7 @@ class Membership:
         self.bindings: dict[Tensor, Binding] = {} if bindings is None else bindings
         """Of every parameter, also of unconstrained ones."""
         self.parameters = list(self.bindings)
-        self._groups: dict[int, Members] = {}
+        self._groups: dict[int, GroupBindings] = {}
         self._epoch = -1
 
     @property
@@ -58,14 +58,14 @@ class Membership:
             self.look_up(param_groups)
         return self.bindings[p]
 
-    def of(self, group: Options, param_groups: list[ParamGroup]) -> Members:
+    def of(self, group: Options, param_groups: list[ParamGroup]) -> GroupBindings:
         """Those of one of the param groups, looked up again if it was edited or a constraint has come or gone."""
-        epoch, members, params = registry.epoch(), self._groups.get(id(group)), group["params"]
-        fresh = members is not None and self._epoch == epoch and len(params) == len(members.params)
-        if members is None or not fresh or not all(map(operator.is_, params, members.params)):
+        epoch, found, params = registry.epoch(), self._groups.get(id(group)), group["params"]
+        current = found is not None and self._epoch == epoch and len(params) == len(found.params)
+        if found is None or not current or not all(map(operator.is_, params, found.params)):
             self.look_up(param_groups)
-            members = self._groups[id(group)]
-        return members
+            found = self._groups[id(group)]
+        return found
 
     def look_up(self, param_groups: Iterable[ParamGroup]) -> None:
         """Ask the registry again; parameters that it no longer knows keep the constraint they had.
@@ -76,11 +76,11 @@ class Membership:
         """
         known, factors = registry.bindings(), registry.factors()
         found: dict[Tensor, Binding] = {}
-        groups: dict[int, Members] = {}
+        groups: dict[int, GroupBindings] = {}
         for group in param_groups:
             names = group.get("param_names", ["a parameter"] * len(group["params"]))
             own: dict[int, Binding] = {}
-            inside = set(map(id, group["params"]))
+            in_group = set(map(id, group["params"]))
             for p, name in zip(group["params"], names, strict=True):
                 if id(p) in factors:
                     raise ValueError(
@@ -91,12 +91,12 @@ class Membership:
                 if (binding := found.get(p)) is None:
                     binding = self._binding(p, name, known.get(id(p)))
                     if binding.constraint is not None:
-                        self._check(binding, group, p, inside)
+                        self._check(binding, group, p, in_group)
                     found.update(dict.fromkeys(binding.parameters, binding))
                 own[id(binding)] = binding
             bound = tuple(b for b in own.values() if b.constraint is not None)
             rest = tuple(b for b in own.values() if b.constraint is None)
-            groups[id(group)] = Members(self.owner, tuple(group["params"]), bound, rest)
+            groups[id(group)] = GroupBindings(self.owner, tuple(group["params"]), bound, rest)
         self.bindings, self._groups, self._epoch = found, groups, registry.epoch()
         self.parameters = list(found)
 
@@ -107,8 +107,8 @@ class Membership:
             return Binding(None, (name,), (p,)) if before is None else before
         return before if before is not None and before.same(now) else now
 
-    def _check(self, binding: Binding, group: Options, p: Tensor, inside: set[int]) -> None:
-        """Raise if the group, which holds the parameters ``inside``, cannot step the binding."""
+    def _check(self, binding: Binding, group: Options, p: Tensor, in_group: set[int]) -> None:
+        """Raise if the group, which holds the parameters ``in_group``, cannot step the binding."""
         constraint, direction = binding.constraint, self.direction
         assert constraint is not None
         name = binding.name(p)
@@ -121,7 +121,7 @@ class Membership:
                 "use symopt.AdamW for this parameter"
             )
         parameters = zip(binding.names, binding.parameters, strict=True)
-        lacking = [other for other, q in parameters if id(q) not in inside]
+        lacking = [other for other, q in parameters if id(q) not in in_group]
         lacking += binding.missing
         if lacking:
             raise ValueError(

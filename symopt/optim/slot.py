@@ -44,9 +44,7 @@ class Slot:
                 self._default = 0.0 if self.has_budget else constraint.default_strength(decoupled=decoupled)
         # State that a step replaces instead of writing to it has no address to hold on to.
         self._volatile = self.own is not None or bool(options.get("differentiable", False))
-        self._refreshes = backend == "reference" and any(
-            "master" in state or "factor_0" in state for state in states
-        )
+        self._refreshes = backend == "reference" and any("master" in state or "factor_0" in state for state in states)
         self.note()
 
     def note(self) -> None:

@@ -100,10 +100,10 @@ class Equivariant(OrbitPlane):
 def _permutation(p: Any) -> Tensor | None:
     if p is None:
         return None
-    found: Any = torch.as_tensor(p)
+    found = torch.as_tensor(p)
     if found.dim() != 1 or found.is_floating_point() or found.dtype == torch.bool:
         raise TypeError(f"Equivariant: a permutation must be a list or 1-d tensor of integers, got {p!r}")
-    order: Tensor = found.long().cpu()
+    order = found.long().cpu()
     if not torch.equal(order.sort().values, torch.arange(len(order))):
         raise ValueError(f"Equivariant: {order.tolist()} is no permutation of 0 ... {len(order) - 1}")
     return order

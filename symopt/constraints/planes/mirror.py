@@ -12,6 +12,7 @@ from torch import Tensor
 
 from symopt.constraints.base import Constraint, Factors, Outs
 from symopt.constraints.gauge import heavy_factor, light_factor
+from symopt.constraints.planes.derived import derived
 from symopt.constraints.planes.plane import Plane, flat
 from symopt_kernels.groups import Groups
 from symopt_kernels.reference import elementwise
@@ -189,13 +190,12 @@ class Mirror(Plane):
         return x - self.onto(x) if z is None else self.lift(z, x)
 
     def _orthonormal(self, x: Tensor) -> Tensor:
-        key = (x.device, x.dtype)
-        found: Tensor | None = vars(self)["_cache"].get(key)
-        if found is None:
+        def make() -> Tensor:
             rows = self.rows(x)
             assert rows is not None
-            found = vars(self)["_cache"][key] = rows.contiguous()
-        return found
+            return rows.contiguous()
+
+        return derived(self, ("orthonormal", x.device, x.dtype), make)
 
     def coordinates(self, x: Tensor) -> Tensor | None:
         return None if self.basis is None else self._orthonormal(x) @ x.flatten()
@@ -261,10 +261,9 @@ class Mirror(Plane):
         saturated: bool = True,
         snaps: Tensor | bool = True,
     ) -> Tensor:
-        flags: Any = {"saturated": saturated, "snaps": snaps}
         if self._gate:
-            return super().retract(w, delta, decay, imbalance, metric_scale, groups, **flags)
+            return super().retract(w, delta, decay, imbalance, metric_scale, groups, saturated=saturated, snaps=snaps)
         z, d = self._coordinates(w), self._coordinates(delta)
         decay = decay.reshape(()) if isinstance(decay, Tensor) else decay
-        new = elementwise.sparse(z, d, decay, imbalance, metric_scale, **flags)
+        new = elementwise.sparse(z, d, decay, imbalance, metric_scale, saturated=saturated, snaps=snaps)
         return w - delta + self.lift(new - z + d, w)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
 
 from torch import Tensor
 
+from symopt.constraints.planes.derived import derived
 from symopt.constraints.planes.plane import Plane
 from symopt_kernels.groups import Groups
 from symopt_kernels.orbits import Segment, ordered, ranked
@@ -34,22 +34,23 @@ class OrbitPlane(Plane):
         return (shape,)
 
     def _ordered(self, shape: tuple[int, ...]) -> tuple[Groups, list[Segment] | None]:
-        cache: dict[Any, Any] = vars(self)["_cache"]
-        if shape not in cache:
+        def make() -> tuple[Groups, list[Segment] | None]:
             groups = self.orbits(shape)
-            cache[shape] = (groups, None) if groups.index is None else ordered(groups, self.members(shape))
-        return cache[shape]  # type: ignore[no-any-return]
+            return (groups, None) if groups.index is None else ordered(groups, self.members(shape))
+
+        return derived(self, ("ordered", shape), make)
 
     def _known(self, w: Tensor, *, named: bool = False) -> tuple[Groups, Tensor]:
         """Orbits in the order of the segments, that of the optimizer's state, or ``named`` as :meth:`orbits` does."""
-        cache, key = vars(self)["_cache"], (tuple(w.shape), w.device, w.dtype, named)
-        if key not in cache:
-            shape = tuple(w.shape)
+        shape = tuple(w.shape)
+
+        def make() -> tuple[Groups, Tensor]:
             groups = self.orbits(shape) if named else self._ordered(shape)[0]
             if groups.index is not None:
                 groups = Groups(groups.count, groups.view, groups.dims, groups.index.to(w.device))
-            cache[key] = groups, groups.size(w)
-        return cache[key]  # type: ignore[no-any-return]
+            return groups, groups.size(w)
+
+        return derived(self, ("known", shape, w.device, w.dtype, named), make)
 
     def partition(self, w: Tensor, index: Tensor | None = None) -> Groups:
         return self._known(w)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,16 +57,6 @@ class Plane(Constraint):
     free_factors = 1
     centred: ClassVar[bool] = False
     """Whether what is off the plane is the mean of each group of :meth:`partition`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        vars(self)["_cache"] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_cache": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
 
     # -- the plane ---------------------------------------------------------------------------------------------------
 
@@ -184,19 +174,29 @@ class Plane(Constraint):
         saturated: bool = True,
         snaps: Tensor | bool = True,
     ) -> Tensor:
-        flags: Any = {"saturated": saturated, "snaps": snaps}
         if isinstance(decay, Tensor) and decay.dim() > 0 and decay.numel() == 1:
             decay = decay.reshape(())
         if (z := self.coordinates(w)) is not None:  # the same step, of a few numbers and the plane 0
             d, zero = self.coordinates(delta), torch.zeros_like(z)
             assert d is not None
-            new = kernel.plane_step(z, zero, zero, d, decay, imbalance, metric_scale, whole(z), **flags)
+            new = kernel.plane_step(
+                z, zero, zero, d, decay, imbalance, metric_scale, whole(z), saturated=saturated, snaps=snaps
+            )
             return w - delta + self.lift(new - z + d, w)
         if isinstance(decay, Tensor) and decay.dim() > 0:
             decay = (groups or self.partition(w)).expand(decay).reshape(w.shape)
         along = self.onto(delta)
         return kernel.plane_step(
-            w, self.onto(w), along, delta - along, decay, imbalance, metric_scale, self.gates(w), **flags
+            w,
+            self.onto(w),
+            along,
+            delta - along,
+            decay,
+            imbalance,
+            metric_scale,
+            self.gates(w),
+            saturated=saturated,
+            snaps=snaps,
         )
 
     def penalty(self, w: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from symopt.constraints.base import Constraint
+from symopt.constraints.planes.derived import derived
 from symopt.constraints.planes.orbits import OrbitPlane, labelled
 from symopt_kernels.groups import Groups
 
@@ -163,10 +164,13 @@ class Tied(OrbitPlane):
 
     def _several(self, values: Tensor, w: Tensor) -> Tensor:
         """Those of one value per gate that belong to orbits of two or more weights."""
-        cache, key = vars(self)["_cache"], ("several", tuple(w.shape), w.device)
-        if key not in cache:  # asked for once, as the answer has to come from the device
-            cache[key] = (self._known(w, named=True)[1] > 1).nonzero().flatten()
-        return values[cache[key]]
+        # Asked for once, as the answer has to come from the device.
+        several = derived(
+            self,
+            ("several", tuple(w.shape), w.device),
+            lambda: (self._known(w, named=True)[1] > 1).nonzero().flatten(),
+        )
+        return values[several]
 
 
 def _within(place: Tensor, template: Tensor) -> bool:

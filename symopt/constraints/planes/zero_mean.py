@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 from torch import Tensor
 
@@ -46,7 +46,8 @@ class ZeroMean(Plane):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        dims: Any = self.dim if isinstance(self.dim, tuple) else () if self.dim is None else (self.dim,)
+        given: object = self.dim
+        dims: tuple[object, ...] = given if isinstance(given, tuple) else () if given is None else (given,)
         if not all(isinstance(d, int) and not isinstance(d, bool) for d in dims):
             raise TypeError(f"ZeroMean: dim must be an integer, a tuple of them or None, got {self.dim!r}")
 
