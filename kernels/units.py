@@ -89,6 +89,8 @@ class Units:
 
     count: int
     parts: tuple[Part, ...]
+    all_sizes: Tensor | None = None
+    """Number of weights of each unit, where other processes hold some of them; None: the parts are all there is."""
 
     @property
     def unbound(self) -> int:
@@ -99,7 +101,7 @@ class Units:
         """The same with indices on another device."""
         if all(part.index.device == device for part in self.parts):
             return self
-        return Units(self.count, tuple(replace(part, index=part.index.to(device)) for part in self.parts))
+        return replace(self, parts=tuple(replace(part, index=part.index.to(device)) for part in self.parts))
 
     def sizes(self, like: Tensor) -> Tensor:
         """Number of weights of each unit, ``(count,)``."""
@@ -107,6 +109,8 @@ class Units:
 
     @cached_property
     def _sizes(self) -> Tensor:
+        if self.all_sizes is not None:
+            return self.all_sizes
         ones = [torch.full_like(part.index, part.inner, dtype=torch.float64) for part in self.parts]
         return self._gather(ones)
 
@@ -126,11 +130,12 @@ class Units:
         """Give every weight of all parts, one after the other, the value of its unit."""
         return torch.cat([self.expand(v, part, unbound).expand(part.shape).flatten() for part in self.parts])
 
-    def first(self, xs: Sequence[Tensor]) -> Tensor:
-        """One weight of each unit, ``(count,)``, of one tensor per part, shaped as the parameters."""
+    def _first(self, xs: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+        """One weight of each unit, ``(count,)``, from the first part in ``order`` that has one."""
         found = xs[0].new_zeros(self.count)
-        for part, x in zip(reversed(self.parts), reversed(xs), strict=True):
-            one = x.movedim(part.dim, 0).reshape(part.shape[part.dim], -1)[:, 0]
+        for i in reversed(order):
+            part = self.parts[i]
+            one = xs[i].movedim(part.dim, 0).reshape(part.shape[part.dim], -1)[:, 0]
             found = found.index_put((part.units_of_slices,), one[part.slices])
         return found
 
@@ -144,10 +149,23 @@ class Units:
         return moment[begin : begin + self.parts[place].unbound]
 
     def write_out(self, moment: Tensor, place: int) -> Tensor:
-        """Such a vector for every weight of one part, shaped as its parameter."""
+        """Such a vector for every weight of one part, shaped as its parameter and in units of its own gradient."""
         part = self.parts[place]
-        full = self.expand(moment[: self.count], part).expand(part.shape)
+        full = self.expand(moment[: self.count] / part.factor**2, part).expand(part.shape)
         return part.with_unbound(full, self.unpack(moment, place))
+
+    def read_in(self, xs: Sequence[Tensor]) -> Tensor:
+        """The inverse of :meth:`write_out` for all parts, and of other tensors the mean over every unit.
+
+        To the last bit where the unit has a slice whose factor is a power of two.
+        """
+        scaled = [x * part.factor**2 for part, x in zip(self.parts, xs, strict=True)]
+        exact = sorted(range(len(xs)), key=lambda i: math.frexp(self.parts[i].factor)[0] != 0.5)
+        first = self._first(scaled, exact)
+        rest = [x - self.expand(first, part) for x, part in zip(scaled, self.parts, strict=True)]
+        changed = [x != self.expand(first / part.factor**2, part) for part, x in zip(self.parts, xs, strict=True)]
+        written = self.sum([x.to(first) for x in changed]) == 0
+        return self.pack(torch.where(written, first, first + self.sum(rest) / self.sizes(first)), xs)
 
     def _gather(self, sums: Sequence[Tensor]) -> Tensor:
         total = sums[0].new_zeros(self.count)

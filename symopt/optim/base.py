@@ -193,7 +193,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
             self.number = compiled.register(self)
             registry.register_owner(self)
         if self._loading is not None:
-            self._loading.restore(self.param_groups, self.state, self.binding)
+            self._loading.restore(self.param_groups, self.state, self.binding, self.direction)
         for group in self.param_groups:
             for key, value in DEFAULTS.items():
                 group.setdefault(key, self.defaults.get(key, value))

@@ -41,8 +41,8 @@ class Binding:
         self.constraint, self.names, self.parameters = constraint, names, parameters
         self.missing = missing
         """Names of parameters that the constraint binds but their modules no longer have."""
-        self.combine: Callable[[Tensor], Tensor] | None = None
-        """Adds the sums of its units over processes that each hold a part of the parameters; None: nothing to add."""
+        self.combine: Callable[[Tensor], None] | None = None
+        """Adds the sums of its units, ``(4, count)``, in place over the processes that hold some of the weights."""
         self.several = len(parameters) > 1
         """Whether it has more than one parameter."""
         spanning = None if constraint is None or not parameters else constraint.spanning_units

@@ -17,7 +17,7 @@ from symopt.optim.binding import Binding
 from symopt.optim.direction import Direction, Options, ParamGroup, State
 from symopt.optim.options import DEFAULTS, check_group
 from symopt.optim.own_step import own_step
-from symopt.optim.state import OWN_STATE
+from symopt.optim.state import OWN_STATE, pack_moments
 
 __all__ = ["Loading", "loading", "release", "writing_out"]
 
@@ -83,8 +83,10 @@ class Loading:
         self.final: ParamGroup = {}
         """What the last pre-hook leaves, which is what gets loaded."""
 
-    def restore(self, param_groups: list[ParamGroup], states: dict[Tensor, State], binding: BindingOf) -> None:
-        """Bring back what torch has lost.
+    def restore(
+        self, param_groups: list[ParamGroup], states: dict[Tensor, State], binding: BindingOf, direction: Direction
+    ) -> None:
+        """Bring back what torch has lost, and make moments per unit of those that were written out.
 
         torch casts float state to the parameter's dtype, which costs an fp32 state of bf16 weights its last bits
         (pytorch #43706).
@@ -102,6 +104,10 @@ class Loading:
                         states[p][key] = value.detach().to(device=p.device, copy=True)
                     elif constrained and value is None:
                         states[p].pop(key)
+        for one in dict.fromkeys(binding(p) for group in param_groups for p in group["params"]):
+            own = [states.get(p, {}) for p in one.parameters]
+            if one.constraint is not None and own_step(one.constraint) is None and all("imbalance" in s for s in own):
+                pack_moments(one, direction, own, per_weight=True)
 
 
 @contextmanager
@@ -159,7 +165,8 @@ def _check_options(where: str, defaults: ParamGroup, saved: ParamGroup) -> None:
         elif _is_number(default):
             fits = _is_number(value)
         else:
-            fits = value is None or isinstance(value, (bool, int, float, Tensor, type(default)))
+            text = (str,) if default is None else ()  # as of a backend
+            fits = value is None or isinstance(value, (bool, int, float, Tensor, type(default), *text))
         if not fits:
             raise ValueError(f"{where}: {key} is {value!r}, which cannot stand for {default!r}")
     if saved.get("decoupled_weight_decay", False) and not defaults.get("decoupled_weight_decay", True):

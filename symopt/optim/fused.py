@@ -230,7 +230,10 @@ def step_fused(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """One call of a fused kernel; on a GPU, what is a tensor there stays one, and nothing waits for it."""
+    """One call of a fused kernel, and one for each binding whose sums other processes have to see.
+
+    On a GPU, what is a tensor there stays one, and nothing waits for it.
+    """
     device = steps[0].slot.binding.parameters[0].device
 
     def number(x: Tensor | float) -> Tensor | float:
@@ -242,7 +245,8 @@ def step_fused(
         slot = step.slot
         stored = slot.binding.constraint is None or slot.has_budget or "critical" in slot.states[0]
         grads += step.aim(0.0 if stored else number(slot.strength(options)))
-    entries = [step.entry for step in steps]
+    alone = [step.entry for step in steps if step.slot.binding.combine is None]
+    shared = [([step.entry], step.slot.binding.combine) for step in steps if step.slot.binding.combine is not None]
     call: dict[str, Any] = {
         "lr": number(options["lr"]),
         "weight_decay": float(options.get("weight_decay", 0.0)),
@@ -252,10 +256,12 @@ def step_fused(
         "grad_scale": None if grad_scale is None else grad_scale.float(),
         **direction.settings(options),
     }
-    if kernel == "native":
-        native.step(entries, direction.row(options), **call)
-    else:
-        triton.step(entries, direction.row(options), found_inf=None if found_inf is None else found_inf.float(), **call)
+    for entries, combine in [(alone, None), *shared] if alone else shared:
+        if kernel == "native":
+            native.step(entries, direction.row(options), combine=combine, **call)
+        else:
+            overflow = None if found_inf is None else found_inf.float()
+            triton.step(entries, direction.row(options), found_inf=overflow, combine=combine, **call)
     # Autograd must see that the weights changed under it.
     torch.autograd.graph.increment_version([p for step in steps for p in step.slot.binding.parameters])
     for step in steps:

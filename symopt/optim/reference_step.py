@@ -126,7 +126,7 @@ def _step_units(slot: Slot, units: Units, options: Options, grad_scale: Tensor |
     sums = units_kernel.survey(units, grads, leads, weights)
     # combine
     if binding.combine is not None:
-        sums = binding.combine(sums)
+        binding.combine(sums)
     sizes = units.sizes(sums)
     scale: Tensor | float = 1.0
     if direction.scaled_by is not None:

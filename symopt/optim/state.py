@@ -12,7 +12,7 @@ from symopt.optim.direction import Direction, Options, State
 from symopt.optim.own_step import own_step
 from symopt_kernels.reference.gauge import math_dtype
 
-__all__ = ["OWN_STATE", "fit_plain", "flat_state", "prepare", "refresh", "write_back"]
+__all__ = ["OWN_STATE", "fit_plain", "flat_state", "pack_moments", "prepare", "refresh", "write_back"]
 
 OWN_STATE = ("imbalance", "metric_scale", "master", "group_index", BUDGET, "critical")
 """State keys of the constraint, which torch.optim does not have."""
@@ -81,33 +81,41 @@ def fit_plain(state: State, p: Tensor) -> None:
                 state[key] = value.to(p.dtype)
 
 
-def _share(binding: Binding, direction: Direction, states: list[State]) -> None:
-    """Make everything shared one tensor again: a checkpoint brings each parameter its own, moments per weight."""
+def pack_moments(binding: Binding, direction: Direction, states: list[State], *, per_weight: bool) -> None:
+    """Make one number per unit of second moments per weight, as checkpoints and unconstrained parameters have them.
+
+    Without ``per_weight``, those whose shape does not tell them apart are numbers per unit.
+    """
     count, groups, units = binding.moment_count(states[0]), binding.groups(states[0]), binding.units
-    if not binding.several and units is None:
-        p, state = binding.parameters[0], states[0]
-        for moment in direction.table:
-            value = state.get(moment.key)
-            whole = groups is not None and moment.per_unit and isinstance(value, Tensor) and value.shape == p.shape
-            if whole and p.shape != (count,):
-                assert isinstance(value, Tensor) and groups is not None
-                state[moment.key] = shared_moment(value, groups)
-        return
     shapes = [p.shape for p in binding.parameters]
+    if count is None or (not per_weight and all(shape == (count,) for shape in shapes)):
+        return
+    for key in [moment.key for moment in direction.table if moment.per_unit]:
+        found = [state.get(key) for state in states]
+        tensors = [x.to(math_dtype(p)) for x, p in zip(found, binding.parameters, strict=True) if isinstance(x, Tensor)]
+        if [x.shape for x in tensors] != shapes:
+            continue
+        if units is not None:
+            value = units.read_in(tensors)
+        else:
+            assert groups is not None
+            whole = torch.cat([x.flatten() for x in tensors]) if binding.several else tensors[0]
+            value = shared_moment(whole, groups)
+        for state in states:
+            state[key] = value
+
+
+def _share(binding: Binding, direction: Direction, states: list[State]) -> None:
+    """Make everything shared one tensor again: a checkpoint brings each parameter its own."""
+    # What the constraint has stepped before has an imbalance, and its moments are per unit since.
+    pack_moments(binding, direction, states, per_weight="imbalance" not in states[0])
+    if not binding.several:
+        return
     for key in _shared_keys(direction):
         found = [state[key] for state in states if key in state]
         if not found or (len(found) == len(states) and all(value is found[0] for value in found)):
             continue
         value = max(found, key=float) if key == "step" else found[0]
-        per_weight = len(found) == len(states) and [x.shape for x in found] == shapes
-        if key not in _SHARED and per_weight and not all(x.shape == (count,) for x in found):
-            if units is not None:
-                first = units.first(found)
-                mean = units.sum([x - units.expand(first, part) for x, part in zip(found, units.parts, strict=True)])
-                value = units.pack(first + mean / units.sizes(first), found)
-            else:
-                assert groups is not None
-                value = shared_moment(torch.cat([x.flatten() for x in found]), groups)
         for state in states:
             state[key] = value
 

@@ -120,6 +120,14 @@ def test_another_optimizers_state_is_refused(source: Any, target: Any) -> None:
     unchanged(before, pair)
 
 
+def test_an_option_that_is_none_by_default_may_be_text() -> None:
+    net = nn.Linear(4, 3, bias=False)
+    saved = symopt.Muon(net, adjust_lr_fn="match_rms_adamw", backend="reference").state_dict()
+    opt = symopt.Muon(net)
+    opt.load_state_dict(saved)
+    assert [opt.param_groups[0][key] for key in ("adjust_lr_fn", "backend")] == ["match_rms_adamw", "reference"]
+
+
 @cases(source=[torch.optim.AdamW, symopt.AdamW])
 def test_adam_does_not_become_adamw_by_loading(source: Any) -> None:
     net, pair = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), trained(symopt.Adam)
@@ -129,7 +137,7 @@ def test_adam_does_not_become_adamw_by_loading(source: Any) -> None:
     unchanged(before, pair)
     other = trained(symopt.AdamW)[1]
     other.load_state_dict(pair[1].state_dict())  # Adam's moments serve AdamW, which stays what it is
-    assert other.decoupled(other.param_groups[0]) and other.param_groups[0]["decoupled_weight_decay"]
+    assert other.direction.decoupled(other.param_groups[0]) and other.param_groups[0]["decoupled_weight_decay"]
 
 
 def test_a_truncated_file_is_refused_before_there_is_anything_to_load() -> None:

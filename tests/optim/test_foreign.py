@@ -32,7 +32,8 @@ from support.table import (
 )
 from support.tolerances import tolerance
 from symopt.backends import FUSED
-from symopt.constraints.base import Constraint, Factors, Outs, heavy_factor
+from symopt.constraints.base import Constraint, Factors, Outs
+from symopt.constraints.gauge import heavy_factor
 from symopt.optim.base import ConstrainedOptimizer
 from symopt.optim.direction import Direction, Moment, Moments, Options, State
 from symopt_kernels.groups import Groups

@@ -15,8 +15,8 @@ from support.table import (
     EVERY,
     MATRICES,
     OPTIMIZERS,
+    ConstraintRow,
     OptimizerRow,
-    PlaneRow,
     Row,
     bound_module,
 )
@@ -38,8 +38,9 @@ def spread(p: Tensor) -> None:
 
 
 def without_units(p: Tensor, row: Row) -> None:
-    """Every other unit is zero; of a plane, every other number."""
-    dead = torch.arange(p.numel()) if isinstance(row, PlaneRow) or row in MATRICES else labels(row.make(None), p.shape)
+    """Every other unit is zero, or every other number where units are no part of one parameter."""
+    units = isinstance(row, ConstraintRow) and row not in MATRICES
+    dead = labels(row.make(None), p.shape) if units else torch.arange(p.numel())
     p[(dead % 2 == 0).reshape(p.shape)] = 0
 
 

@@ -40,6 +40,26 @@ class PlaneRow:
 
 
 @dataclass(frozen=True)
+class UnitsRow:
+    """Units that span several parameters."""
+
+    id: str
+    shapes: tuple[tuple[int, ...], ...]
+    dims: tuple[int, ...]
+    """Along which each parameter is cut into slices."""
+    indices: tuple[tuple[int, ...], ...]
+    """Unit of every slice, -1 for none."""
+    factors: tuple[float, ...]
+
+    def make(self, strength: float | None, keep: float | int | None = None) -> Constraint:
+        """The constraint."""
+        indices = [None if index == (0, 1, 2, 3) else list(index) for index in self.indices]
+        groups = {f"w{i}": pair for i, pair in enumerate(zip(self.dims, indices, strict=True))}
+        factors = {f"w{i}": factor for i, factor in enumerate(self.factors)}
+        return symopt.GroupSparse(groups, strength, keep, factors=factors)
+
+
+@dataclass(frozen=True)
 class OptimizerRow:
     id: str
     cls: type[ConstrainedOptimizer]
@@ -52,7 +72,7 @@ def _checkerboard(w: torch.Tensor) -> torch.Tensor:
     return torch.arange(w.numel()).reshape(w.shape) % 3
 
 
-Row = ConstraintRow | PlaneRow
+Row = ConstraintRow | PlaneRow | UnitsRow
 
 CONSTRAINTS = [
     ConstraintRow("sparse", lambda k: symopt.Sparse(k), (6, 5)),
@@ -194,7 +214,27 @@ MATRICES = [
 ]
 """Constraints that see a weight as a matrix; their units are not weights or groups of them (test_lowrank.py)."""
 
-EVERY: list[Row] = [*CONSTRAINTS, *DEEP, *FREE, *PLANES, *MATRICES]
+UNITS = [
+    # What writes the channels of a convolution with its norm, and an embedding that writes the same ones.
+    UnitsRow(
+        "units-channels",
+        ((4, 3, 2, 2), (4,), (4,), (5, 4)),
+        (0, 0, 0, 1),
+        ((0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3), (2, 0, 3, 1)),
+        (1.0, 0.5, 3.0, 0.7),
+    ),
+    # Units of several slices, in any order, and slices of no unit, the first and the last among them.
+    UnitsRow(
+        "units-free-weights",
+        ((7, 3), (2, 6, 2), (5,)),
+        (0, 1, 0),
+        ((-1, 2, 0, -1, 1, 2, -1), (0, -1, 2, 1, 1, 0), (-1, 0, 2, 1, -1)),
+        (2.0, 1.0, 0.3),
+    ),
+    UnitsRow("units-alone", ((6, 5),), (1,), ((3, -1, 0, 3, 7),), (1.5,)),
+]
+
+EVERY: list[Row] = [*CONSTRAINTS, *DEEP, *FREE, *PLANES, *MATRICES, *UNITS]
 
 OPTIMIZERS = [
     OptimizerRow("sgd", symopt.SGD, torch.optim.SGD, 0.05),
@@ -226,7 +266,9 @@ def ids(row: Any) -> str:
     return str(row.id)
 
 
-def plane_module(row: PlaneRow, strength: float | None = 0.3, *, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+def plane_module(
+    row: PlaneRow | UnitsRow, strength: float | None = 0.3, *, dtype: torch.dtype = torch.float64
+) -> torch.nn.Module:
     """A module whose parameters ``w0``, ``w1``, ... obey the row's constraint together."""
     generator, module = torch.Generator().manual_seed(0), torch.nn.Module()
     for i, shape in enumerate(row.shapes):
@@ -247,7 +289,7 @@ def constrained_parameter(
 
 def bound_module(row: Row, strength: float | None = 0.3, *, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
     """A module whose parameters obey the row's constraint."""
-    if isinstance(row, PlaneRow):
+    if isinstance(row, (PlaneRow, UnitsRow)):
         return plane_module(row, strength, dtype=dtype)
     return constrained_parameter(row, strength=strength, dtype=dtype)
 
