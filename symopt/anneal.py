@@ -129,6 +129,8 @@ class Anneal:
             state = self.optimizer.state.get(binding.parameters[0], {})
             last = commit_step(plan, self.total_steps, self.commit)
             if is_due(plan, self.last_step, last) and not self._is_committed(binding, state):
+                if (own := own_step(constraint)) is not None:
+                    own.align(group, state, binding.parameters[0])
                 due[self._scheduled(group, binding, state)] = binding
         for decision in decide(due, self.last_step, self.total_steps, self.commit, self.plan):
             self._write(due[decision.scheduled], decision)
@@ -138,7 +140,6 @@ class Anneal:
         assert constraint is not None
         groups = binding.groups(state)
         if (own := own_step(constraint)) is not None:
-            own.align(group, state, p)
             weight = BudgetedWeight(binding.label, own.sizes(constraint, state, p), constraint, None)
         else:
             states = [self.optimizer.state.get(q, {}) for q in binding.parameters]

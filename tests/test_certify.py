@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import symopt
+from support.tolerances import tolerance
 
 TARGET = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
 CRITICAL = 2**0.5  # || (T - T^t) / 2 ||
@@ -84,7 +85,7 @@ def test_units_over_several_parameters_of_different_scale():
     (row,) = symopt.certify(net, opt, loss).rows
     assert row.verdict == "exact" and not net.weight[0].any() and net.bias[0] == 0 and net.bias[1] != 0
     assert row.critical == pytest.approx((0.2**2 + 2**2 * 0.1**2) ** 0.5)
-    assert row.kkt < 1e-9
+    assert row.kkt < 1e-7  # the root of a difference that rounds to some 1e-16
 
 
 @pytest.mark.parametrize("samples", [8, 40])
@@ -113,7 +114,9 @@ def test_adamw_counts_per_coordinate():
     p = 1 / ((second / (1 - 0.999**1500)).sqrt() + 1e-8)
     g = (net.weight - TARGET).detach()
     seen = groups.expand(p) * (g - g.T) / 2
-    assert row.critical == pytest.approx(float(seen.norm()) / 3**0.5, rel=1e-5)  # the step count is fp32, so beta2 is
+    assert row.critical == pytest.approx(
+        float(seen.norm()) / 3**0.5, rel=tolerance("fp32 mean")
+    )  # the step count is fp32, so beta2 is
     assert row.verdict == "exact"
 
 
@@ -144,7 +147,8 @@ def test_critical_strength_at_the_minimum_on_the_plane():
     residual = x.sum(0) @ best - y
     gap = ((x[0] - x[1]).T @ residual / len(y)).norm() / 2**0.5
     found = symopt.critical_strength(pair, loss, steps=60)
-    assert found == {"a.weight": pytest.approx(float(gap), rel=1e-4), "b.weight": pytest.approx(float(gap), rel=1e-4)}
+    near = pytest.approx(float(gap), rel=tolerance("critical strength"))
+    assert found == {"a.weight": near, "b.weight": near}
 
 
 def test_errors():

@@ -79,24 +79,6 @@ ALLOWED = {
     "lost": ("tests/",),
     "of": ("symopt/", "kernels/native/", "kernels/triton/", "kernels/orbits.py", "tests/", "benchmarks/"),
 }
-LEFT = {
-    "symopt/budgets/selection.py": {"cut", "each"},
-    "symopt/constraints/group_bridge.py": {"inside"},
-    "symopt/folding/rules.py": {"lost"},
-    "symopt/optim/dispatch.py": {"members"},
-    "symopt/optim/membership.py": {"inside", "members"},
-    "kernels/native/centred_tasks.h": {"members"},
-    "kernels/native/functions.h": {"members"},
-    "kernels/native/group.h": {"lost"},
-    "kernels/native/tasks.h": {"SMALL"},
-    "kernels/orbits.py": {"cut", "inside"},
-    "kernels/reference/elementwise.py": {"keep", "lost", "of", "spread"},
-    "kernels/reference/plane.py": {"lost"},
-    "kernels/triton/launch_plan.py": {"together"},
-}
-"""File -> words that are still to go."""
-
-
 def in_python(text: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Name):
@@ -136,19 +118,10 @@ def offences() -> dict[str, set[str]]:
 
 
 def test_retired_words_stay_away() -> None:
-    left = {
-        path: {word: (RETIRED | NOWHERE)[word] for word in sorted(words - LEFT.get(path, set()))}
-        for path, words in offences().items()
-        if words - LEFT.get(path, set())
+    found = {
+        path: {word: (RETIRED | NOWHERE)[word] for word in sorted(words)} for path, words in offences().items() if words
     }
-    assert left == {}
-
-
-def test_the_list_of_what_is_left_is_no_longer_than_it_must_be() -> None:
-    found = offences()
-    assert {
-        path: words - found.get(path, set()) for path, words in LEFT.items() if words - found.get(path, set())
-    } == {}
+    assert found == {}
 
 
 @cases(text=["held = 1", "x.held", "f(held=1)", "def held(): pass", "class held: pass", "def f(held): pass"])

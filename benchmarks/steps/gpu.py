@@ -33,6 +33,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     copies: int = 1
     """Tensors under one constraint."""
+    optimizer: Any = symopt.AdamW
 
 
 # Bytes per weight that each step must read and write; test_triton.py finds the same in the machine code.
@@ -48,6 +49,8 @@ CASES = (
     Case("AdamW, Tied, two copies", symopt.Tied, 24, 10, copies=2),
     Case('AdamW, Tied(strength, "elementwise"), two copies', lambda: symopt.Tied(0.3, "elementwise"), 14, 10, copies=2),
     Case("AdamW, ZeroMean", symopt.ZeroMean, 20, 8),
+    Case("AdamW, GroupSparse, units of two tensors", lambda: symopt.GroupSparse({"*": (0, None)}), 20, 8, copies=2),
+    Case("Lion, Sparse", symopt.Sparse, 12, 8, optimizer=symopt.Lion),
 )  # fmt: skip
 
 
@@ -64,9 +67,10 @@ def _optimizer(case: Case, side: int, count: int, backend: str) -> Any:
     torch.manual_seed(0)
     net = nn.ParameterList(torch.randn(side, side) / side**0.5 for _ in range(count * case.copies))
     net = net.to("cuda", case.dtype)
-    bonds = [tuple(str(i + j) for j in range(case.copies)) for i in range(0, len(net), case.copies)]
-    symopt.constrain(net, dict.fromkeys(bonds, case.make()))
-    opt = symopt.AdamW(net, lr=1e-3, capturable=True, backend=backend)
+    bound = [tuple(str(i + j) for j in range(case.copies)) for i in range(0, len(net), case.copies)]
+    symopt.constrain(net, dict.fromkeys(bound, case.make()))
+    options = {} if case.optimizer is symopt.Lion else {"capturable": True}
+    opt = case.optimizer(net, lr=1e-3, backend=backend, **options)
     for p in net:
         p.grad = torch.randn_like(p) * 1e-3
     return opt

@@ -65,6 +65,7 @@ def gap(kind: str, spread: float, seed: int, steps: int, kappa: float, make) -> 
     torch.manual_seed(seed)
     net = symopt.constrain(nn.Linear(p, 1, bias=False).double(), {"weight": symopt.Sparse(kappa)})
     opt = make(net)
+    opt.param_groups[0]["backend"] = "reference"  # the one that asks gauge.imbalance_law
     gauge.imbalance_law = law(kind)
     anneal = symopt.Anneal(opt, steps) if kind == "anneal" else None
     for _ in range(steps):

@@ -40,6 +40,7 @@ __all__ = [
     "DTYPES",
     "INSTRUCTIONS",
     "RETRACTIONS",
+    "ROWS",
     "THREADS",
     "UNAVAILABLE",
     "Entry",
@@ -53,6 +54,15 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_HAS = {
+    "sgd": "plain sparse nm sparse_free group units orbit centred basis",
+    "adam": "plain sparse nm sparse_free group units orbit centred basis",
+    "adamw": "plain sparse nm sparse_free group units orbit centred basis",
+    "lion": "plain sparse nm",
+}
+ROWS = frozenset((direction, retraction) for direction, has in _HAS.items() for retraction in has.split())
+"""The pairs of a direction and a retraction that it has."""
 
 
 def _pool() -> int | None:
@@ -131,8 +141,8 @@ def fill(
     """Point ``entry`` at a weight and its state; every tensor has the weight's strides, group values are flat.
 
     Moments are under their roles: ``first``, ``second`` and ``peak``, the largest second moment so far.  ``fresh`` says
-    that the first one holds nothing yet.  The gradient, the strengths and the pattern of ``nm``
-    are the caller's to set.
+    that the first one holds nothing yet.  The gradient, the strengths and the pattern of ``nm`` are the caller's to
+    set.
     """
     shape = layout(weight, groups)
     assert shape is not None
@@ -259,6 +269,7 @@ def step(
     for every :class:`UnitsEntry`, the sums ``gg, mm, mw, ww`` of its units over its parameters, ``(4, count)`` in
     fp64, to reduce them in place over other processes before anything moves.
     """
+    _check(entries, direction)
     settings = Settings(
         lr=lr,
         beta1=beta1,
@@ -287,6 +298,18 @@ def step(
         for entry in units:
             combine(entry.unit_sums)
     _call(LIBRARY.symopt_move_units, units, settings)
+
+
+def _check(entries: Sequence[Entry | PlaneEntry | UnitsEntry], direction: str) -> None:
+    """Raise for a direction that would run as another one."""
+    if direction not in _HAS:
+        raise ValueError(f"native: no direction {direction!r}; it has {', '.join(_HAS)}")
+    if direction != "lion":  # all others have all
+        return
+    for entry in entries:
+        name = RETRACTIONS[entry.retraction] if isinstance(entry, Entry) else type(entry).__name__
+        if (direction, name) not in ROWS:
+            raise ValueError(f"native: no direction {direction!r} with the retraction {name!r}")
 
 
 def _call(function: Any, entries: Sequence[Entry | PlaneEntry | UnitsEntry], settings: Settings) -> None:

@@ -12,13 +12,6 @@ from symopt_kernels.native import binding
 
 __all__ = ["NATIVE"]
 
-_ROWS = """
-    sgd   plain sparse nm sparse_free group units orbit centred basis
-    adam  plain sparse nm sparse_free group units orbit centred basis
-    adamw plain sparse nm sparse_free group units orbit centred basis
-    lion  plain sparse nm
-"""
-
 _CONTIGUOUS = ("units", "orbit", "centred", "basis")
 """Retractions of several tensors at once, which are read in row-major order."""
 
@@ -26,7 +19,7 @@ _CONTIGUOUS = ("units", "orbit", "centred", "basis")
 @final
 class _Native(Backend):
     name = "native"
-    rows = frozenset((row.split()[0], retraction) for row in _ROWS.split("\n") for retraction in row.split()[1:])
+    rows = binding.ROWS
     dtypes = binding.DTYPES
 
     @property

@@ -13,17 +13,17 @@ inline MeanMove onto_plane(const Mean& g, double reach) {
   return {along, along * g.update - g.off};
 }
 
-// What groups of `group_size` weights, or directions, lie off the plane by after a step through one gate.
+// What groups of so many weights, or directions, lie off the plane by after a step through one gate.
 struct Remainder {
   double reach, rate, back, own;
   bool coupled, snaps = false;
   Tally left;
 
-  Remainder(const std::vector<Mean>& means, double group_size, const StepConstants<double>& k, const Gate& gate,
+  Remainder(const std::vector<Mean>& means, double weights, const StepConstants<double>& k, const Gate& gate,
             bool attracted)
       : reach(k.lr * k.bias_correction1), rate(gate.t * k.decay_kept), back((1 - gate.own) * gate.square * gate.t),
         own(gate.own), coupled(k.direction == ADAM) {
-    for (const Mean& g : means) left.square += group_size * rest(g) * rest(g);
+    for (const Mean& g : means) left.square += weights * rest(g) * rest(g);
     left.sum = std::sqrt(left.square);
     snaps = left.sum <= SNAP * k.metric_scale && attracted;
     if (snaps) left = Tally();

@@ -93,10 +93,10 @@ extern const Functions avx2_fp32, avx2_fp64, avx512_fp32;  // fp64 on AVX-512 ta
 #endif
 
 // Adds what one group, or one direction, contributes.
-inline void add(PlaneSums& all, const Mean& g, double group_size) {
+inline void add(PlaneSums& all, const Mean& g, double weights) {
   const double d = g.step_scale * g.update;
-  all.ww += group_size * g.off * g.off, all.uu += group_size * g.update * g.update, all.uw += group_size * g.update * g.off;
-  all.dd += group_size * d * d, all.dw += group_size * d * g.off;
+  all.ww += weights * g.off * g.off, all.uu += weights * g.update * g.update, all.uw += weights * g.update * g.off;
+  all.dd += weights * d * d, all.dw += weights * d * g.off;
 }
 
 // Blocks of a segment, and where the i-th begins.

@@ -74,7 +74,7 @@ LOOP void combine_sums(int64_t n, T* __restrict second, T* __restrict peak, cons
   for (int64_t j = 0; j < n; j++) {
     double lr = k.lr, gain = 1, count = counts[j];
     if (DIRECTION != SGD) {
-      double v = beta2 * second[j] + share2 * (gg[j] / count);
+      double v = beta2 * second[j] + share2 * (gg[j] / larger(count, 1.0));
       second[j] = T(v);
       if (amsgrad) {
         double highest = peak[j];
@@ -95,10 +95,10 @@ LOOP void combine_sums(int64_t n, T* __restrict second, T* __restrict peak, cons
     double terms = a * a * ww[j] + b * b * uu[j], rest = terms - 2 * a * b * uw[j];
     double far = root(rest < NOISE * terms ? NOISE * terms : rest);
     bool small = far <= SNAP * scale, may_snap = norm <= snap_limit;
-    bool overflowed = !(far <= StepConstants<double>::largest);
+    bool overflows = !(far <= StepConstants<double>::largest);
     bool snapped = small & (pull < decay) & may_snap;
     bool stays = small & !may_snap & (far < norm);  // what lives within a budget does not vanish
-    double counted = (snapped | overflowed) ? 0.0 : stays ? norm : far;
+    double counted = (snapped | overflows) ? 0.0 : stays ? norm : far;
     sum += counted;
     square += counted * counted;
     shrink[j] = snapped ? T(0) : stays ? T(1) : T(a);

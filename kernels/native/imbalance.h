@@ -20,6 +20,7 @@ void write(const Entry& e, void* p, double x) {
   else *static_cast<float*>(p) = float(x);
 }
 
+// That of momentum, where the entry has some.
 double amplification(const Entry& e, const Settings& s) {
   return s.direction == SGD && e.first ? s.amplification : 1;
 }

@@ -57,8 +57,8 @@ std::string describe() {
     using Struct = Settings;
     size("Settings", sizeof(Struct));
     FIELD(lr) FIELD(beta1) FIELD(beta2) FIELD(eps) FIELD(momentum) FIELD(dampening) FIELD(weight_decay)
-    FIELD(amplification) FIELD(imbalance_factor) FIELD(grad_scale) FIELD(found_inf) FIELD(direction) FIELD(nesterov) FIELD(maximize)
-    FIELD(saturated) FIELD(threads) FIELD(instructions) FIELD(parallel)
+    FIELD(amplification) FIELD(imbalance_factor) FIELD(grad_scale) FIELD(found_inf) FIELD(direction)
+    FIELD(nesterov) FIELD(maximize) FIELD(saturated) FIELD(threads) FIELD(instructions) FIELD(parallel)
   }
 #undef FIELD
 #define NUMBER(name) number(#name, double(name));

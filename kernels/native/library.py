@@ -96,8 +96,7 @@ class Settings(Structure):
 
     _fields_: ClassVar = [
         *[(name, c_double) for name in ("lr", "beta1", "beta2", "eps", "momentum", "dampening", "weight_decay")],
-        ("amplification", c_double),
-        ("imbalance_factor", c_double),
+        *[(name, c_double) for name in ("amplification", "imbalance_factor")],
         ("grad_scale", c_void_p),
         ("found_inf", c_void_p),
         *[(name, c_int32) for name in ("direction", "nesterov", "maximize", "saturated", "threads", "instructions")],

@@ -15,12 +15,13 @@
 namespace symopt {
 namespace {
 
-// Where two to four copies have loops of their own: fp32 on the processors people train on.  All others take those of
-// any number of copies, at about twice the time, because these are half of what there is to compile.
+// Whether two to four copies have loops of their own: not on processors without AVX2, which nobody trains on, because
+// these loops are half of what there is to compile.  All others take those of any number of copies, at two to five
+// times the time.
 #ifdef SYMOPT_FUSED_COPIES
-template <class T> constexpr bool FUSED = sizeof(T) == 4;
+constexpr bool FUSED_COPIES = true;
 #else
-template <class T> constexpr bool FUSED = false;
+constexpr bool FUSED_COPIES = false;
 #endif
 
 template <int N> struct Number {
@@ -47,10 +48,10 @@ template <class T> struct Orbits {
   Array<Gathered<T>> gathered;  // where copies do not lie side by side in memory
   Array<Entry> entries;         // what is gathered, as the blocks see it
   int64_t n = 0, at = 0, start = 0, block = 0;
-  T step_scale[BLOCK];                               // Adam's preconditioner
-  T w_mean[BLOCK], u_mean[BLOCK];                    // of weight and update, over the copies
-  T along[BLOCK], shrink[BLOCK], shift[BLOCK];       // w' = w - along u_mean + shrink (w - w_mean) - shift (u - u_mean)
-  T ww[BLOCK], uu[BLOCK], uw[BLOCK], scratch[BLOCK];  // sums over the copies, of what is off the plane
+  T step_scale[ARRAY];                            // Adam's preconditioner
+  T w_mean[ARRAY], u_mean[ARRAY];                 // of weight and update, over the copies
+  T along[ARRAY], shrink[ARRAY], shift[ARRAY];    // w' = w - along u_mean + shrink (w - w_mean) - shift (u - u_mean)
+  T ww[ARRAY], uu[ARRAY], uw[ARRAY], scratch[ARRAY];  // sums over the copies, of what is off the plane
 
   Orbits(const PlaneEntry& p, const Segment& segment, const StepConstants<T>& constants)
       : plane(p), s(segment), k(constants), copies(s.copies), gathered(s.places ? s.copies : 0),
@@ -134,14 +135,17 @@ template <class T> struct Orbits {
   template <int N, class F> int32_t with_updates(const F& f) {
     for (int64_t j = 0; j < N; j++) copies[j].open(entry(j), k, at, n);
     const Entry& e = entry(0);
-    T *second = of_orbits(e.second), *peak = e.peak ? of_orbits(e.peak) : second;
+    T *second = of_orbits(e.second), *peak = of_orbits(e.peak);
     if (k.direction == SGD && (!e.first || e.fresh)) {
       for (int64_t j = 0; j < N; j++) copies[j].direct(entry(j), k);
       return f(From<GIVEN>(), streams<N>(), second, peak);
     }
     Copies<T, N> c = streams<N>();
     for (int64_t j = 0; j < N; j++) c.u[j] = first_moment_of(j);
-    return k.direction == SGD ? f(From<MOMENTUM>(), c, second, peak) : f(From<MOMENTS>(), c, second, peak);
+    if (k.direction == SGD && k.nesterov) return f(From<NESTEROV>(), c, second, peak);
+    if (k.direction == SGD) return f(From<MOMENTUM>(), c, second, peak);
+    if (peak) return f(From<AMSGRAD>(), c, second, peak);
+    return f(From<MOMENTS>(), c, second, peak);
   }
 
   template <int N> bool survey_few(PlaneSums& sums) {
@@ -170,7 +174,7 @@ template <class T> struct Orbits {
 
   // Calls f with the number of copies where there are loops for it, and says whether there are.
   template <class F> bool few(const F& f) {
-    if constexpr (FUSED<T>) switch (s.copies) {
+    if constexpr (FUSED_COPIES) switch (s.copies) {
         case 2: return f(Number<2>()), true;
         case 3: return f(Number<3>()), true;
         case 4: return f(Number<4>()), true;

@@ -12,7 +12,9 @@ namespace symopt {
 namespace {
 
 // Where the updates of the survey come from; those that are GIVEN are only read.
-enum Updates { GIVEN, MOMENTUM, MOMENTS };
+enum Updates { GIVEN, MOMENTUM, NESTEROV, MOMENTS, AMSGRAD };
+
+constexpr bool is_adaptive(Updates updates) { return updates == MOMENTS || updates == AMSGRAD; }
 
 template <class T, int N> struct Copies {
   const T* g[N];
@@ -50,24 +52,21 @@ template <class T, int N> inline T length(const T (&off)[N]) {
 // Numbers of the moments, by value: loops must not fear that what they write changes them.
 template <class T, int N> struct Rates {
   T share1, beta2, share2, correction2, eps, momentum, undamped;
-  bool nesterov, amsgrad;
-  Rates(const StepConstants<T>& k, bool has_peak)
+  explicit Rates(const StepConstants<T>& k)
       : share1(k.one_minus_beta1), beta2(k.beta2), share2(k.one_minus_beta2 / N), correction2(k.bias_correction2),
-        eps(k.eps), momentum(k.momentum), undamped(k.undamped), nesterov(k.nesterov), amsgrad(has_peak) {}
+        eps(k.eps), momentum(k.momentum), undamped(k.undamped) {}
 };
 
 // The copies of an orbit and their updates, once the moments are advanced; returns what Adam divides by, else 1.
-// Without amsgrad `peak` is `second`, which is then written twice: a loop of its own would be half as many again to
-// compile.
 template <class T, int N, Updates UPDATES>
 inline T advance(int64_t i, const Copies<T, N>& c, T* second, T* peak, const Rates<T, N>& r, T (&w)[N], T (&x)[N]) {
   EACH_COPY w[j] = c.w[j][i], x[j] = c.u[j][i];
-  if (UPDATES == MOMENTUM) EACH_COPY {
-      const T g = c.g[j][i], buffer = r.momentum * x[j] + r.undamped * g, ahead = g + r.momentum * buffer;
-      c.u[j][i] = buffer;
-      x[j] = r.nesterov ? ahead : buffer;
+  if (UPDATES == MOMENTUM || UPDATES == NESTEROV) EACH_COPY {
+      x[j] = r.momentum * x[j] + r.undamped * c.g[j][i];
+      c.u[j][i] = x[j];
+      if (UPDATES == NESTEROV) x[j] = c.g[j][i] + r.momentum * x[j];
     }
-  if (UPDATES != MOMENTS) return 1;
+  if (!is_adaptive(UPDATES)) return 1;
   T squares = 0;
   EACH_COPY {
     T g = c.g[j][i];
@@ -77,8 +76,10 @@ inline T advance(int64_t i, const Copies<T, N>& c, T* second, T* peak, const Rat
   }
   T v = r.beta2 * second[i] + r.share2 * squares;
   second[i] = v;
-  v = r.amsgrad & (v <= peak[i]) ? peak[i] : v;
-  peak[i] = v;
+  if (UPDATES == AMSGRAD) {
+    v = v <= peak[i] ? peak[i] : v;
+    peak[i] = v;
+  }
   return root(v * r.correction2) + r.eps;
 }
 
@@ -93,8 +94,8 @@ template <int N> void keep_largest(PlaneSums& s, double largest, double nan_or_f
 template <class T, int N, Updates UPDATES>
 LOOP int32_t survey_copies(int64_t n, const Copies<T, N> c, T* second, T* peak, T* on, const StepConstants<T>& k,
                            PlaneSums& s) {
-  constexpr bool adaptive = UPDATES == MOMENTS;
-  const Rates<T, N> rates(k, peak != second);
+  constexpr bool adaptive = is_adaptive(UPDATES);
+  const Rates<T, N> rates(k);
   const T reach = k.lr * k.bias_correction1, decoupled = k.direction == ADAMW ? T(1) : T(0);
   T ww = 0, uu = 0, uw = 0, dd = 0, dw = 0, update_sq = 0, sum_inverse = 0, largest = 0;
   int32_t differing = 0;
@@ -149,8 +150,8 @@ LOOP double move_copies(int64_t n, const Copies<T, N> c, const T* second, const 
 template <class T, int N, Updates UPDATES, bool BALANCED>
 LOOP int32_t step_copies_by_orbit(int64_t n, const Copies<T, N> c, T* second, T* peak, const StepConstants<T>& k,
                                   PlaneSums& s, Tally& tally) {
-  constexpr bool adaptive = UPDATES == MOMENTS;
-  const Rates<T, N> rates(k, peak != second);
+  constexpr bool adaptive = is_adaptive(UPDATES);
+  const Rates<T, N> rates(k);
   const T imbalance = k.imbalance, scale = k.metric_scale;
   const T kept = k.decay_kept, reach = k.lr * k.bias_correction1, snap = T(SNAP) * scale;
   const bool coupled = adaptive && k.direction == ADAM;

@@ -128,11 +128,13 @@ template <class T> void scatter(bool half, const Where& w, const void* from, voi
   else scatter_as<T>(w, from, to);
 }
 
-// One copy of the orbits of a block, side by side; arrays of full pages would be taken for one another.
+// Length of arrays that hold a block: a cache of eight ways has no room for a dozen that all begin a page.
+constexpr int64_t ARRAY = BLOCK + 32;
+
+// One copy of the orbits of a block, side by side.
 template <class T> struct Gathered {
-  static constexpr int64_t N = BLOCK + 32;
-  T weight[N], grad[N];  // or half-precision numbers
-  T master[N], first[N];
+  T weight[ARRAY], grad[ARRAY];  // or half-precision numbers
+  T master[ARRAY], first[ARRAY];
 };
 
 }  // namespace

@@ -16,7 +16,7 @@ from torch import Tensor
 from symopt_kernels.reference.directions import amplification
 from symopt_kernels.triton import table
 from symopt_kernels.triton.backend import BACKEND, DIRECTIONS, DTYPES, PATTERNS, ROWS, why_not
-from symopt_kernels.triton.launch_plan import Bucket, LaunchPlan, gradients_aligned
+from symopt_kernels.triton.launch_plan import Bucket, LaunchPlan
 from symopt_kernels.triton.table import INTERPRETED, UNAVAILABLE, Entry, fill, tile
 from symopt_kernels.triton.table_planes import PlaneEntry, fill_plane
 from symopt_kernels.triton.table_units import UnitsEntry, fill_units
@@ -180,7 +180,7 @@ def step(
     from symopt_kernels.triton.constants import LaunchSettings
 
     plan = entries[0].plan
-    if plan is None or plan.entries != list(entries) or plan.gradients_aligned != gradients_aligned(entries):
+    if not (isinstance(plan, LaunchPlan) and plan.holds(entries)):
         plan = entries[0].plan = LaunchPlan(entries)
     lr_at = lr if isinstance(lr, Tensor) else None
     given = LaunchSettings(

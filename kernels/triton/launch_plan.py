@@ -104,9 +104,13 @@ class LaunchPlan:
                 form = (*form, bool(entry.fields["aligned"]) and all(gradients_aligned([entry])))
             found.setdefault((entry.device, (*key, form)), []).append(entry)
         self.buckets: list[tuple[tuple[Any, ...], Bucket]] = []
-        for (_, key), bucketed in found.items():
-            bucket = Bucket(bucketed)
+        for (_, key), sharing in found.items():
+            bucket = Bucket(sharing)
             self.buckets.append(((*key[:-1], bucket.forms) if key[0] == "units" else key, bucket))
+
+    def holds(self, entries: Sequence[Entry]) -> bool:
+        """Whether it is still that of these entries."""
+        return self.entries == list(entries) and self.gradients_aligned == gradients_aligned(entries)
 
 
 def gradients_aligned(entries: Sequence[Entry]) -> list[bool]:

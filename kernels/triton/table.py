@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ from torch import Tensor
 from symopt_kernels.groups import Groups
 from symopt_kernels.native.binding import layout
 from symopt_kernels.reference.gauge import SAMPLE
-
-if TYPE_CHECKING:
-    from symopt_kernels.triton.launch_plan import LaunchPlan
 
 __all__ = [
     *("FIELDS", "INTERPRETED", "UNAVAILABLE", "Entry"),
@@ -97,7 +94,8 @@ class Entry:
         self.grad = 0
         self.strength_kept: float | Tensor = 0.0
         self.strength_pruned: float | Tensor = 0.0
-        self.plan: LaunchPlan | None = None
+        self.plan: object = None
+        """The ``LaunchPlan`` of the entries that it is the first of."""
         self.counted: tuple[Tensor, int] | None = None
         self.device = torch.device("cpu")
         self.has_momentum: Tensor | None = None

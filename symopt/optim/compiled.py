@@ -8,29 +8,42 @@ recompile for.
 from __future__ import annotations
 
 from itertools import count
-from typing import Any
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from symopt.optim.direction import ParamGroup
+from symopt.optim.membership import Membership
+
 __all__ = ["register", "trace"]
 
+class Stepped(Protocol):
+    """What this file needs of an optimizer."""
+
+    number: int
+    membership: Membership
+    param_groups: list[ParamGroup]
+
+    def take_step(self) -> None: ...
+
+
 _numbers = count()
-_optimizers: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_optimizers: WeakValueDictionary[int, Stepped] = WeakValueDictionary()
 
 _library = torch.library.Library("symopt", "DEF")
 _library.define("step(int optimizer, Tensor(a!)[] weights, Tensor[] grads) -> ()")
 
 
-def register(optimizer: Any) -> int:
+def register(optimizer: Stepped) -> int:
     """A number by which the operator finds ``optimizer`` again."""
     number = next(_numbers)
     _optimizers[number] = optimizer
     return number
 
 
-def trace(optimizer: Any) -> None:
+def trace(optimizer: Stepped) -> None:
     """What the compiler sees of ``optimizer.step()``."""
     # Not by way of param_groups: Dynamo would guard every number in them.
     params = [p for p in optimizer.membership.parameters if p.grad is not None]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import symopt
+from support.tolerances import tolerance
 from symopt_kernels.reference import elementwise, gauge
 
 MAKE = {
@@ -47,7 +48,7 @@ def test_rebalancing_a_zero_scales_what_is_left_of_it(depth, keep):
     factors = (torch.zeros(3), *(torch.tensor([1.0, 1e-3, 4.0]) for _ in range(depth - 1)))
     new = elementwise.rebalance(factors, keep)
     for before, after in zip(factors, new, strict=True):
-        torch.testing.assert_close(after * after, keep * before * before, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(after * after, keep * before * before, rtol=tolerance("fp32"), atol=0.0)
 
 
 @pytest.mark.parametrize("depth", [2, 3, 5])
@@ -56,7 +57,7 @@ def test_full_balance_keeps_small_weights(depth):
         depth - 1
     )
     new = elementwise.rebalance(factors, 0.0)
-    torch.testing.assert_close(gauge.product(new), factors[0], rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(gauge.product(new), factors[0], rtol=tolerance("factor step"), atol=0.0)
 
 
 def test_report_of_an_explicit_module_is_that_of_its_plain_weights():
@@ -71,7 +72,7 @@ def test_report_of_an_explicit_module_is_that_of_its_plain_weights():
     one, two = symopt.report(explicit), symopt.report(plain)
     assert (one.parameters, one.parameters_folded) == (two.parameters, two.parameters_folded) == (28, 28)
     assert one.rows[0].zeros == two.rows[0].zeros == 6 and one.unconstrained == two.unconstrained == ("bias",)
-    assert one.rows[0].penalty == pytest.approx(two.rows[0].penalty, rel=1e-6)
+    assert one.rows[0].penalty == pytest.approx(two.rows[0].penalty, rel=tolerance("fp32"))
 
 
 @pytest.mark.filterwarnings("ignore:.* all of its weights have become zero")

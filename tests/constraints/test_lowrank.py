@@ -336,6 +336,14 @@ def test_a_budget_is_met_exactly(row, opt_row):
     assert symopt.fold(module).fold_config["cut"] == {"weight": 0}
 
 
+def test_a_training_that_is_long_enough_begins_to_impose_its_budget():
+    module = parameter(randn(6, 5), symopt.LowRank(rank=2))
+    opt = symopt.AdamW(module, lr=0.1)
+    anneal = symopt.Anneal(opt, total_steps=10_000)
+    train(module, opt, 1, anneal=anneal)  # whether it is long enough is asked again after the first step
+    assert float(opt.state[module.weight]["budget"][1]) > 0 and live(opt, module.weight) == 5
+
+
 def test_without_anneal_a_budget_is_refused():
     module = parameter(randn(5, 4), symopt.LowRank(rank=2))
     opt = symopt.AdamW(module)

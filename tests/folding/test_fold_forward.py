@@ -7,6 +7,7 @@ from torch import nn
 import symopt
 from support.cases import cases
 from support.networks import IMAGE, LINE, LINES, chain, folded, kill, outputs, widths
+from support.tolerances import tolerance
 from symopt.folding import rules
 from symopt.folding.fold import fold
 
@@ -124,7 +125,7 @@ def test_two_readers_of_one_layer():
     small = fold(net)
     assert widths(small) == {"a": (4, 4), "b": (2, 4), "c": (3, 4)}
     for mine, theirs in zip(outputs(small, LINE), outputs(net, LINE), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(mine, theirs, rtol=tolerance("factor step"), atol=tolerance("factor step"))
 
 
 def test_a_subclass_that_only_adds_constraints_is_a_layer():

@@ -11,6 +11,7 @@ import random
 import torch
 from torch import nn
 
+from support.tolerances import tolerance
 from symopt.folding.fold import fold
 
 _seeded = torch.Generator().manual_seed(0)
@@ -57,7 +58,9 @@ def folded(net, *inputs, example=False):
     """Fold, and check all that must hold always."""
     before = {key: t.clone() for key, t in net.state_dict().items()}
     small = fold(net, inputs if example else None)
-    torch.testing.assert_close(outputs(small, *inputs), outputs(net, *inputs), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        outputs(small, *inputs), outputs(net, *inputs), rtol=tolerance("folded"), atol=tolerance("folded")
+    )
     assert all(torch.equal(t, before[key]) for key, t in net.state_dict().items())
     assert [m.training for m in small.modules()] == [m.training for m in net.modules()]
     again = fold(small, inputs if example else None)

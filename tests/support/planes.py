@@ -12,6 +12,7 @@ from torch import Tensor
 import symopt
 from support.runs import Run, gradient
 from support.table import OPTIMIZERS, PLANES, OptimizerRow, PlaneRow, plane_module
+from support.tolerances import tolerance
 
 
 def planes(backend: str, device: str = "cpu") -> list[PlaneRow]:
@@ -137,3 +138,132 @@ def along(run: Run, t: int) -> list[Tensor]:
 
 def three_views(k: float | None) -> symopt.Constraint:
     return symopt.Tied(k, views=[slice(1, 31), lambda w: w[:, 2:32].T, lambda w: w[0].reshape(-1, 40)[:30]])
+
+
+F64 = {"dtype": torch.float64}
+
+
+def close(a, b, kind="projection", scale=1.0):
+    tol = tolerance(kind)
+    torch.testing.assert_close(a, b, rtol=tol, atol=tol * scale)
+
+
+def matrix(row):
+    """The projection off the plane, ``I - P``."""
+    n = sum(torch.Size(shape).numel() for shape in row.shapes)
+    equations = torch.stack(row.equations(torch.eye(n, **F64)))
+    return torch.linalg.pinv(equations) @ equations
+
+
+def bound(row, strength=0.3):
+    module = plane_module(row, strength)
+    return module, tuple(module.parameters()), symopt.constraints(module)["w0"]
+
+
+def randn(shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), **F64)
+
+
+def orbits(off):
+    """Label of every weight: those that the projection mixes, directly or not, share one."""
+    label = torch.arange(len(off))
+    for _ in range(len(off)):
+        label = torch.where(off.abs() > 1e-12, label, len(off)).amin(1).minimum(label)
+    return label
+
+
+class Pair(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.a, self.b, self.out = torch.nn.Linear(5, 4), torch.nn.Linear(5, 4), torch.nn.Linear(4, 1)
+        for p in self.parameters():
+            torch.nn.init.normal_(p, 0.0, 0.3, generator=generator)
+
+    def forward(self, x):
+        return self.out(self.a(x[:, :5]).relu() + self.b(x[:, 5:]).relu())
+
+
+KEYS = {("a.weight", "b.weight"): symopt.Tied(), ("a.bias", "b.bias"): symopt.Tied(mode="elementwise")}
+
+
+def pair():
+    return symopt.constrain(Pair(), KEYS)
+
+
+def fit(net, opt, steps):
+    x = randn((30, 10), 7).float()
+    for _ in range(steps):
+        opt.zero_grad()
+        loss = (net(x) - 1).square().mean()
+        (-loss if opt.param_groups[0]["maximize"] else loss).backward()
+        opt.step()
+
+
+class ExplicitPlane:
+    """One step on factors, from a weight in the gauge of the optimizer's imbalance."""
+
+    def __init__(self, row, constraint, opt_row):
+        self.off, self.options, self.name = matrix(row), opt_row.options, opt_row.torch_cls.__name__
+        self.label = orbits(self.off)
+        self.coordinates = getattr(constraint, "form", "gate") == "coordinates"
+        gate = self.label if getattr(constraint, "mode", "joint") == "elementwise" else torch.zeros_like(self.label)
+        self.gate = torch.nn.functional.one_hot(torch.unique(gate, return_inverse=True)[1]).double()
+        self.member = torch.nn.functional.one_hot(torch.unique(self.label, return_inverse=True)[1]).double()
+        self.state = {}
+
+    def direction(self, g):
+        """What is subtracted at lr 1, and the preconditioner of every weight."""
+        g = -g if self.options.get("maximize") else g
+        s = self.state
+        if self.name == "SGD":
+            momentum, dampening = self.options.get("momentum", 0.0), self.options.get("dampening", 0.0)
+            if not momentum:
+                return g, torch.ones_like(g)
+            s["m"] = momentum * s["m"] + (1 - dampening) * g if "m" in s else g
+            update = g + momentum * s["m"] if self.options.get("nesterov") else s["m"]
+            return update, torch.full_like(g, (1 - dampening) / (1 - momentum))
+        b1, b2 = self.options.get("betas", (0.9, 0.999))
+        k = s["k"] = s.get("k", 0) + 1
+        s["m"] = b1 * s.get("m", 0) + (1 - b1) * g
+        square = self.member @ ((g * g @ self.member) / self.member.sum(0))
+        v = s["v"] = b2 * s.get("v", 0) + (1 - b2) * square
+        if self.options.get("amsgrad"):
+            v = s["peak"] = torch.maximum(s.get("peak", v), v)
+        p = 1 / (v.sqrt() / (1 - b2**k) ** 0.5 + 1e-8)
+        return p * s["m"] / (1 - b1**k), p
+
+    def step(self, w, g, c, scale, lr, strength, saturated):
+        update, p = self.direction(g)
+        delta, on = lr * update, w - self.off @ w
+        sizes = self.gate.sum(0)
+        if self.name == "AdamW":
+            spread = (self.off.trace() if len(sizes) == 1 else (sizes - 1).clamp(min=1)) ** 0.5
+            decay = lr * strength * (self.gate @ torch.as_tensor(spread).expand(len(sizes)).double())
+            p = torch.ones_like(p)
+        else:
+            decay = lr * strength * p
+        off, pull = self.off @ w, self.off @ delta
+        if self.coordinates:
+            q = self.basis
+            z, dz = q.T @ w, q.T @ delta
+            rate = decay[0] / (self.off.trace() ** 0.5 if self.name == "AdamW" else 1.0)
+            metric = (c * c + 4 * z * z).sqrt()
+            t = 1 / torch.maximum(metric, torch.maximum(scale, rate + dz.abs())) if saturated else 1.0
+            u = ((c + metric) / 2).sqrt()
+            v = z / u
+            rho = 1 - t * rate
+            new = (rho * u - t * dz * v) * (rho * v - t * dz * u)
+            return on - (delta - pull) + q @ new
+        uniform = self.name == "AdamW"  # else the gate's rate is the harmonic mean
+        own = (decay @ self.gate) / sizes if uniform else sizes / ((1 / decay) @ self.gate)
+        metric = (c * c + 4 * (off * off) @ self.gate).sqrt()
+        norm = ((pull * pull) @ self.gate).sqrt()
+        t = 1 / torch.maximum(metric, torch.maximum(scale, own + norm)) if saturated else 1 / own.clamp(min=1)
+        s = ((c + metric) / 2).sqrt()
+        d = torch.where(self.gate @ s > 0, off / (self.gate @ s), 0.0)
+        seen = pull if uniform else pull * (self.gate @ own) / decay  # the gradient behind its preconditioner
+        t_each = self.gate @ t
+        s_new = (1 - t * own) * s - t * ((seen * d) @ self.gate)
+        d_new = (1 - t_each * decay) * d - t_each * pull * (self.gate @ s)
+        return on - (delta - pull) + (self.gate @ s_new) * d_new

@@ -5,19 +5,38 @@ Gradients are functions of the weight and the step, so that an error is fed back
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import symopt
 from support.oracles import STRENGTH, Explicit
-from support.table import ConstraintRow, OptimizerRow, constrained_parameter
+from support.table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter
 from support.tolerances import tolerance
 
-HALF = [torch.bfloat16, torch.float16]
-
-
 Run = tuple[nn.Module, Any]
+
+STEPS = 20
+HALF = [torch.bfloat16, torch.float16]
+ROWS = [*CONSTRAINTS, ConstraintRow("sparse-free", lambda k: symopt.Sparse(k, gauge="free"), (6, 5))]
+SOME = [row for row in ROWS if row.id in ("sparse", "group-in-conv", "group-index", "sparse-free")]
+FEW = [row for row in OPTIMIZERS if row.id in ("sgd-nesterov", "adam-amsgrad", "adamw")]
+KINDS: dict[str, Callable[[], symopt.Constraint]] = {
+    "sparse": lambda: symopt.Sparse(0.3),
+    "free": lambda: symopt.Sparse(0.3, gauge="free"),
+    "out": lambda: symopt.GroupSparse("out", 0.3),
+    "in": lambda: symopt.GroupSparse("in", 0.3),
+    "block": lambda: symopt.GroupSparse("block:1x2", 0.3),
+    "index": lambda: symopt.GroupSparse(lambda w: torch.arange(w.numel()).reshape(w.shape) % 5, 0.3),
+}
+
+
+def stepped(run: Run, steps: int = 3) -> Run:
+    for t in range(steps):
+        step(run, t)
+    return run
 
 
 def gradient(p: Tensor, t: int) -> Tensor:
@@ -123,3 +142,12 @@ def follow(
         opt.step()
         oracle.step(g)
         oracle.compare(p, opt)
+
+
+def made(shape: tuple[int, ...], constraint: symopt.Constraint, place: Any = None, dtype: Any = torch.float64) -> Any:
+    """A module with a constrained ``weight`` and an unconstrained ``bias``."""
+    module = nn.Module()
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    module.weight = nn.Parameter(value if place is None else place(value))
+    module.bias = nn.Parameter(torch.ones(3, dtype=dtype))
+    return symopt.constrain(module, {"weight": constraint})

@@ -14,6 +14,16 @@ FORMULAS = {
     "projection": 1e-12,
     # Mechanically identical computations.
     "exact": 0.0,
+    # A sum or product of a few fp32 numbers.
+    "fp32": 1e-6,
+    # Means of some hundreds of fp32 numbers in another order, or powers of a beta that fp32 has rounded.
+    "fp32 mean": 1e-5,
+    # Factors at another imbalance: their product, to which they cancel from up to 1e5 times its size, ...
+    "rebalanced product": 1e-9,
+    # ... and the differences of their squares, which cancel once more.
+    "rebalanced differences": 1e-7,
+    # Outputs of a folded fp64 network of up to six layers, whose matrix products are now of other sizes.
+    "folded": 1e-10,
     # scipy.integrate.quad at its default absolute and relative error of 1.5e-8.
     "quadrature": 1.5e-8,
 }
@@ -29,6 +39,10 @@ WHERE_TRAINING_ENDS = {
     "stationary": 1e-9,
     # Thresholds on the strength are located from both sides at +-1 %.
     "threshold": 0.01,
+    # A critical strength measured after some thousand steps near the plane.
+    "critical strength": 1e-4,
+    # The scale of a weight on its plane, against 400 random ones.
+    "typical scale": 0.1,
     # First-order laws (collapse time, signal-to-noise) hold up to O(lr) and finite c.
     "law": 0.05,
     # scikit-learn's share of zeros to a tenth of a percentage point.

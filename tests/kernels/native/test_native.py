@@ -420,7 +420,7 @@ def test_a_tensor_large_enough_for_large_chunks(threads: None) -> None:
 @cases(direction=DIRECTIONS, retraction=RETRACTIONS)
 def test_a_step_of_length_zero_changes_no_bit_of_a_weight(direction: str, retraction: str) -> None:
     """Nor of factors and masters.  Only a negative zero may lose its sign."""
-    for case in itertools.islice(product_of_axes(direction, retraction), 0, None, 5):
+    for case in product_of_axes(direction, retraction):
         for decay in (None, 0.0) if retraction == "sparse_free" else (None,):
             problem = make(case)
             for key in ("w", "master"):

@@ -14,12 +14,14 @@ import pytest
 import torch
 
 import symopt
+from support import cases as case_support
 from support import planes as plane_runs
 from support import runs as runs_of
+from support.cases import cases, some
 from support.interpreter import DEVICE, poisoned, pytestmark
-from support.planes import FEW, SIMPLE, along, large, make_equal, nearly, planes, tied, weights
+from support.planes import FEW, SIMPLE, along, constraint_of, large, make_equal, nearly, planes, tied, weights
 from support.runs import HALF, Run, gradient, step_alike, take, tensors
-from support.table import OPTIMIZERS, OptimizerRow, PlaneRow, ids, plane_module
+from support.table import OPTIMIZERS, OptimizerRow, PlaneRow, plane_module
 from symopt_kernels.triton import launch as triton_launch
 from symopt_kernels.triton import table as triton_table
 
@@ -27,15 +29,27 @@ __all__ = ["poisoned", "pytestmark"]
 
 TIES = planes("triton", DEVICE)
 OTHERS = {row.id: row for row in TIES if row not in SIMPLE}
-_PAIRS = [(row, opt_row) for row in TIES for opt_row in (OPTIMIZERS if row in SIMPLE else FEW)]
-every_pair = pytest.mark.parametrize(("row", "opt_row"), _PAIRS, ids=ids)
 # Three copies, two copies element-wise, one and two gathered; coordinates of groups and of several tensors.
 COORDINATES = [OTHERS["zero-mean"], OTHERS["mirror-basis-two"]]
-some_ties = pytest.mark.parametrize("row", [SIMPLE[1], SIMPLE[2], OTHERS["symmetric"], *COORDINATES], ids=ids)
-few_optimizers = pytest.mark.parametrize("opt_row", FEW, ids=ids)
+FEW_TIES = [SIMPLE[1], SIMPLE[2], OTHERS["symmetric"], *COORDINATES]
 
 
-def some(row: PlaneRow) -> PlaneRow:
+def kernel_of(row: PlaneRow) -> tuple[object, ...]:
+    """What tells rows apart that are stepped by different kernels, or differently compiled ones."""
+    return constraint_of(plane_module(row)).retraction, row in SIMPLE or "elementwise" in row.id
+
+
+def in_turn(row: PlaneRow, opt_row: OptimizerRow) -> bool:
+    """Every row, and every kernel with every optimizer; the simple ones with all variants of the optimizers."""
+    optimizers = OPTIMIZERS if row in SIMPLE else FEW
+    alike = [other for other in TIES if kernel_of(other) == kernel_of(row)]
+    if opt_row not in optimizers:
+        return False
+    turn = optimizers.index(opt_row) - alike.index(row)
+    return case_support.EXHAUSTIVE or turn % min(len(alike), 4) == 0
+
+
+def unaligned(row: PlaneRow) -> PlaneRow:
     """Several blocks, the last one not full; no multiple of what 128 bits hold."""
     return large(row, (9, 11))
 
@@ -48,13 +62,13 @@ both = functools.partial(plane_runs.both, dtype=torch.float32, fused="triton", d
 close = functools.partial(runs_of.close, kind="backends, fp32")
 
 
-@every_pair
+@cases(where=in_turn, row=TIES, opt_row=OPTIMIZERS)
 def test_many_steps(row: PlaneRow, opt_row: OptimizerRow) -> None:
     """Strengths, formats, shapes and the other choices rotate."""
     i, j = TIES.index(row), OPTIMIZERS.index(opt_row)
     dtype, unbounded = (torch.float32, *HALF)[(i + 2 * j) % 3], (i + j) % 5 == 4
     # Without the time scale many weights grow without bounds.
-    made = row if unbounded else (some, aligned)[(i + j // 2) % 2](row)
+    made = row if unbounded else (unaligned, aligned)[(i + j // 2) % 2](row)
     options = {"maximize": j % 3 == 0, "time_scale": "none" if unbounded else "saturated"}
     runs = both(made, opt_row, (None, 0.3)[(i + j) % 2], dtype=dtype, **options)
     start = [w.clone() for w in weights(runs[0])]
@@ -70,12 +84,10 @@ ONTO += [(OTHERS[name], None, 1, 0.0) for name in ("tied-slices-elementwise", "s
 ONTO += [(row, *case) for row in (*COORDINATES, OTHERS["zero-mean-in"]) for case in ((None, 1, 0.0), (20.0, -1, 0.1))]
 
 
-@pytest.mark.parametrize(("row", "strength", "sign", "imbalance"), ONTO, ids=lambda x: getattr(x, "id", str(x)))
-@few_optimizers
-def test_onto_the_plane_and_along_it(
-    row: PlaneRow, opt_row: OptimizerRow, strength: float | None, imbalance: float, sign: int
-) -> None:
+@some(case=ONTO, opt_row=FEW)
+def test_onto_the_plane_and_along_it(case: tuple[PlaneRow, float | None, int, float], opt_row: OptimizerRow) -> None:
     """Gradients that differ by little: the plane is reached and held bit for bit."""
+    row, strength, sign, imbalance = case
     runs = both(row, opt_row, strength, imbalance=imbalance, lr=0.02)
     nearly(runs, 0.003)
     arrived: list[int] = []
@@ -91,11 +103,10 @@ def test_onto_the_plane_and_along_it(
     assert imbalance > 0
 
 
-@few_optimizers
-@pytest.mark.parametrize("row", [SIMPLE[1], SIMPLE[2], OTHERS["symmetric"], COORDINATES[0]], ids=ids)
+@some(row=FEW_TIES[:-1], opt_row=FEW)
 def test_blocks_that_are_on_the_plane_beside_others_that_are_not(row: PlaneRow, opt_row: OptimizerRow) -> None:
     for strength, imbalance in ((None, 0.0), (0.3, 1.0)):
-        runs = both(some(row), opt_row, strength, imbalance=imbalance)
+        runs = both(unaligned(row), opt_row, strength, imbalance=imbalance)
         make_equal(runs, 0.2, 0.8)
         for t in range(2):
             step_alike(runs, t)
@@ -103,8 +114,9 @@ def test_blocks_that_are_on_the_plane_beside_others_that_are_not(row: PlaneRow, 
         assert not tied(runs[0])
 
 
-@pytest.mark.parametrize("opt_row", [FEW[1], FEW[-1]], ids=ids)
-def test_parts_of_parameters_of_several_shapes(opt_row: OptimizerRow) -> None:
+@cases(opt_row=[FEW[1], FEW[-1]])
+def test_parts_of_parameters_of_several_shapes(opt_row: OptimizerRow, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_table, "BLOCK", 512)
     row = replace(SIMPLE[0], id="parts", make=plane_runs.three_views, shapes=((33, 40), (40, 33), (2, 35, 40)))
     runs = both(row, opt_row, None if opt_row.id == "adamw" else 0.3)
     nearly(runs)
@@ -115,20 +127,23 @@ def test_parts_of_parameters_of_several_shapes(opt_row: OptimizerRow) -> None:
     assert not any(torch.equal(w, old) for w, old in zip(weights(runs[0]), start, strict=True))
 
 
-@pytest.mark.parametrize("opt_row", [FEW[1], FEW[-1]], ids=ids)
-@pytest.mark.parametrize(
-    ("shape", "dim", "share"),
-    [
-        *(((2, 5000), 1, 1), ((9000,), 0, 1), ((100, 10), 0, 2)),
-        *(((40, 130), 0, 16), ((2, 90, 3), (0, 2), 16), ((5000, 2), 1, 16)),
-    ],
-    ids=str,
-)
+SUMS: list[tuple[tuple[int, ...], int | tuple[int, ...], int, int]] = [
+    ((2, 1500), 1, 1, 128), ((8500,), 0, 1, 128), ((100, 10), 0, 2, 128),
+    ((40, 66), 0, 16, 128), ((2, 90, 3), (0, 2), 16, 128), ((2100, 2), 1, 16, 1024),
+]  # fmt: skip
+"""A shape, the dimensions of a mean, lines of a program, weights of a block."""
+
+
+@some(case=SUMS, opt_row=[FEW[1], FEW[-1]])
 def test_sums_of_many_parts(
-    shape: tuple[int, ...], dim: int, share: int, opt_row: OptimizerRow, monkeypatch: pytest.MonkeyPatch
+    case: tuple[tuple[int, ...], int | tuple[int, ...], int, int],
+    opt_row: OptimizerRow,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Groups in one tile and in several, tiles in one part and in several, more groups than are settled at a time."""
-    monkeypatch.setattr(triton_table, "LINES_PER_PROGRAM", share)
+    """Groups in one tile and in several, tiles in one part and in several, more groups than are combined at a time."""
+    shape, dim, lines, block = case
+    monkeypatch.setattr(triton_table, "LINES_PER_PROGRAM", lines)
+    monkeypatch.setattr(triton_table, "BLOCK", block)
     row = replace(OTHERS["zero-mean"], make=lambda k: symopt.ZeroMean(k, dim), shapes=(shape,))
     runs = both(row, opt_row, None if opt_row.id == "adamw" else 0.3)
     step_alike(runs, 0)
@@ -138,8 +153,7 @@ def test_sums_of_many_parts(
     close(*runs)
 
 
-@pytest.mark.parametrize("opt_row", [FEW[1], FEW[-1]], ids=ids)
-@pytest.mark.parametrize("resident", [3, 2048])
+@some(resident=[3, 2048], opt_row=[FEW[1], FEW[-1]])
 def test_a_basis_over_many_blocks(resident: int, opt_row: OptimizerRow, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks to a program, and as many programs as there are blocks; 3 directions are no power of two."""
     monkeypatch.setattr(triton_table, "RESIDENT", resident)
@@ -201,17 +215,15 @@ def test_large_orbits_are_left_to_the_reference() -> None:
         assert ("more than 64 weights" in str(reasons["triton"])) == (size == 65)
 
 
-@few_optimizers
-@some_ties
+@some(row=FEW_TIES, opt_row=FEW)
 def test_a_step_without_lr_and_gradients_changes_no_bit(row: PlaneRow, opt_row: OptimizerRow) -> None:
-    run = both(some(row), opt_row, 0.3, lr=0.0)[0]
+    run = both(unaligned(row), opt_row, 0.3, lr=0.0)[0]
     before = [w.clone() for w in weights(run)]
     take([run], [torch.zeros_like(w) for w in before])
     assert all(torch.equal(w, old) for w, old in zip(weights(run), before, strict=True))
 
 
-@few_optimizers
-@some_ties
+@some(row=FEW_TIES, opt_row=FEW)
 def test_what_changes_between_steps(row: PlaneRow, opt_row: OptimizerRow) -> None:
     """Numbers on the device, a given factor of the imbalance, scaled gradients, and none for one of the members."""
     runs = both(row, opt_row)
@@ -240,8 +252,7 @@ def test_what_changes_between_steps(row: PlaneRow, opt_row: OptimizerRow) -> Non
     close(*runs)
 
 
-@few_optimizers
-@some_ties
+@some(row=FEW_TIES, opt_row=FEW)
 def test_an_overflow_moves_nothing(row: PlaneRow, opt_row: OptimizerRow) -> None:
     """In the first step too, whose momentum is then still to come."""
     runs = both(row, opt_row)
@@ -260,12 +271,10 @@ def test_an_overflow_moves_nothing(row: PlaneRow, opt_row: OptimizerRow) -> None
     assert all(torch.equal(value, kept[key]) for key, value in tensors(ours).items())
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@few_optimizers
-@some_ties
+@some(row=FEW_TIES, opt_row=FEW, bad=[float("nan"), float("inf")])
 def test_bad_gradients_show_in_the_weight(row: PlaneRow, opt_row: OptimizerRow, bad: float) -> None:
     for on_the_plane in (False, True):
-        runs = both(some(row), opt_row, None if on_the_plane else 0.3)
+        runs = both(unaligned(row), opt_row, None if on_the_plane else 0.3)
         if on_the_plane:
             make_equal(runs)
         grads = [torch.ones(w.shape) for w in weights(runs[0])]
