@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import symopt
+from support import table
 from support.cases import cases, pairs
-from support.table import EVERY_OPTIMIZER, UNITS, OptimizerRow, reasons, takes
+from support.table import EVERY_OPTIMIZER, UNITS, OptimizerRow, taken
 from support.tolerances import tolerance
 
-TAKEN = [row for row in EVERY_OPTIMIZER if takes(row, UNITS[0]) and "maximize" not in row.options]
+TAKEN = [row for row in EVERY_OPTIMIZER if taken(UNITS[0], row) and "maximize" not in row.options]
 SOME = [row for row in TAKEN if row.id in ("sgd-momentum", "adam", "adamw")]
 BACKENDS = ["reference", "native"]
 CHANNELS = 8
@@ -27,7 +28,7 @@ Run = tuple[nn.Module, Any, symopt.Anneal]
 
 
 def available(opt_row: OptimizerRow, backend: str, **_: Any) -> bool:
-    return reasons(opt_row, UNITS[0])[backend] is None
+    return table.available(UNITS[0], opt_row, backend)
 
 
 def run(keep: float, opt_row: OptimizerRow, backend: str, steps: int, **options: Any) -> Run:

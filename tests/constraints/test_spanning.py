@@ -8,7 +8,7 @@ import torch
 import symopt
 from support.cases import cases
 from support.runs import take
-from support.table import EVERY_OPTIMIZER, UNITS, bound_module, takes
+from support.table import EVERY_OPTIMIZER, UNITS, bound_module, taken
 from support.tolerances import tolerance
 from support.units import gradients_of, units_of
 
@@ -314,7 +314,7 @@ def constrained():
     return symopt.constrain(Net(), {"*": symopt.GroupSparse({"conv.*": (0, None), "norm.*": (0, None)})})
 
 
-@cases(lambda opt_row: takes(opt_row, UNITS[0]), opt_row=EVERY_OPTIMIZER)
+@cases(lambda opt_row: taken(UNITS[0], opt_row), opt_row=EVERY_OPTIMIZER)
 def test_an_optimizer_needs_all_of_them_in_one_param_group(opt_row):
     net = constrained()
     with pytest.raises(ValueError, match=r"shares a constraint with norm.bias, which is not in its param group"):
