@@ -97,7 +97,7 @@ LOOP int32_t sparse_loop(int64_t n, T* __restrict w, const T* __restrict update,
     if (SOURCE == PATTERN) decay = gain[i];
     bool may_snap = SOURCE == PATTERN ? decay == pruned : size(x) <= most;
     T old = x, pull = size(delta), metric = root(square_c + (x + x) * (x + x));
-    T limit = (pull < decay) & may_snap ? snap : T(0), least = may_snap ? T(0) : smaller(snap, size(x));
+    T limit = ((pull < decay) & may_snap) ? snap : T(0), least = may_snap ? T(0) : smaller(snap, size(x));
     T t = SATURATED ? 1 / larger(metric, larger(scale, decay + 2 * pull)) : 1 / larger(decay, T(1));
     delta = t * delta;
     T rho = 1 - t * decay;
@@ -144,7 +144,7 @@ LOOP int32_t sparse_free_loop(int64_t n, T* __restrict w, T* __restrict factor_0
     if (SOURCE == COUPLED) decay = decay * gain[i];
     if (SOURCE == PATTERN) decay = gain[i];
     bool may_snap = SATURATED & (SOURCE == PATTERN ? decay == pruned : size(old) <= most);
-    T pull = size(delta), limit = (pull < decay) & may_snap ? snap : T(-1);
+    T pull = size(delta), limit = ((pull < decay) & may_snap) ? snap : T(-1);
     T t = SATURATED ? 1 / larger(b * b + a * a, larger(scale, decay + 2 * pull)) : 1 / larger(decay, T(1));
     delta = t * delta;
     T rho = 1 - t * decay, u = rho * a - delta * b, v = rho * b - delta * a, x = u * v;
