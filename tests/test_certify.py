@@ -85,7 +85,7 @@ def test_units_over_several_parameters_of_different_scale():
     (row,) = symopt.certify(net, opt, loss).rows
     assert row.verdict == "exact" and not net.weight[0].any() and net.bias[0] == 0 and net.bias[1] != 0
     assert row.critical == pytest.approx((0.2**2 + 2**2 * 0.1**2) ** 0.5)
-    assert row.kkt < 1e-9
+    assert row.kkt < 1e-7  # the root of a difference that rounds to some 1e-16
 
 
 @pytest.mark.parametrize("samples", [8, 40])

@@ -278,7 +278,7 @@ def step(
         eps=eps,
         momentum=momentum,
         dampening=dampening,
-        amplification=amplification(momentum, dampening),
+        amplification=amplification(momentum, dampening) if momentum else 1.0,
         weight_decay=weight_decay,
         imbalance_factor=-1.0 if imbalance_factor is None else imbalance_factor,
         grad_scale=None if grad_scale is None else grad_scale.data_ptr(),

@@ -73,7 +73,7 @@ void adam(int64_t n, const T* g, T* exp_avg, T* exp_avg_sq, T* peak, T* update, 
   (peak ? adam_loop<T, true> : adam_loop<T, false>)(n, g, exp_avg, exp_avg_sq, peak, update, gain, k);
 }
 
-// The sign of a mean that weighs this gradient more than the stored mean does; NaN stays NaN.
+// The sign of a mean that weighs this gradient more than the stored mean does; NaN where the mean is not finite.
 template <class T>
 LOOP void lion(int64_t n, const T* __restrict g, T* __restrict exp_avg, T* __restrict update,
                const StepConstants<T>& k) {
@@ -81,7 +81,7 @@ LOOP void lion(int64_t n, const T* __restrict g, T* __restrict exp_avg, T* __res
   for (int64_t i = 0; i < n; i++) {
     T x = beta1 * exp_avg[i] + share1 * g[i];
     exp_avg[i] = beta2 * exp_avg[i] + share2 * g[i];
-    update[i] = x != x ? x : T(x > 0) - T(x < 0);
+    update[i] = T(x > 0) - T(x < 0) + (x - x);
   }
 }
 

@@ -85,9 +85,9 @@ def lion(
     table, row, at, mask, g, direction,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, PEAK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """``reference.lion``: the sign of ``beta1 m + (1 - beta1) g``, NaN where that is NaN; ``m`` forgets by beta2."""
+    """``reference.lion``: the sign of ``beta1 m + (1 - beta1) g``, NaN where not finite; ``m`` forgets by beta2."""
     exp_avg = address(table, row, FIRST, tl.float32, ALIGNED)
     m = load_f32(exp_avg, at, mask)
     lead = direction.beta1 * m + direction.one_minus_beta1 * g
     store(exp_avg, at, direction.beta2 * m + direction.one_minus_beta2 * g, mask)
-    return tl.where(lead > 0, 1.0, tl.where(lead < 0, -1.0, lead * 0.0)), 1.0
+    return tl.where(lead > 0, 1.0, tl.where(lead < 0, -1.0, 0.0)) + lead * 0.0, 1.0

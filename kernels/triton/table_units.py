@@ -71,7 +71,7 @@ def fill_units(
         entry.referenced += _fill_slices(f, part, units.count, device)
         entry.unbound.append(f["unbound_slices"] > 0)
         unbound += part.unbound
-    sizes = units.sizes(torch.empty(0, dtype=torch.float32))
+    sizes = units.sizes(torch.empty(0, dtype=torch.float32)).to("cpu", torch.float32)
     entry.referenced.append(sizes.to(device))
     f = first.fields
     f |= {"units": units.count, "parameters": len(weights), "unit_sizes": entry.referenced[-1].data_ptr()}

@@ -19,6 +19,7 @@ from symopt.optim.membership import Membership
 
 __all__ = ["register", "trace"]
 
+
 class Stepped(Protocol):
     """What this file needs of an optimizer."""
 

@@ -24,6 +24,8 @@ _SHARED = ("step", "imbalance", "metric_scale", "critical", BUDGET)
 def prepare(binding: Binding, direction: Direction, options: Options, states: list[State]) -> None:
     """Complete ``states`` of the binding's parameters: what is missing is made, what does not fit is fitted."""
     constraint, state = binding.constraint, states[0]
+    if binding.units is not None:
+        _check_alike(binding)
     if constraint is not None and "group_index" not in state and not binding.several:
         index = constraint.index(binding.parameters[0])
         if index is not None:
@@ -45,6 +47,17 @@ def prepare(binding: Binding, direction: Direction, options: Options, states: li
         if own is not state:
             own.update({key: state[key] for key in shared if key in state})
         direction.init(options, own, p, count)
+
+
+def _check_alike(binding: Binding) -> None:
+    """Raise if the parameters of units, which were of one dtype when they were bound, are so no longer."""
+    kinds = {(p.dtype, p.device): name for name, p in zip(binding.names[::-1], binding.parameters[::-1], strict=True)}
+    if len(kinds) > 1:
+        found = ", ".join(sorted(f"{name} {dtype} on {device}" for (dtype, device), name in kinds.items()))
+        raise ValueError(
+            f"parameters that share units must be of one dtype and on one device, but {found}; change all of them "
+            "alike, or release them (symopt.release) and constrain them anew"
+        )
 
 
 def _shared_keys(direction: Direction) -> tuple[str, ...]:

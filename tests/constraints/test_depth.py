@@ -15,7 +15,7 @@ import symopt
 from support.cases import cases, exhaustive, pairs
 from support.oracles import Explicit, labels
 from support.runs import gradients, optimizer
-from support.table import DEEP, FREE, OPTIMIZERS, constrained_parameter
+from support.table import DEEP, EVERY_OPTIMIZER, FREE, OPTIMIZERS, constrained_parameter, taken
 from support.tolerances import tolerance
 from symopt_kernels.reference import elementwise, gauge
 
@@ -90,7 +90,7 @@ class Balanced(Explicit):
         self.w = torch.where(member @ (snapped | dead).to(self.w) > 0, 0.0, self.w)
 
 
-@pairs(row=DEEP, opt_row=OPTIMIZERS, time_scale=["none", "saturated"])
+@pairs(taken, row=DEEP, opt_row=EVERY_OPTIMIZER, time_scale=["none", "saturated"])
 def test_the_balanced_step_is_the_factor_step(row, opt_row, time_scale):
     module = constrained_parameter(row, strength=STRENGTH)
     p = module.weight
@@ -104,7 +104,13 @@ def test_the_balanced_step_is_the_factor_step(row, opt_row, time_scale):
         oracle.compare(p, opt)
 
 
-@pairs(row=DEEP, opt_row=OPTIMIZERS, time_scale=["none", "saturated"])
+@pairs(
+    # An orthogonal update is not along the gradient.
+    lambda row, opt_row, **_: taken(row, opt_row) and not opt_row.cls.direction.sided,
+    row=DEEP,
+    opt_row=EVERY_OPTIMIZER,
+    time_scale=["none", "saturated"],
+)
 def test_signs_are_locked_and_zeros_absorb(row, opt_row, time_scale):
     """Under gradients that push every unit straight through zero, along itself (a group may walk around its zero)."""
     module = constrained_parameter(row, strength=1e-3)

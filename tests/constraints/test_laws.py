@@ -14,7 +14,7 @@ import symopt
 from support.cases import cases, pairs
 from support.oracles import labels
 from support.runs import gradients, optimizer
-from support.table import CONSTRAINTS, OPTIMIZERS, constrained_parameter
+from support.table import CONSTRAINTS, EVERY_OPTIMIZER, constrained_parameter, taken
 from support.tolerances import tolerance
 
 bounded = settings(max_examples=25, deadline=None, derandomize=True)
@@ -144,7 +144,7 @@ def half_zero(row):
     return module, dead
 
 
-@pairs(row=CONSTRAINTS, opt_row=OPTIMIZERS, time_scale=["saturated", "none"])
+@pairs(taken, row=CONSTRAINTS, opt_row=EVERY_OPTIMIZER, time_scale=["saturated", "none"])
 def test_structure_is_kept_bit_for_bit(row, opt_row, time_scale):
     module, dead = half_zero(row)
     p, live = module.weight, module.weight.detach().clone()
@@ -156,7 +156,7 @@ def test_structure_is_kept_bit_for_bit(row, opt_row, time_scale):
     assert bool(p.isfinite().all()) and bool((p != live)[~dead].all())
 
 
-@cases(row=CONSTRAINTS, opt_row=OPTIMIZERS)
+@cases(taken, row=CONSTRAINTS, opt_row=EVERY_OPTIMIZER)
 def test_zeros_move_while_there_is_imbalance(row, opt_row):
     module, dead = half_zero(row)
     opt = optimizer(module, opt_row)

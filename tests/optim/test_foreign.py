@@ -28,7 +28,7 @@ from support.table import (
     Row,
     bound_module,
     constrained_parameter,
-    takes,
+    taken,
 )
 from support.tolerances import tolerance
 from symopt.backends import FUSED
@@ -247,7 +247,7 @@ OUT = next(row for row in CONSTRAINTS if row.id == "group-out")
 
 
 @cases(
-    lambda opt_row, **_: takes(opt_row, ROW_MAX),
+    lambda opt_row, **_: taken(ROW_MAX, opt_row),
     opt_row=[*EVERY_OPTIMIZER, DRIFT, DECOUPLED],
     backend=BACKENDS,
     imbalance=[1.0, 0.0],
@@ -273,7 +273,7 @@ def test_the_constraint_under_every_optimizer(opt_row: OptimizerRow, backend: st
 
 
 @cases(
-    lambda row, opt_row: (opt_row.cls is Drift or row is ROW_MAX) and takes(opt_row, row),
+    lambda row, opt_row: (opt_row.cls is Drift or row is ROW_MAX) and taken(row, opt_row),
     row=[*EVERY, ROW_MAX],
     opt_row=[*EVERY_OPTIMIZER, DRIFT, DECOUPLED],
 )
@@ -322,7 +322,7 @@ def missing(direction: str, retraction: str) -> str:
 
 
 def foreign(row: Row, opt_row: OptimizerRow, **_: Any) -> bool:
-    return (opt_row is DRIFT or row is ROW_MAX) and takes(opt_row, row)
+    return (opt_row is DRIFT or row is ROW_MAX) and taken(row, opt_row)
 
 
 @cases(foreign, row=[*EVERY, ROW_MAX], opt_row=[*EVERY_OPTIMIZER, DRIFT])

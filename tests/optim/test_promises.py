@@ -10,15 +10,17 @@ from torch import Tensor
 from support.cases import pairs
 from support.oracles import labels
 from support.table import (
+    BRIDGES,
     CONSTRAINTS,
     DEEP,
     EVERY,
+    EVERY_OPTIMIZER,
     MATRICES,
-    OPTIMIZERS,
     ConstraintRow,
     OptimizerRow,
     Row,
     bound_module,
+    taken,
 )
 from symopt.optim.lowrank import step as lowrank
 
@@ -56,9 +58,10 @@ STARTS = {
 
 @pairs(
     # The factors of a low rank are refactored by every step with a gradient, which rounds.
-    lambda row, gradient, warm, **_: row not in MATRICES or (gradient == 0 and not warm),
+    lambda row, opt_row, gradient, warm, **_: taken(row, opt_row)
+    and (row not in MATRICES or (gradient == 0 and not warm)),
     row=EVERY,
-    opt_row=OPTIMIZERS,
+    opt_row=EVERY_OPTIMIZER,
     dtype=DTYPES,
     backend=BACKENDS,
     strength=[0.3, None],
@@ -111,9 +114,10 @@ def test_a_step_of_length_zero_changes_no_bit(
 
 
 @pairs(
-    lambda row, on_zero, **_: row not in DEEP or not on_zero,  # whose zeros absorb
+    # Zeros of deep rows absorb.
+    lambda row, opt_row, on_zero, **_: taken(row, opt_row) and (row not in [*DEEP, *BRIDGES] or not on_zero),
     row=[row for row in EVERY if row not in MATRICES],
-    opt_row=OPTIMIZERS,
+    opt_row=EVERY_OPTIMIZER,
     bad=[math.nan, math.inf, -math.inf],
     on_zero=[False, True],
     dtype=[torch.float64, torch.float32],

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import symopt
+from support import table
 from support.cases import cases
 from support.runs import close, equal, optimizer, take
-from support.table import EVERY_OPTIMIZER, OPTIMIZERS, UNITS, UnitsRow, bound_module, reasons, takes
+from support.table import EVERY_OPTIMIZER, OPTIMIZERS, UNITS, UnitsRow, bound_module, taken
 from support.tolerances import tolerance
 from support.units import ExplicitUnits, gradients_of, units_of
 
-TAKEN = [opt_row for opt_row in EVERY_OPTIMIZER if takes(opt_row, UNITS[0])]
+TAKEN = [opt_row for opt_row in EVERY_OPTIMIZER if taken(UNITS[0], opt_row)]
 BACKENDS = ["reference", "native"]
 VECTORS = UnitsRow("units-of-vectors", ((3,), (3,)), (0, 0), ((2, 0, 1), (1, 2, 0)), (1.0, 0.5))
 """Numbers per unit and per weight have one shape."""
@@ -24,7 +25,7 @@ ROWS = [*UNITS, VECTORS, VECTOR]
 
 
 def available(opt_row, backend, **_):
-    return reasons(opt_row, UNITS[0])[backend] is None
+    return table.available(UNITS[0], opt_row, backend)
 
 
 def started(row, opt_row, backend="reference", steps=4):

@@ -38,7 +38,7 @@ def labels(constraint: Constraint, shape: tuple[int, ...]) -> Tensor:
 def _unit(constraint: Constraint, index: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
     if isinstance(constraint, symopt.Sparse):
         return index
-    if not isinstance(constraint, symopt.GroupSparse):
+    if not isinstance(constraint, (symopt.GroupSparse, symopt.GroupBridge)):
         raise NotImplementedError(f"{type(constraint).__name__} needs an oracle of its own")
     kind = constraint.groups
     if callable(kind):
@@ -170,5 +170,6 @@ class Explicit:
         torch.testing.assert_close(p.detach().flatten(), self.w, **close)
         state = opt.state[p]
         assert set(state) - {"group_index"} == set(self.state)
-        for key in self.state:
-            torch.testing.assert_close(state[key].flatten(), self.state[key].flatten(), **close, msg=f"{key} differs")
+        for key, value in self.state.items():
+            mine, theirs = state[key].flatten(), value.flatten()
+            torch.testing.assert_close(mine, theirs, **close, msg=lambda m, k=key: f"{k}: {m}")

@@ -231,10 +231,17 @@ UNITS = [
         ((-1, 2, 0, -1, 1, 2, -1), (0, -1, 2, 1, 1, 0), (-1, 0, 2, 1, -1)),
         (2.0, 1.0, 0.3),
     ),
-    UnitsRow("units-alone", ((6, 5),), (1,), ((3, -1, 0, 3, 7),), (1.5,)),
+    UnitsRow("units-alone", ((6, 5),), (1,), ((3, -1, 0, 3, 7),), (0.25,)),
 ]
 
-EVERY: list[Row] = [*CONSTRAINTS, *DEEP, *FREE, *PLANES, *MATRICES, *UNITS]
+BRIDGES = [
+    ConstraintRow("bridge-out", lambda k: symopt.GroupBridge("out", k), (6, 5)),
+    ConstraintRow("bridge-in-conv", lambda k: symopt.GroupBridge("in", k), (4, 3, 3, 2)),
+    ConstraintRow("bridge-head", lambda k: symopt.GroupBridge("head:2", k), (8, 3)),
+]
+"""One gate for a group, and two factors for each of its weights (test_bridge.py)."""
+
+EVERY: list[Row] = [*CONSTRAINTS, *DEEP, *FREE, *PLANES, *MATRICES, *UNITS, *BRIDGES]
 
 OPTIMIZERS = [
     OptimizerRow("sgd", symopt.SGD, torch.optim.SGD, 0.05),
@@ -257,7 +264,7 @@ MORE_OPTIMIZERS = [
     OptimizerRow("muon-rms", symopt.Muon, torch.optim.Muon, 0.01, {"adjust_lr_fn": "match_rms_adamw"}),
     OptimizerRow("muon-plain", symopt.Muon, torch.optim.Muon, 0.01, {"nesterov": False, "momentum": 0.8}),
 ]
-"""They need a look at what they take (:func:`takes`), or have no counterpart in torch."""
+"""They do not take every constraint (:func:`taken`), or have no counterpart in torch."""
 
 EVERY_OPTIMIZER = [*OPTIMIZERS, *MORE_OPTIMIZERS]
 
@@ -294,14 +301,28 @@ def bound_module(row: Row, strength: float | None = 0.3, *, dtype: torch.dtype =
     return constrained_parameter(row, strength=strength, dtype=dtype)
 
 
-def takes(opt_row: OptimizerRow, row: Row) -> bool:
-    """Whether an optimizer takes a constraint at all, as the library has it."""
-    module = bound_module(row)
-    bound = zip(symopt.constraints(module).values(), module.parameters(), strict=True)
-    return not opt_row.cls.direction.sided or all(constraint.one_sided(p) for constraint, p in bound)
+_reasons: dict[tuple[str, str], dict[str, str | None] | None] = {}
 
 
-def reasons(opt_row: OptimizerRow, row: Row, dtype: torch.dtype = torch.float64) -> dict[str, str | None]:
-    """Per backend why it cannot step a constraint under an optimizer, or None, as the library has it."""
-    opt = opt_row.cls(bound_module(row, dtype=dtype), lr=opt_row.lr, **opt_row.options)
-    return next(found for _, _, found in opt.backends())
+def _found(opt_row: OptimizerRow, row: Row) -> dict[str, str | None] | None:
+    """Per backend why it cannot step a constraint, or None; None in all if the optimizer does not take it."""
+    if (key := (opt_row.id, row.id)) not in _reasons:
+        module = bound_module(row)
+        bound = zip(symopt.constraints(module).values(), module.parameters(), strict=True)
+        if opt_row.cls.direction.sided and not all(constraint.one_sided(p) for constraint, p in bound):
+            _reasons[key] = None
+        else:
+            opt = opt_row.cls(module, lr=opt_row.lr, **opt_row.options)
+            _reasons[key] = next(found for _, _, found in opt.backends())
+    return _reasons[key]
+
+
+def taken(row: Row, opt_row: OptimizerRow, **_: Any) -> bool:
+    """Whether the optimizer takes the constraint, as the library has it; what it does not is refused by name."""
+    return _found(opt_row, row) is not None
+
+
+def available(row: Row, opt_row: OptimizerRow, backend: str | None, **_: Any) -> bool:
+    """The same on a backend, which may lack the pair; what it lacks is refused by name."""
+    found = _found(opt_row, row)
+    return found is not None and (backend is None or found[backend] is None)

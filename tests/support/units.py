@@ -136,4 +136,4 @@ class ExplicitUnits:
                 else:
                     assert state[key] is opt.state[params[0]][key]
                 value = torch.as_tensor(value).double().flatten()
-                torch.testing.assert_close(state[key].flatten(), value, **tol, msg=f"{key} differs")
+                torch.testing.assert_close(state[key].flatten(), value, **tol, msg=lambda m, k=key: f"{k}: {m}")

@@ -17,7 +17,15 @@ import symopt
 from support.cases import cases, pairs
 from support.oracles import SNAP, STRENGTH, labels
 from support.runs import follow, gradients, optimizer
-from support.table import CONSTRAINTS, CPU_BACKENDS, OPTIMIZERS, constrained_parameter
+from support.table import (
+    CONSTRAINTS,
+    CPU_BACKENDS,
+    EVERY_OPTIMIZER,
+    OPTIMIZERS,
+    available,
+    constrained_parameter,
+    taken,
+)
 from support.tolerances import tolerance
 
 # -- the oracle ------------------------------------------------------------------------------------------------------
@@ -27,8 +35,9 @@ from support.tolerances import tolerance
 
 
 @pairs(
+    available,
     row=CONSTRAINTS,
-    opt_row=OPTIMIZERS,
+    opt_row=EVERY_OPTIMIZER,
     time_scale=["none", "saturated"],
     imbalance=[1.0, 0.2, 0.0],
     backend=CPU_BACKENDS,
@@ -37,7 +46,7 @@ def test_steps_are_those_of_explicit_factors(row, opt_row, time_scale, imbalance
     follow(row, opt_row, time_scale, imbalance, backend=backend)
 
 
-@cases(row=CONSTRAINTS, opt_row=OPTIMIZERS)
+@cases(taken, row=CONSTRAINTS, opt_row=EVERY_OPTIMIZER)
 def test_moments_are_torchs(row, opt_row):
     """The state a checkpoint carries is the one torch.optim makes of the same gradients."""
     p = (module := constrained_parameter(row)).weight
@@ -84,7 +93,7 @@ def test_the_strength_is_amplified_like_the_gradient(row, decoupled):
 # -- rho stays >= 0 --------------------------------------------------------------------------------------------------
 
 
-@pairs(row=CONSTRAINTS, opt_row=OPTIMIZERS, time_scale=["none", "saturated"])
+@pairs(taken, row=CONSTRAINTS, opt_row=EVERY_OPTIMIZER, time_scale=["none", "saturated"])
 def test_a_huge_strength_never_turns_a_weight_over(row, opt_row, time_scale):
     p = (module := constrained_parameter(row)).weight
     opt = optimizer(module, opt_row, time_scale=time_scale, strength=1e7)
@@ -211,7 +220,7 @@ def test_units_above_the_metric_scale_move_as_under_the_plain_optimizer(row):
 # -- where there is nothing to start from ----------------------------------------------------------------------------
 
 
-@cases(row=CONSTRAINTS, opt_row=OPTIMIZERS)
+@cases(taken, row=CONSTRAINTS, opt_row=EVERY_OPTIMIZER)
 def test_an_all_zero_tensor_can_train(row, opt_row):
     p = (module := constrained_parameter(row, strength=1e-3)).weight
     p.data.zero_()
@@ -231,7 +240,7 @@ def test_an_all_zero_tensor_can_train(row, opt_row):
     assert bool((p - target).norm() < 0.99 * target.norm())
 
 
-@cases(row=CONSTRAINTS, opt_row=OPTIMIZERS)
+@cases(taken, row=CONSTRAINTS, opt_row=EVERY_OPTIMIZER)
 def test_an_all_zero_tensor_without_imbalance_is_refused(row, opt_row):
     p = (module := constrained_parameter(row)).weight
     p.data.zero_()

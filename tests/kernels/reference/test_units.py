@@ -11,7 +11,7 @@ import symopt
 from support.cases import cases, pairs
 from support.oracles import STRENGTH
 from support.runs import close, equal, optimizer, take
-from support.table import EVERY_OPTIMIZER, OPTIMIZERS, UNITS, UnitsRow, bound_module, reasons, takes
+from support.table import EVERY_OPTIMIZER, OPTIMIZERS, UNITS, UnitsRow, available, bound_module, taken
 from support.tolerances import tolerance
 from support.units import ExplicitUnits, gradients_of, units_of
 from symopt.optim import registry
@@ -19,12 +19,8 @@ from symopt.optim.binding import Binding
 from symopt_kernels.reference import units as kernel
 from symopt_kernels.units import Part, Units
 
-TAKEN = [opt_row for opt_row in EVERY_OPTIMIZER if takes(opt_row, UNITS[0])]
+TAKEN = [opt_row for opt_row in EVERY_OPTIMIZER if taken(UNITS[0], opt_row)]
 SPANNING = UNITS[:2]
-
-
-def available(opt_row, backend, row=UNITS[0], **_):
-    return reasons(opt_row, row, torch.float64)[backend] is None
 
 
 def follow(row, opt_row, steps=6, backend="reference", strength=STRENGTH, **options):
@@ -107,7 +103,7 @@ WHOLE |= {"input channels": ("in", (4, 3, 2, 2), 1), "weights": ("out", (5,), 0)
 
 
 @cases(
-    lambda opt_row, backend, **_: available(opt_row, backend),
+    lambda opt_row, backend, **_: available(UNITS[0], opt_row, backend),
     whole=WHOLE,
     opt_row=TAKEN,
     backend=["reference", "native"],
