@@ -345,15 +345,15 @@ OPTIONS: list[tuple[str, type[Exception], tuple[str, ...], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("error", "parts", "options"), **table(OPTIONS))
-@cases(row=[r for r in OPTIMIZERS if r.id in ("sgd", "adam", "adamw")], where=["constructor", "group", "added"])
+@cases(row=[r for r in OPTIMIZERS if r.id in ("sgd", "adam", "adamw")], place=["constructor", "group", "added"])
 def test_optimizers_refuse_their_own_options(
-    row: OptimizerRow, error: type[Exception], parts: tuple[str, ...], options: dict[str, Any], where: str
+    row: OptimizerRow, error: type[Exception], parts: tuple[str, ...], options: dict[str, Any], place: str
 ) -> None:
     with pytest.raises(error) as caught:
-        if where == "constructor":
+        if place == "constructor":
             row.cls(bound(), lr=0.1, **options)
         else:
-            (with_group if where == "group" else added)(**options)(row.cls)
+            (with_group if place == "group" else added)(**options)(row.cls)
     message = str(caught.value)
     assert [part for part in (row.cls.__name__, *parts) if part not in message] == [], message
 
