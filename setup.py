@@ -37,9 +37,9 @@ class Build(build_ext):
 
     def build_extension(self, ext):
         built = Path(self.get_ext_fullpath(ext.name))
+        built.unlink(missing_ok=True)  # it may be of other sources or flags, and compiling fail
         kept = Path("build", "native", self.fingerprint(ext), built.name)
         if not kept.exists():
-            self.force = True  # a library that lies there may be of other flags
             self.compiler.compile = side_by_side(self.compiler.compile)
             super().build_extension(ext)
             kept.parent.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ inline __m512 inverse(__m512 a) {
   return _mm512_fmadd_ps(p, _mm512_min_ps(_mm512_fnmadd_ps(a, p, one), one), p);
 }
 
-// BALANCED: the imbalance is 0, as it is for most of training.  Then the metric is 2 |w| and nobody asks for sizes.
+// BALANCED: the imbalance is 0, as it is for most of training.  Then the metric is 2 |w|, and the law needs no sizes.
 template <Source SOURCE, bool BALANCED>
 int32_t sparse_saturated(int64_t n, float* __restrict w, const float* __restrict update,
                                 const float* __restrict gain, const StepConstants<float>& k, Tally& tally) {

@@ -1,8 +1,8 @@
 // The step of weights whose coordinates in a few directions shall vanish: kernels/reference/plane.py for an orthonormal
 // basis.
 //
-// What all directions have of a block of weights lies together, so that the basis is read as one stream; one second
-// moment serves all weights.
+// The rows of all directions for one block of weights lie together, so the basis is read as one stream.  All weights
+// have one second moment in common.
 
 #pragma once
 

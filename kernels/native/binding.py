@@ -22,6 +22,7 @@ from symopt_kernels.groups import Groups
 from symopt_kernels.native.library import (
     BLOCK,
     DIRECTIONS,
+    FORMATS,
     LIBRARY,
     RETRACTIONS,
     UNAVAILABLE,
@@ -53,7 +54,7 @@ __all__ = [
     "step",
 ]
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = tuple(FORMATS.values())
 
 _HAS = {
     "sgd": "plain sparse nm sparse_free group units orbit centred basis",

@@ -90,7 +90,7 @@ template <class T> struct Block {
     const uint16_t* weight = static_cast<const uint16_t*>(e.weight) + at;
     load(e.dtype, n, weight, weight_copy);
     if (e.master) {
-      // The copy counts where it still rounds to the weight; elsewhere somebody changed the weight.
+      // The copy counts where it still rounds to the weight; elsewhere the weight was changed from outside.
       uint16_t rounded[BLOCK];
       const float* master = static_cast<const float*>(e.master) + at;
       store(e.dtype, n, master, rounded);
@@ -141,7 +141,7 @@ template <class T> struct Block {
   }
 };
 
-// Prefetches the block from `at` on: blocks are shorter than what hardware needs to see a stream coming.
+// Prefetches the block from `at` on: a block is too short for the hardware to recognize a stream.
 inline void prefetch(const void* from, int64_t at, int64_t end, int64_t bytes) {
   const char* p = static_cast<const char*>(from) + at * bytes;
   for (int64_t i = 0; from && i < smaller(end - at, BLOCK) * bytes; i += 64) __builtin_prefetch(p + i);

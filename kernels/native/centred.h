@@ -1,9 +1,9 @@
 // The step of weights whose means over groups shall vanish: kernels/reference/plane.py where what is off the plane is
 // one number per group.
 //
-// Two sweeps, as the gate needs its sums before any weight can move: the survey (group.h) advances the moments and
-// sums, the move moves.  What is decided in between is a few numbers per group.  Groups that are on the plane already
-// move at once, as if they were to stay there.
+// The gate needs its sums before any weight can move, so there are two sweeps: the survey (group.h) advances the
+// moments and adds up, the move writes the weights.  A few numbers per group are decided in between.  Groups that are
+// on the plane already move at once, as if they were to stay there.
 
 #pragma once
 
@@ -12,8 +12,8 @@
 namespace symopt {
 namespace {
 
-// Sums of `parts` parts, `size` apart (g^2, u, w, u^2) -> the means and second moments of the stripe's groups, and what
-// the gate needs.
+// From sums of `parts` parts, `size` apart (g^2, u, w, u^2): the means and second moments of the stripe's groups, and
+// what the gate needs.
 template <class T>
 void combine_means(const Entry& e, const StepConstants<double>& k, const Stripe& stripe, double* sums, int64_t parts,
                    int64_t size, Mean* to, PlaneSums& all) {

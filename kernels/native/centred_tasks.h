@@ -7,13 +7,13 @@
 namespace symopt {
 namespace {
 
-// What takes a group, or a direction, onto the plane and along it.
+// The move of a group, or of a direction, onto the plane and along it.
 inline MeanMove onto_plane(const Mean& g, double reach) {
   const double along = reach * g.step_scale;
   return {along, along * g.update - g.off};
 }
 
-// What groups of so many weights, or directions, lie off the plane by after a step through one gate.
+// How far groups of so many weights, or directions, lie off the plane after a step through one gate.
 struct Remainder {
   double reach, rate, back, own;
   bool coupled, snaps = false;
@@ -65,7 +65,7 @@ struct CentredWork final : PlaneWork {
   }
 
   PlaneSums survey(const StepConstants<double>& k, const Settings& s, double* sampled) override {
-    // So little that all groups together are on the plane; without lr or strength nothing is kept there.
+    // A mean so small that all groups together count as on the plane; without lr or strength none is kept there.
     const double least = k.imbalance == 0 && k.lr > 0 && (plane->critical || k.decay_kept > 0)
                              ? SNAP * k.metric_scale / std::sqrt(double(weights)) : -1;
     const int64_t size = stripes.sums_size();
@@ -93,7 +93,7 @@ struct CentredWork final : PlaneWork {
     return all;
   }
 
-  // Whether all groups of a stripe are, so that it may move; their moves are then ready.
+  // Whether all groups of a stripe are on the plane, so that the stripe may move at once; prepares their moves.
   bool on_plane(const Stripe& stripe, double least, const StepConstants<double>& k) {
     bool all = true;
     for (int64_t g = stripe.group; g < stripe.group + stripe.groups; g++) {

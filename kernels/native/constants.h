@@ -8,7 +8,7 @@
 
 namespace symopt {
 
-// Of kernels/reference/gauge.py and plane.py; binding.py compares them when it loads the library.
+// Those of kernels/reference/gauge.py; library.py compares them when it loads the library.
 constexpr double SNAP = 1e-6, MIN_IMBALANCE_FACTOR = 0.98;
 constexpr double AUTO_STRENGTH_MARGIN = 2, CRITICAL_EMA = 0.999, CRITICAL_FLOOR = 0.25;
 constexpr int64_t SAMPLE = 1024;  // decays from which the imbalance takes its quantile

@@ -1,16 +1,15 @@
 // Directions on blocks of contiguous weights: a gradient and its moments become an update, and Adam's a gain.
 //
-// Each source of an instruction set includes this file and the following ones, so one source is compiled for each.  The
-// formulas are those of kernels/reference.  m directions and n retractions are m + n functions that meet in a buffer in
-// L1; that is faster than one loop per pair, because a single loop's chain of two roots and two divisions is too long
-// for a core to overlap.  Loops are plain and vectorized by the compiler; -fopenmp-simd lets it reorder the marked sums
-// and nothing else.
+// The source of each instruction set includes this file and those built on it.  The formulas are those of
+// kernels/reference.  m directions and n retractions are m + n functions that meet in a buffer in L1; that is faster
+// than one loop per pair, because a single loop's chain of two roots and two divisions is too long for a core to
+// overlap.  The compiler vectorizes plain loops; -fopenmp-simd lets it reorder the marked sums and nothing else.
 
 #pragma once
 
 #include "functions.h"
 
-// Out of line, because GCC forgets `restrict` and with it the vectors when it inlines one into a bigger function.
+// Out of line: where GCC inlines a loop into a larger function it forgets `restrict`, and then does not vectorize it.
 #define LOOP [[gnu::noinline]] static
 
 namespace symopt {
@@ -74,7 +73,7 @@ void adam(int64_t n, const T* g, T* exp_avg, T* exp_avg_sq, T* peak, T* update, 
   (peak ? adam_loop<T, true> : adam_loop<T, false>)(n, g, exp_avg, exp_avg_sq, peak, update, gain, k);
 }
 
-// The sign of a moment that has seen this gradient more than the stored one has; NaN where that is no finite number.
+// The sign of a mean that weighs this gradient more than the stored mean does; NaN where the mean is not finite.
 template <class T>
 LOOP void lion(int64_t n, const T* __restrict g, T* __restrict exp_avg, T* __restrict update,
                const StepConstants<T>& k) {

@@ -30,7 +30,7 @@ template <class T> void add_finite(int64_t n, const T* w, Tally& tally) {
 inline int32_t index_like(float) { return 0; }
 inline int64_t index_like(double) { return 0; }
 
-// The next function of four neighbours at once, in one vector that rotations bring to the others (2:4 on AVX2: an
+// nm_decays for M = 4: one vector holds four neighbours, and its rotations bring each to the others (2:4 on AVX2: an
 // eighth of the time).
 template <class T>
 LOOP void nm_decays_of_four(int64_t n, const T* __restrict w, T* __restrict decays, int pattern_n, T kept, T pruned) {
@@ -50,7 +50,7 @@ LOOP void nm_decays_of_four(int64_t n, const T* __restrict w, T* __restrict deca
     const Four mine = x < 0 ? -x : x;
     const Four next = SYMOPT_ROTATE(mine, 1, 2, 3, 0), far = SYMOPT_ROTATE(mine, 2, 3, 0, 1);
     const Four last = SYMOPT_ROTATE(mine, 3, 0, 1, 2);
-    // Truth is -1 in every lane; of equal ones those that lie before count.
+    // True is -1 in a lane; of equal neighbours the earlier one counts as larger.
     const Lanes ahead = (next > mine) + (far > mine) + (last > mine) + ((next == mine) & Lanes{0, 0, 0, -1}) +
                         ((far == mine) & Lanes{0, 0, -1, -1}) + ((last == mine) & Lanes{0, -1, -1, -1});
     const Four decay = -ahead < most ? if_kept : if_pruned;
@@ -59,8 +59,8 @@ LOOP void nm_decays_of_four(int64_t n, const T* __restrict w, T* __restrict deca
 #undef SYMOPT_ROTATE
 }
 
-// N:M: the decays of n weights, `pruned` for all but the N largest of every M neighbours; of equal sizes the first
-// counts.
+// N:M: the decays of n weights, `pruned` for all but the N largest of every M neighbours; of equal sizes the
+// earlier one is larger.
 template <class T>
 LOOP void nm_decays(int64_t n, const T* __restrict w, T* __restrict decays, int pattern_n, int pattern_m, T kept,
                     T pruned) {
@@ -97,7 +97,7 @@ LOOP int32_t sparse_loop(int64_t n, T* __restrict w, const T* __restrict update,
     if (SOURCE == PATTERN) decay = gain[i];
     bool may_snap = SOURCE == PATTERN ? decay == pruned : size(x) <= most;
     T old = x, pull = size(delta), metric = root(square_c + (x + x) * (x + x));
-    T limit = (pull < decay) & may_snap ? snap : T(0), least = may_snap ? T(0) : smaller(snap, size(x));
+    T limit = ((pull < decay) & may_snap) ? snap : T(0), least = may_snap ? T(0) : smaller(snap, size(x));
     T t = SATURATED ? 1 / larger(metric, larger(scale, decay + 2 * pull)) : 1 / larger(decay, T(1));
     delta = t * delta;
     T rho = 1 - t * decay;
@@ -144,7 +144,7 @@ LOOP int32_t sparse_free_loop(int64_t n, T* __restrict w, T* __restrict factor_0
     if (SOURCE == COUPLED) decay = decay * gain[i];
     if (SOURCE == PATTERN) decay = gain[i];
     bool may_snap = SATURATED & (SOURCE == PATTERN ? decay == pruned : size(old) <= most);
-    T pull = size(delta), limit = (pull < decay) & may_snap ? snap : T(-1);
+    T pull = size(delta), limit = ((pull < decay) & may_snap) ? snap : T(-1);
     T t = SATURATED ? 1 / larger(b * b + a * a, larger(scale, decay + 2 * pull)) : 1 / larger(decay, T(1));
     delta = t * delta;
     T rho = 1 - t * decay, u = rho * a - delta * b, v = rho * b - delta * a, x = u * v;
@@ -180,7 +180,8 @@ int32_t sparse_free(int64_t n, T* w, T* factor_0, T* factor_1, const T* update, 
   return as(n, w, factor_0, factor_1, update, gain, k);
 }
 
-// Factors that compose to the weight in its storage format; where somebody changed the weight they are split anew.
+// Splits anew where the factors do not compose to the weight in its storage format, because it was changed from
+// outside.
 template <class T>
 void split_stale(int32_t dtype, int64_t n, const T* w, T* factor_0, T* factor_1, T imbalance) {
   T product[BLOCK];

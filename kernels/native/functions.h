@@ -15,14 +15,14 @@ struct Stripe {
   int64_t base, row_stride, width, rows, group, groups, run;
 };
 
-// Neighbouring columns of a part, [begin, end), that belong to no unit; `second` is where their second moments begin in
-// a row, after those of the `stride` weights of every row before.
+// Neighbouring columns of a part, [begin, end), that belong to no unit.  Their second moments in row r begin at
+// `second` + r * `stride`.
 struct UnboundColumns {
   int64_t begin, end, second, stride;
 };
 
-// What the survey of a plane adds up over all weights. off: what a weight lacks to the mean of its orbit; x: the same
-// of the update; d: x times Adam's preconditioner.
+// The sums of a plane's survey over all weights.  off: weight minus mean of its orbit; x: the same of the update; d: x
+// times Adam's preconditioner.
 struct PlaneSums {
   double ww = 0, uu = 0, uw = 0, dd = 0, dw = 0;  // off^2, x^2, x off, d^2, d off
   double update_sq = 0, sum_inverse = 0;          // of the updates; of the inverse preconditioners
@@ -35,7 +35,7 @@ struct PlaneSums {
   }
 };
 
-// One gate for a whole plane: its time scale, its square, and what its own shrink and gradient take from it.
+// One gate for a whole plane: its time scale, its square, and by how much its own shrink and gradient reduce it.
 struct Gate {
   double t, square, own;
 };
@@ -89,7 +89,7 @@ struct Functions {
 
 extern const Functions baseline_fp32, baseline_fp64;
 #if defined(__x86_64__)
-extern const Functions avx2_fp32, avx2_fp64, avx512_fp32;  // fp64 on AVX-512 takes AVX2's, which is rarely waited for
+extern const Functions avx2_fp32, avx2_fp64, avx512_fp32;  // fp64 on AVX-512 is AVX2's: rarely used
 #endif
 
 // Adds what one group, or one direction, contributes.

@@ -31,8 +31,7 @@ LOOP void add_sums(int64_t n, const T* g, const T* u, const T* w, double* sums) 
   }
 }
 
-// The same for n columns of ROWS rows at once (1 or 4), added to sums[0..3][column]: one visit of the sums for several
-// rows.
+// The same for n columns of ROWS rows (1 or 4), added to sums[0..3][column]: the sums are read once for several rows.
 template <class T, bool ADAPTIVE, bool MEANS, int ROWS>
 LOOP void add_columns(int64_t n, const T* const* g, const T* const* u, const T* const* w, T* __restrict sums,
                       int64_t stride) {
@@ -175,7 +174,7 @@ void survey_group(const Entry& e, const StepConstants<T>& k, const Stripe& strip
 template <class T>
 void survey_columns(const Entry& e, const StepConstants<T>& k, const Stripe& stripe, int64_t begin, int64_t end,
                     double* sums, bool means) {
-  constexpr int64_t ROWS = 4, PRECISE = 32;  // rows of one visit, and rows summed before they go to double
+  constexpr int64_t ROWS = 4, PRECISE = 32;  // rows added at once, and rows added before their sum goes to double
   const bool adaptive = k.direction != SGD;
   const auto add_four = columns_loop<T, ROWS>(adaptive, means), add_one = columns_loop<T, 1>(adaptive, means);
   Block<T> b[ROWS];
@@ -210,7 +209,7 @@ void survey(const Entry& e, const StepConstants<double>& k, const Stripe& stripe
   f(e, StepConstants<T>(k), stripe, begin, end, sums, means);
 }
 
-// Sums of `parts` parts, `size` apart -> the two numbers of every group of the stripe.  `counts` has the sizes of
+// From sums of `parts` parts, `size` apart: the two numbers of every group of the stripe.  `counts` has the sizes of
 // groups that are given one by one (with sums[q][group]); without, all groups have that of the stripe.
 template <class T>
 void combine(const Entry& e, const StepConstants<double>& k, const Stripe& stripe, double* sums, int64_t parts,

@@ -20,7 +20,7 @@ void write(const Entry& e, void* p, double x) {
   else *static_cast<float*>(p) = float(x);
 }
 
-// That of momentum, where the entry has some.
+// By how much momentum amplifies a constant gradient, and so the strength.
 double amplification(const Entry& e, const Settings& s) {
   return s.direction == SGD && e.first ? s.amplification : 1;
 }

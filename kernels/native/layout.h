@@ -1,4 +1,4 @@
-// What binding.py knows of this library too: fields, constants and names, in words that it compares when it loads one.
+// Fields, constants and names as text: library.py compares it with its own before it uses a library.
 
 #pragma once
 

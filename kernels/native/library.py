@@ -10,10 +10,12 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from symopt_kernels.reference import gauge
 
 __all__ = [
-    *("BLOCK", "DIRECTIONS", "HISTOGRAM_SHIFT", "LIBRARY", "RETRACTIONS", "UNAVAILABLE"),
+    *("BLOCK", "DIRECTIONS", "FORMATS", "HISTOGRAM_SHIFT", "LIBRARY", "RETRACTIONS", "UNAVAILABLE"),
     *("Entry", "PlaneEntry", "Segment", "Settings", "UnitsEntry", "UnitsPart"),
 ]
 
@@ -22,7 +24,7 @@ DIRECTIONS = ("sgd", "adam", "adamw", "lion")
 
 RETRACTIONS = ("plain", "sparse", "sparse_free", "group")
 
-FORMATS = ("fp32", "fp64", "bf16", "fp16")
+FORMATS = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 BLOCK = 512
 """Weights that a direction hands to a retraction."""

@@ -1,7 +1,7 @@
 // The constrained step on CPUs: what binding.py calls.
 //
-// Each instruction set is a source of its own (baseline.cpp, avx2.cpp, avx512.cpp), which compiles the same headers and
-// exports a table of functions (functions.h); the best one that the processor has is chosen when the step runs.
+// Each instruction set has its own source (baseline.cpp, avx2.cpp, avx512.cpp), which compiles the same headers and
+// exports tables of functions (functions.h); the best set that the processor has is chosen when the step runs.
 
 #include <new>
 

@@ -1,10 +1,10 @@
 // The step of weights that a fixed plane makes equal: kernels/reference/plane.py for orbits.
 //
-// Orbits of equally many copies are a segment; where its copies do not lie side by side, blocks of them are gathered,
-// and what was written is scattered.  A gate of the whole plane needs its sums before any weight can move, so there are
-// two sweeps: the survey advances the moments and sums, the move moves.  A block whose copies are equal already takes,
-// without imbalance, the plain step whatever the gate: the survey then moves it at once, and on the plane no second
-// sweep is needed.  Nor is one for gates of the orbits' own, which need no sums.
+// Orbits of equally many copies are a segment; where its copies do not lie side by side, blocks of them are gathered
+// and then scattered.  A gate of the whole plane needs its sums before any weight can move, so there are two sweeps:
+// the survey advances the moments and adds up, the move writes the weights.  Without imbalance, a block whose copies
+// are equal already takes the plain step whatever the gate: the survey moves it at once, and on the plane one sweep is
+// enough.  One sweep is also enough where every orbit has its own gate, which needs no sums of others.
 
 #pragma once
 
@@ -15,9 +15,8 @@
 namespace symopt {
 namespace {
 
-// Whether two to four copies have loops of their own: not on processors without AVX2, which nobody trains on, because
-// these loops are half of what there is to compile.  All others take those of any number of copies, at two to five
-// times the time.
+// Whether two to four copies have loops of their own.  x86 processors without AVX2 do without, because these loops are
+// half of what is compiled; the loops for any number of copies take two to five times as long.
 #ifdef SYMOPT_FUSED_COPIES
 constexpr bool FUSED_COPIES = true;
 #else
@@ -74,15 +73,15 @@ template <class T> struct Orbits {
     return {n, tile.rows ? n / tile.rows : 0, tile, s.places + j * s.orbits + start};
   }
 
-  // Of what is gathered nothing is prefetched: what pieces of many rows cost is as many cache lines as can be under
-  // way, not waiting for them.
+  // Gathered copies are not prefetched: pieces of many rows keep as many cache lines in flight as the core has room
+  // for, so prefetching would gain nothing.
   void prefetch_orbits(int64_t begin, int64_t end, bool all) const {
     if (s.places) return;
     for (int64_t j = 0; j < s.copies; j++) prefetch_block<T>(entry(j), begin, end, all);
     prefetch(entry(0).second, begin, end, sizeof(T));
   }
 
-  // Turns to a block; `all` says that the gradients are needed.
+  // Makes a block the current one; `all`: gradients are needed.
   void select(int64_t to, bool all) {
     block = to, start = begin_of(s, to), n = begin_of(s, to + 1) - start, at = s.places ? 0 : start;
     if (!s.places) return;
@@ -97,7 +96,7 @@ template <class T> struct Orbits {
     }
   }
 
-  // What the survey has written beside weights goes back to where it lay.
+  // Writes the first moments back, which the survey has advanced.
   void scatter_moments() {
     if (!s.places) return;
     for (int64_t j = 0; j < s.copies; j++)
@@ -116,7 +115,7 @@ template <class T> struct Orbits {
 
   T* first_moment_of(int64_t j) const { return static_cast<T*>(entry(j).first) + at; }
   T* of_orbits(void* x) const { return x ? static_cast<T*>(x) + s.first + start : nullptr; }
-  // What Adam's preconditioner is made from, once the moments are advanced.
+  // The second moments behind Adam's preconditioner, once they are advanced.
   const T* second_or_peak() const { return of_orbits(entry(0).peak ? entry(0).peak : entry(0).second); }
 
   // -- two to four copies --------------------------------------------------------------------------------------------
@@ -194,8 +193,8 @@ template <class T> struct Orbits {
     return differ;
   }
 
-  // The whole step of a block whose orbits have gates of their own; returns whether copies differ.  `expect_equal`
-  // tries the step of equal copies first, and if they are, that is all; to look beforehand would cost what it saves.
+  // The whole step of a block whose orbits have their own gates; returns whether copies differ.  `expect_equal` takes
+  // the step of equal copies first, which is enough if they are equal; a look beforehand would cost what it saves.
   bool step_block_by_orbit(int64_t which, bool expect_equal, PlaneSums& sums, Tally& tally) {
     select(which, true);
     bool differ = false;
@@ -223,7 +222,7 @@ template <class T> struct Orbits {
     return move_by_plane(gate, moved);
   }
 
-  // The last step onto the plane: what was on it is the mean of what was written.
+  // The last step onto the plane: every copy becomes the mean of what the move wrote.
   void snap_block(int64_t which) {
     select(which, false);
     open(false);
@@ -231,7 +230,7 @@ template <class T> struct Orbits {
     close();
   }
 
-  // The weights become what the survey has found them to be if they are equal.
+  // Writes the weights that the survey computed for equal copies.
   void write_equal() {
     for (int64_t j = 0; j < s.copies; j++) copy(n, scratch, copies[j].w);
     close();
@@ -283,7 +282,7 @@ template <class T> struct Orbits {
     for (int64_t j = 0; j < s.copies; j++) add_products(n, copies[j].w, copies[j].u, w_mean, u_mean, ww, uu, uw);
   }
 
-  // Adds what one gate needs, and the largest pull of a single orbit for those that have one each.
+  // Adds what one gate needs; `by_orbit`: and finds the largest pull of a single orbit.
   void survey_sums(PlaneSums& sums, bool by_orbit) {
     for (int64_t j = 0; j < s.copies; j++)
       add_plane_sums(n, copies[j].w, copies[j].u, w_mean, u_mean, step_scale, sums);
@@ -329,7 +328,7 @@ template <class T>
 void survey_orbits(const PlaneEntry& plane, const Segment& s, const StepConstants<double>& constants, int64_t begin,
                    int64_t end, PlaneSums& sums, char* moved, Tally& tally, double* sample, int64_t stride) {
   const StepConstants<T> k(constants);
-  // Even on the plane a strength that is no number moves what it gates.
+  // A strength that is no number moves weights even on the plane.
   const bool skips_gate = (k.imbalance == 0 || s.copies == 1) && (!plane.gate_per_orbit || is_finite(k.decay_kept));
   bool differ = false;  // a block is mostly like the one before
   Orbits<T> o(plane, s, k);
@@ -345,7 +344,7 @@ void survey_orbits(const PlaneEntry& plane, const Segment& s, const StepConstant
     if (sample) o.take_sample(sample, stride);
   }
   sums.sum_inverse *= double(s.copies);
-  if (s.copies == 1) sums.largest_pull = 0;  // a free weight has no pull, not even a lost one
+  if (s.copies == 1) sums.largest_pull = 0;  // a single weight has no pull, not even NaN
 }
 
 template <class T>

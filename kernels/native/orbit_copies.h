@@ -1,6 +1,6 @@
 // The sweeps of orbit.h for two to four copies, each in one loop without arrays in between: a dozen streams that start
-// at the same place of their pages leave a cache of eight ways no room for them.  Roots and divisions are what these
-// loops wait for where memory is fast, so one of each serves as much as it can.
+// at the same offset of their pages conflict in a cache of eight ways, and arrays would add to them.  Where memory is
+// fast these loops wait for roots and divisions, so each result of one is used as often as possible.
 
 #pragma once
 
@@ -49,7 +49,7 @@ template <class T, int N> inline T length(const T (&off)[N]) {
   return N == 2 ? T(1.4142135623730951) * size(off[1]) : root(dot(off, off));
 }
 
-// Numbers of the moments, by value: loops must not fear that what they write changes them.
+// Numbers of the moments, by value: else compilers load them again after every store.
 template <class T, int N> struct Rates {
   T share1, beta2, share2, correction2, eps, momentum, undamped;
   explicit Rates(const StepConstants<T>& k)
@@ -83,7 +83,7 @@ inline T advance(int64_t i, const Copies<T, N>& c, T* second, T* peak, const Rat
   return root(v * r.correction2) + r.eps;
 }
 
-// The largest of what gates of their own would need, squared; NaN stays.
+// The largest pull of a single orbit, squared; NaN stays.
 template <int N> void keep_largest(PlaneSums& s, double largest, double nan_or_finite) {
   if (s.largest_pull != s.largest_pull) return;
   const double found = WHOLE<N> * largest;
@@ -104,7 +104,7 @@ LOOP int32_t survey_copies(int64_t n, const Copies<T, N> c, T* second, T* peak, 
     T w[N], x[N], inverse = advance<T, N, UPDATES>(i, c, second, peak, rates, w, x), p = adaptive ? 1 / inverse : T(1);
     sum_inverse += inverse;
     T a[N], b[N], d[N], w_mean = center(w, a), u_mean = center(x, b), pull = dot(b, b);
-    EACH_COPY d[j] = p * b[j];  // not p squared, which leaves the numbers of fp32 earlier
+    EACH_COPY d[j] = p * b[j];  // not p squared, which overflows earlier
     const T drive = dot(d, d);
     EACH_COPY differing += j > 0 && w[j] != w[0], update_sq += x[j] * x[j];
     ww += dot(a, a), uu += pull, uw += dot(a, b), dd += drive, dw += dot(a, d);
@@ -145,8 +145,8 @@ LOOP double move_copies(int64_t n, const Copies<T, N> c, const T* second, const 
   return WHOLE<N> * double(square);
 }
 
-// The only sweep with a gate for every orbit; returns how many weights differ.  BALANCED: the imbalance is 0, the
-// metric 2 |w|.
+// The only sweep where every orbit has its own gate; returns how many weights differ.  BALANCED: the imbalance is 0,
+// the metric 2 |w|.
 template <class T, int N, Updates UPDATES, bool BALANCED>
 LOOP int32_t step_copies_by_orbit(int64_t n, const Copies<T, N> c, T* second, T* peak, const StepConstants<T>& k,
                                   PlaneSums& s, Tally& tally) {
@@ -156,7 +156,8 @@ LOOP int32_t step_copies_by_orbit(int64_t n, const Copies<T, N> c, T* second, T*
   const T kept = k.decay_kept, reach = k.lr * k.bias_correction1, snap = T(SNAP) * scale;
   const bool coupled = adaptive && k.direction == ADAM;
   const T decoupled = k.direction == ADAMW ? T(1) : T(0);
-  // Without the time scale the largest of decay and 1, in the same words: a branch here costs GCC the vectors.
+  // Without the time scale, t is 1 over the larger of decay and 1, by the same formula: GCC does not vectorize a
+  // branch.
   const T scaled = k.saturated ? 1 : 0, twice = 2 * scaled, least = k.saturated ? scale : T(1);
   T sum = 0, squares = 0, update_sq = 0, largest = 0, drives = 0;
   int32_t differing = 0;
@@ -172,7 +173,7 @@ LOOP int32_t step_copies_by_orbit(int64_t n, const Copies<T, N> c, T* second, T*
     T metric = BALANCED ? 2 * norm : root(imbalance * imbalance + 4 * WHOLE<N> * dot(a, a));
     T square = BALANCED ? norm : (imbalance + metric) / 2;
     T t = 1 / larger(scaled * metric, larger(least, decay + twice * pull));
-    // <x, off> / square: of two balanced copies it is the part of x that points away from the plane.
+    // <x, off> / square.  For two balanced copies that is the part of x that points away from the plane.
     T radial = N == 2 && BALANCED ? T(1.4142135623730951) * (T(a[1] > 0) - T(a[1] < 0)) * b[1]
                                   : WHOLE<N> * dot(a, b) / larger(square, StepConstants<T>::smallest);
     T own = t * decay + t * along * radial, rate = t * decay, shrink = own * rate - own - rate;

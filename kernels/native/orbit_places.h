@@ -35,7 +35,7 @@ struct Where {
 };
 
 // `columns` rows of `from` become the columns of `to`.  Cache lines of the matrix are finished one after the other,
-// because those of rows a few kilobytes apart would push each other out: WRITE says that it is `to`.
+// because lines of rows a few kilobytes apart evict each other.  WRITE: the matrix is `to`.
 template <bool WRITE, class X>
 void transpose(int64_t rows, int64_t columns, const X* from, int64_t from_apart, X* to, int64_t to_apart) {
   using V = Lanes<sizeof(X)>;
@@ -65,7 +65,7 @@ void transpose(int64_t rows, int64_t columns, const X* from, int64_t from_apart,
     }
 }
 
-// Copies whole pieces of a row; returns how much.
+// Copies whole pieces of a row; returns how many elements.
 template <int64_t BYTES, class X> int64_t copy_pieces(int64_t n, const X* from, X* to) {
   constexpr int64_t L = BYTES / sizeof(X);
   int64_t i = 0;
@@ -117,7 +117,7 @@ template <class X> LOOP void scatter_as(const Where w, const void* __restrict fr
       for (int64_t c = 0; c < columns; c++) x[r * down + c * across] = from[r * columns + c];
 }
 
-// Elements of a step in precision T are of this size, or half-precision numbers.
+// Of elements of precision T, or of half-precision numbers.
 template <class T> void gather(bool half, const Where& w, const void* from, void* to) {
   if (sizeof(T) == 4 && half) gather_as<uint16_t>(w, from, to);
   else gather_as<T>(w, from, to);
@@ -128,7 +128,8 @@ template <class T> void scatter(bool half, const Where& w, const void* from, voi
   else scatter_as<T>(w, from, to);
 }
 
-// Length of arrays that hold a block: a cache of eight ways has no room for a dozen that all begin a page.
+// Length of arrays that hold a block: were it a multiple of a page, a dozen of them would conflict in a cache of eight
+// ways.
 constexpr int64_t ARRAY = BLOCK + 32;
 
 // One copy of the orbits of a block, side by side.

@@ -11,7 +11,7 @@ struct OrbitWork final : PlaneWork {
   struct Part {
     const Segment* s;
     int64_t begin, end;  // blocks
-    int64_t flag;        // which of the flags below is that of the segment's first one
+    int64_t flag;        // place of the segment's first block in `moved`
   };
 
   const Functions& f;
@@ -60,8 +60,8 @@ struct OrbitWork final : PlaneWork {
   Tally move(const StepConstants<double>& k, const Settings& s, const PlaneSums& all, const Gate& gate,
              bool attracted) override {
     Tally left;
-    // On the plane only a gate that is no number moves anything, and gates of the orbits' own have moved everything
-    // already.
+    // Nothing is left to move if the survey has moved all blocks, unless the gate is no number, and if every orbit has
+    // its own gate.
     const bool done = plane->gate_per_orbit || (!all.unmoved && std::isfinite(gate.own * gate.t));
     if (!done)
       visit(s, true, [&](const Part& p, size_t task) {

@@ -14,7 +14,7 @@ namespace {
 
 // How many elements of an fp32 tensor have a size with these upper bits, which order floats as the sizes do; NaN last.
 void histogram(const float* x, int64_t numel, int64_t* counts) {
-  int64_t zeros = 0;  // apart, or in a sparse tensor every element would wait for the count of the one before
+  int64_t zeros = 0;  // counted apart: else in a sparse tensor every increment waits for the one before
   for (int64_t i = 0; i < numel; i++) {
     const uint32_t key = cast<uint32_t>(x[i]) & 0x7fffffff;
     if (key)
@@ -62,7 +62,7 @@ void shares(const int64_t* const* counts, int64_t tensors, int64_t budget, doubl
     }
   }
   const size_t bins = first.size();
-  for (int i = 0; i < 64 && least < most; i++) {  // so many scores as the budget has are above 1 / limit
+  for (int i = 0; i < 64 && least < most; i++) {  // until as many scores as the budget allows exceed 1 / limit
     const double limit = least + (most - least) / 2;
     double sum = 0;
     for (size_t j = 0; j < bins; j++) sum += std::min(std::max(limit - first[j], 0.0), near[j]);
@@ -75,7 +75,7 @@ void shares(const int64_t* const* counts, int64_t tensors, int64_t budget, doubl
     live[owner[j]] += int64_t(n), budget -= int64_t(n), many[j] -= n;
     if (many[j] > 0) rest.push_back(j);
   }
-  // What rounding down has left goes to the best of the rest.
+  // The remainder of rounding down goes to the best of the rest.
   const auto worse = [&](size_t a, size_t b) { return order[a] > order[b] || (order[a] == order[b] && a > b); };
   std::make_heap(rest.begin(), rest.end(), worse);
   while (budget > 0 && !rest.empty()) {

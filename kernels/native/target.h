@@ -1,5 +1,6 @@
 // SYMOPT_TARGET(list) ... SYMOPT_TARGET_END: the functions in between may use these instructions.  Flags for the whole
-// source would not do: what the linker takes of inline functions from the standard library must run everywhere.
+// source would also apply to inline functions of the standard library, of which the linker keeps one copy for all
+// sources, and that copy must run everywhere.
 
 #pragma once
 

@@ -1,8 +1,8 @@
 // How work is divided into tasks, and who runs them.
 //
 // There is no thread pool: tasks run on the OpenMP runtime torch itself has loaded, whose entry point the caller passes
-// in.  A second pool would spin against it.  What a task covers depends on the shape alone, and sums of tasks are added
-// in their order, so results do not depend on the number of threads.
+// in.  The threads of a second pool would compete with its own.  What a task covers depends on the shape alone, and
+// sums of tasks are added in their order, so results do not depend on the number of threads.
 
 #pragma once
 
@@ -58,7 +58,7 @@ inline int64_t chunk_of(int64_t numel) {
   return numel < SMALL_TENSOR ? SMALL_CHUNK : std::max(CHUNK, (numel / CHUNKS + BLOCK) / BLOCK * BLOCK);
 }
 
-// A task's number within one of several tensors, whose first tasks are given in order.
+// The tensor to which a task belongs, of several whose first tasks are in order.
 template <class W> W& owner_of(std::vector<W>& works, int64_t task) {
   auto after = std::upper_bound(works.begin(), works.end(), task,
                                 [](int64_t t, const W& w) { return t < w.first_task; });
@@ -72,7 +72,7 @@ struct Stripes {
   int64_t count = 0, groups = 0, width = 0;  // stripes, and groups and columns of each but the last of a band
   int64_t parts = 1, part = 0;               // of a stripe, and elements of a part
   int64_t per_task = 1, tasks = 0;           // stripes of a task, where they are not divided
-  int64_t numbers = 0;                       // columns of which sums and results are kept
+  int64_t numbers = 0;                       // columns that have sums and results
   bool divided = false;
 
   void partition(const Entry& entry) {
@@ -84,7 +84,7 @@ struct Stripes {
       numbers = e->groups, tasks = parts, divided = true;
       return;
     }
-    // Stripes as narrow as it takes to fit the cache, unless that would leave too little of every row.
+    // Stripes narrow enough to fit the cache, unless too little of every row were left.
     const int64_t fitting = CACHED / e->rows < MIN_STRIPE ? MAX_STRIPE : std::min(MAX_STRIPE, CACHED / e->rows);
     groups = e->run >= LONG_RUN ? 1 : std::min(e->groups, std::max<int64_t>(1, fitting / e->run));
     width = groups * e->run;

@@ -30,7 +30,7 @@ struct TensorWork {
   std::unique_ptr<Tally[]> tallies;
   std::unique_ptr<double[]> sums, sample;
   std::unique_ptr<char[]> shrink, shift;
-  std::unique_ptr<std::atomic<int64_t>[]> surveying;  // parts of every stripe that still do; -1 once it may move
+  std::unique_ptr<std::atomic<int64_t>[]> surveying;  // parts of every stripe not yet surveyed; -1 once it may move
   std::atomic<int64_t> remaining{0};                  // tasks that still write weights
 
   void partition(Entry& entry, const Settings& s) {
@@ -79,8 +79,8 @@ struct TensorWork {
   }
 
   // Stripes are moved one stripe after they are surveyed, while their memory may still be in the last-level cache:
-  // survey 0, survey 1, move 0, survey 2, move 1, ...  Tasks are taken in this order, so whoever waits for a stripe
-  // waits for tasks that others are already running.
+  // survey 0, survey 1, move 0, survey 2, move 1, ...  Tasks are taken in this order, so a thread that waits
+  // for a stripe waits for tasks that are already running.
   void run_part(int64_t task) {
     const int64_t turn = task / stripes.parts, part = task % stripes.parts, last = 2 * stripes.count - 1;
     const bool moving = turn == last || (turn > 0 && turn % 2 == 0);
@@ -95,7 +95,7 @@ struct TensorWork {
     if (moving) {
       for (int spins = 0; waiting.load(std::memory_order_acquire) >= 0; spins++)
         if (spins < 1000) cpu_relax();
-        else std::this_thread::yield();  // more threads than cores: whoever is surveying may need this one
+        else std::this_thread::yield();  // more threads than cores: the surveying thread may need this core
       Tally& tally = tallies[static_cast<size_t>(i * stripes.parts + part)];
       f->move(*e, k, stripe, begin, end, to_shrink, to_shift, tally);
       if (--remaining == 0) finish();

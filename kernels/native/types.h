@@ -1,5 +1,5 @@
-// The plain C interface of binding.py, field by field. layout.h describes it to binding.py, which refuses a library
-// that was built for another one.
+// The plain C interface, field by field as library.py has it.  layout.h describes it, so that library.py can refuse a
+// library with another interface.
 
 #pragma once
 
@@ -16,9 +16,9 @@ struct Entry {
   void* weight;
   const void* grad;
   void* master;  // fp32 copy of a half-precision weight, or null
-  void* first;   // momentum_buffer, exp_avg, or null
-  void* second;  // exp_avg_sq, or null; one number per group in groups
-  void* peak;    // max_exp_avg_sq, or null
+  void* first;   // the first moment (momentum's buffer, Adam's mean), or null
+  void* second;  // the second moment, or null; one number per group in groups
+  void* peak;    // the largest second moment so far, or null
   void* factor_0;  // of a plane with a basis: the basis, in blocks of (columns, BLOCK)
   void* factor_1;
   void* imbalance;
@@ -32,7 +32,7 @@ struct Entry {
   double strength_kept, strength_pruned, threshold;  // pruned: up to a size of the threshold; negative: none is
   int64_t zeros;                                     // out: exact zeros after the step
   int32_t retraction, dtype;
-  int32_t fresh;                 // momentum_buffer holds nothing yet
+  int32_t fresh;                 // momentum's buffer holds nothing yet
   int32_t wide_step;             // the counter is fp64
   int32_t pattern_n, pattern_m;  // the n largest of every m neighbours are kept, whatever the threshold; or 0 and 0
   int32_t decoupled;             // strengths bypass Adam's preconditioner, as AdamW's do

@@ -1,5 +1,5 @@
-// Slices of several parameters that share one gate: the move of one parameter.  Its survey is that of groups (group.h),
-// slice by slice; what slices of a unit add up to is combined over the parameters in between.
+// Slices of several parameters that share one gate: the move of one parameter.  The survey is that of groups (group.h),
+// slice by slice; units_tasks.h adds slices of a unit over the parameters in between.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 namespace symopt {
 namespace {
 
-// w' = w - lr update with second moments of the weights' own, for weights that belong to no unit.
+// w' = w - lr update for weights that belong to no unit and have a second moment each.
 template <class T>
 LOOP int32_t step_unbound(int64_t n, T* __restrict w, const T* __restrict g, const T* __restrict u,
                           T* __restrict second, T* __restrict peak, const StepConstants<T>& k) {
@@ -44,7 +44,7 @@ inline int64_t next_unbound(const UnboundColumns* unbound, int64_t count, int64_
   return low;
 }
 
-// `shrink` and `shift` of the units are those of w / factor.  Unbound columns come in order.
+// `shrink` and `shift` of the units are for w / factor.  Unbound columns are in order.
 template <class T>
 void move_slices(const Entry& e, const StepConstants<double>& constants, const UnitsPart& part, const Stripe& stripe,
                  int64_t begin, int64_t end, const void* shrink_of, const void* shift_of, const UnboundColumns* unbound,

@@ -55,7 +55,7 @@ struct UnitsWork {
   }
 };
 
-// Sums of the parts of a stripe, `size` apart, become those of its slices, (4, slices).
+// Turns sums of the parts of a stripe, `size` apart, into sums of its slices, (4, slices).
 void fold_columns(const Stripe& stripe, const double* sums, int64_t parts, int64_t size, int64_t slices, double* to) {
   const int64_t run = stripe.groups == 1 ? 1 : stripe.run, pitch = stripe.groups == 1 ? 1 : stripe.width;
   for (int64_t q = 0; q < 4; q++)
@@ -70,7 +70,7 @@ void fold_columns(const Stripe& stripe, const double* sums, int64_t parts, int64
     }
 }
 
-// Adds those of slices to those of units, in terms of w / factor.
+// Adds sums of slices to those of units, in terms of w / factor.
 void add_slices(const UnitsPart& part, int64_t slices, const double* of_slices, int64_t units, double* sums) {
   const double square = part.factor * part.factor, factors[4] = {square, square, 1, 1 / square};
   for (int q = 0; q < 4; q++)
@@ -78,7 +78,7 @@ void add_slices(const UnitsPart& part, int64_t slices, const double* of_slices, 
       if (part.index[j] >= 0) sums[q * units + part.index[j]] += factors[q] * of_slices[q * slices + j];
 }
 
-// The first moments of all parameters, and the sums of every unit over them.
+// Advances the first moments of all parameters, and finds the sums of every unit over them.
 void survey_units(const UnitsEntry* const* entries, int64_t count, const Settings& s) {
   UnitsWork all(entries, count, s);
   struct Sums {
@@ -136,7 +136,7 @@ std::vector<UnboundColumns> unbound_columns(const Entry& e, const UnitsPart& par
   return found;
 }
 
-// The second moments and the gate of every unit from its sums, and the weights of all parameters.
+// Advances the second moment and decides the gate of every unit from its sums, and moves the weights of all parameters.
 void move_units(const UnitsEntry* const* entries, int64_t count, const Settings& s) {
   UnitsWork all(entries, count, s);
   struct Unit {
