@@ -13,7 +13,7 @@ from torch import nn
 
 import symopt
 from support.cases import cases
-from support.table import OPTIMIZERS, OptimizerRow
+from support.table import ANY_SHAPE, OptimizerRow
 from symopt.folding.fold import fold
 from symopt.folding.resize import resize
 from symopt.report import report
@@ -198,7 +198,7 @@ def test_explicit_mode_refuses_and_leaves_the_module_alone(
     assert list(module.state_dict()) == keys and symopt.constraints(module) == before
 
 
-@cases(row=OPTIMIZERS)
+@cases(row=ANY_SHAPE)
 def test_symopts_optimizers_refuse_explicit_modules(row: OptimizerRow) -> None:
     module = symopt.constrain(net(), {"0.weight": S()}, mode="explicit")
     fix = "explicit.*param_groups"
@@ -345,15 +345,15 @@ OPTIONS: list[tuple[str, type[Exception], tuple[str, ...], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("error", "parts", "options"), **table(OPTIONS))
-@cases(row=[r for r in OPTIMIZERS if r.id in ("sgd", "adam", "adamw")], place=["constructor", "group", "added"])
+@cases(row=[r for r in ANY_SHAPE if r.id in ("sgd", "adam", "adamw", "lion")], where=["constructor", "group", "added"])
 def test_optimizers_refuse_their_own_options(
-    row: OptimizerRow, error: type[Exception], parts: tuple[str, ...], options: dict[str, Any], place: str
+    row: OptimizerRow, error: type[Exception], parts: tuple[str, ...], options: dict[str, Any], where: str
 ) -> None:
     with pytest.raises(error) as caught:
-        if place == "constructor":
+        if where == "constructor":
             row.cls(bound(), lr=0.1, **options)
         else:
-            (with_group if place == "group" else added)(**options)(row.cls)
+            (with_group if where == "group" else added)(**options)(row.cls)
     message = str(caught.value)
     assert [part for part in (row.cls.__name__, *parts) if part not in message] == [], message
 
@@ -373,7 +373,7 @@ def test_momentum_of_one_or_more_is_for_unconstrained_parameters_only(momentum: 
     assert opt.defaults["momentum"] == momentum
 
 
-@cases(row=OPTIMIZERS, constraint=[S(), G("out")])
+@cases(row=ANY_SHAPE, constraint=[S(), G("out")])
 def test_a_zero_weight_without_imbalance_could_never_train(row: OptimizerRow, constraint: symopt.Constraint) -> None:
     module = symopt.constrain(nn.Sequential(nn.Linear(3, 2)), {"0.weight": constraint})
     nn.init.zeros_(module[0].weight)
@@ -429,7 +429,7 @@ TORCHS: list[tuple[str, Callable[[Any], Any]]] = [
 
 
 @pytest.mark.parametrize(("call",), **table(TORCHS))
-@cases(row=[r for r in OPTIMIZERS if r.id in ("sgd", "adam", "adamw")])
+@cases(row=[r for r in ANY_SHAPE if r.id in ("sgd", "adam", "adamw")])
 def test_what_torch_refuses_is_refused_in_torchs_words(row: OptimizerRow, call: Callable[[Any], Any]) -> None:
     with pytest.raises(Exception) as want:
         call(row.torch_cls)

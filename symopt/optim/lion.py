@@ -109,5 +109,6 @@ class Lion(ConstrainedOptimizer):
             if "exp_avg" not in state:
                 state["exp_avg"] = torch.zeros_like(p)
             lead, moments = self.direction.lead(group, state, -p.grad if group["maximize"] else p.grad)
-            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * lead.sign())
+            shown = lead.sign() + 0 * lead  # the sign alone would make numbers of NaN and infinity
+            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * shown)
             state["exp_avg"].copy_(moments["exp_avg"])

@@ -9,7 +9,7 @@ import torch
 import symopt
 from support.cases import cases
 from support.planes import KEYS, Pair, fit, pair, randn
-from support.table import OPTIMIZERS, PLANES, ids
+from support.table import ANY_SHAPE, PLANES, ids
 
 every_plane = pytest.mark.parametrize("row", PLANES, ids=ids)
 
@@ -38,7 +38,7 @@ def test_equivariant_weights_are_on_the_plane_bit_for_bit():
     assert torch.equal(net.weight.roll(1, 0).roll(3, 1), net.weight) and torch.equal(net.bias.roll(1), net.bias)
 
 
-@cases(opt_row=OPTIMIZERS)
+@cases(opt_row=ANY_SHAPE)
 def test_a_tied_network_goes_on_from_a_checkpoint(opt_row):
     lr = opt_row.lr * (0.01 if opt_row.options.get("maximize") else 1)  # a square has no maximum
     build = lambda net: opt_row.cls(net, lr=lr, **opt_row.options)  # noqa: E731

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, prune
 
 import symopt
 from support.cases import cases
-from support.table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter
+from support.table import ANY_SHAPE, CONSTRAINTS, ConstraintRow, OptimizerRow, constrained_parameter
 
 SPARSE, GROUP = symopt.Sparse(0.3), symopt.GroupSparse("out", 0.3)
 LOOSE = "belong to no symopt optimizer"
@@ -189,7 +189,7 @@ def test_param_groups_has_one_group_per_constraint_and_the_rest_last() -> None:
     assert [g["strength"] for g in groups] == [0.3, 0.3, None]
 
 
-@cases(row=OPTIMIZERS, pattern=["a.weight", "b.weight", "*.weight"])
+@cases(row=ANY_SHAPE, pattern=["a.weight", "b.weight", "*.weight"])
 def test_tied_weights_are_one_constrained_tensor(row: OptimizerRow, pattern: str) -> None:
     def tied() -> nn.Module:
         torch.manual_seed(0)
@@ -285,7 +285,7 @@ def test_the_constraint_moves_with_the_module(move: Callable[[nn.Module], nn.Mod
     assert same(train(moved, opt), want)
 
 
-@cases(row=OPTIMIZERS)
+@cases(row=ANY_SHAPE)
 def test_parameters_swapped_under_the_optimizer(row: OptimizerRow) -> None:
     # FSDP2 and Accelerate: new Parameter objects in the module, put into the groups of an optimizer built before.
     want = train(net := bound_mlp(), row.cls(net, lr=row.lr, **row.options))
@@ -304,7 +304,7 @@ def test_parameters_swapped_under_the_optimizer(row: OptimizerRow) -> None:
     assert not any(ref() is not None for ref in old)
 
 
-@cases(row=OPTIMIZERS)
+@cases(row=ANY_SHAPE)
 def test_swapped_tensors(row: OptimizerRow) -> None:
     want = train(net := bound_mlp(), row.cls(net, lr=row.lr, **row.options))
     net = bound_mlp()
@@ -314,7 +314,7 @@ def test_swapped_tensors(row: OptimizerRow) -> None:
     assert same(train(net, opt), want)
 
 
-@cases(row=OPTIMIZERS, steps=[0, 5])
+@cases(row=ANY_SHAPE, steps=[0, 5])
 def test_constraining_after_the_optimizer_was_built(row: OptimizerRow, steps: int) -> None:
     ends = []
     for late in (False, True):
@@ -335,7 +335,7 @@ def test_constraining_after_the_optimizer_was_built(row: OptimizerRow, steps: in
 
 
 @cases(
-    row=OPTIMIZERS,
+    row=ANY_SHAPE,
     bound=[r for r in CONSTRAINTS if r.id in ("sparse", "group-out", "group-index")],
     dtype=[torch.float32, torch.bfloat16],
 )
@@ -556,7 +556,7 @@ def used(row: OptimizerRow) -> list[Any]:
     return [net, opt, other, *packed, *net.parameters(), *other.parameters()]
 
 
-@cases(row=OPTIMIZERS)
+@cases(row=ANY_SHAPE)
 def test_nothing_is_kept_alive(row: OptimizerRow) -> None:
     refs = [weakref.ref(x) for x in used(row)]
     gc.collect()
@@ -590,7 +590,7 @@ def test_the_ids_of_dead_weights_bind_nothing() -> None:
         assert not bound_by(symopt.SGD(mlp()))
 
 
-@cases(row=OPTIMIZERS)
+@cases(row=ANY_SHAPE)
 def test_two_models_do_not_mix(row: OptimizerRow) -> None:
     def alone(patterns: dict[str, symopt.Constraint], seed: int) -> dict[str, Tensor]:
         net = symopt.constrain(mlp(seed), patterns)

@@ -35,8 +35,12 @@ from support.runs import (
     stepped,
     tensors,
 )
-from support.table import OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter
+from support.table import ANY_SHAPE, ConstraintRow, OptimizerRow, available, constrained_parameter
 from support.tolerances import tolerance
+
+
+def native_too(row: ConstraintRow, opt_row: OptimizerRow, **_: Any) -> bool:
+    return available(row, opt_row, "native")
 
 
 def moved(run: Run, row: ConstraintRow) -> bool:
@@ -46,7 +50,7 @@ def moved(run: Run, row: ConstraintRow) -> bool:
 # -- the same steps --------------------------------------------------------------------------------------------------
 
 
-@pairs(row=ROWS, opt_row=OPTIMIZERS, imbalance=[1.0, 0.0], time_scale=["saturated", "none"])
+@pairs(native_too, row=ROWS, opt_row=ANY_SHAPE, imbalance=[1.0, 0.0], time_scale=["saturated", "none"])
 def test_twenty_steps_in_fp64(row: ConstraintRow, opt_row: OptimizerRow, imbalance: float, time_scale: str) -> None:
     ours, theirs = both(row, opt_row, imbalance=imbalance, time_scale=time_scale)
     for t in range(STEPS):
@@ -56,7 +60,7 @@ def test_twenty_steps_in_fp64(row: ConstraintRow, opt_row: OptimizerRow, imbalan
     assert moved(ours, row)
 
 
-@pairs(row=ROWS, opt_row=OPTIMIZERS, dtype=[torch.float32, *HALF])
+@pairs(native_too, row=ROWS, opt_row=ANY_SHAPE, dtype=[torch.float32, *HALF])
 def test_twenty_steps_in_lower_precision(row: ConstraintRow, opt_row: OptimizerRow, dtype: torch.dtype) -> None:
     ours, theirs = both(row, opt_row, dtype)
     for t in range(STEPS):
@@ -127,13 +131,13 @@ def plain_module(dtype: torch.dtype) -> nn.Module:
     return module
 
 
-@cases(opt_row=OPTIMIZERS, dtype=[torch.float32, torch.float64], weight_decay=[0.0, 0.1])
+@cases(opt_row=ANY_SHAPE, dtype=[torch.float32, torch.float64], weight_decay=[0.0, 0.1])
 def test_native_steps_unconstrained_tensors_like_torch(
     opt_row: OptimizerRow, dtype: torch.dtype, weight_decay: float
 ) -> None:
     ours, theirs = plain_module(dtype), plain_module(dtype)
     opt = optimizer(ours, opt_row, weight_decay=weight_decay, backend="native")
-    options = {"lr": opt_row.lr, "weight_decay": weight_decay, "foreach": False, **opt_row.options}
+    options = {"lr": opt_row.lr, "weight_decay": weight_decay, **opt_row.one_by_one, **opt_row.options}
     torch_opt = opt_row.torch_cls(theirs.parameters(), **options)
     kind = "backends" if dtype == torch.float64 else "backends, fp32"
     for t in range(STEPS):
@@ -142,13 +146,13 @@ def test_native_steps_unconstrained_tensors_like_torch(
         close((ours, opt), (theirs, torch_opt), kind)
 
 
-@cases(opt_row=OPTIMIZERS, dtype=HALF)
+@cases(opt_row=ANY_SHAPE, dtype=HALF)
 def test_native_steps_unconstrained_halves_with_fp32_moments(opt_row: OptimizerRow, dtype: torch.dtype) -> None:
     ours, theirs = plain_module(dtype), plain_module(torch.float32)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         q.data.copy_(p.data)
     opt = optimizer(ours, opt_row, backend="native")
-    torch_opt = opt_row.torch_cls(theirs.parameters(), lr=opt_row.lr, foreach=False, **opt_row.options)
+    torch_opt = opt_row.torch_cls(theirs.parameters(), lr=opt_row.lr, **opt_row.one_by_one, **opt_row.options)
     for t in range(3):
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             p.grad = gradient(p, t)
@@ -166,7 +170,7 @@ def test_native_steps_unconstrained_halves_with_fp32_moments(opt_row: OptimizerR
                     torch.testing.assert_close(opt.state[p][key], value, rtol=tol, atol=tol)
 
 
-@cases(opt_row=OPTIMIZERS)
+@cases(opt_row=ANY_SHAPE)
 def test_unconstrained_tensors_may_change_backends(opt_row: OptimizerRow) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         module = plain_module(dtype)
@@ -177,7 +181,7 @@ def test_unconstrained_tensors_may_change_backends(opt_row: OptimizerRow) -> Non
         assert all(bool(p.isfinite().all()) for p in module.parameters())
         if dtype == torch.float64:
             other = plain_module(dtype)
-            torch_opt = opt_row.torch_cls(other.parameters(), lr=opt_row.lr, foreach=False, **opt_row.options)
+            torch_opt = opt_row.torch_cls(other.parameters(), lr=opt_row.lr, **opt_row.one_by_one, **opt_row.options)
             for t in range(6):
                 step((other, torch_opt), t)
             close((module, opt), (other, torch_opt))
@@ -204,7 +208,7 @@ def continued(run: Run, row: ConstraintRow, opt_row: OptimizerRow, backend: str)
     return module, opt
 
 
-@pairs(row=ROWS, opt_row=OPTIMIZERS, dtype=[torch.float64, torch.bfloat16])
+@pairs(native_too, row=ROWS, opt_row=ANY_SHAPE, dtype=[torch.float64, torch.bfloat16])
 def test_a_checkpoint_continues_on_the_other_backend(
     row: ConstraintRow, opt_row: OptimizerRow, dtype: torch.dtype
 ) -> None:
@@ -219,7 +223,7 @@ def test_a_checkpoint_continues_on_the_other_backend(
             close(run, runs[1], kind)
 
 
-@cases(row=ROWS, opt_row=OPTIMIZERS)
+@cases(native_too, row=ROWS, opt_row=ANY_SHAPE)
 def test_checkpoints_look_the_same(row: ConstraintRow, opt_row: OptimizerRow) -> None:
     ours, theirs = (run[1] for run in map(stepped, both(row, opt_row)))
     one, two = ours.state_dict(), theirs.state_dict()
@@ -249,7 +253,7 @@ def test_copies_and_pickles_continue(row: ConstraintRow, opt_row: OptimizerRow) 
 
 def test_unstepped_copies_have_first_steps() -> None:
     """A copy made between construction and the first step, when there is no momentum yet."""
-    for opt_row in OPTIMIZERS:
+    for opt_row in ANY_SHAPE:
         original = start(ROWS[0], opt_row, backend="native")
         twin = copy.deepcopy(original)
         assert equal(stepped(twin), stepped(original))

@@ -21,11 +21,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import symopt
 from support.cases import cases, pairs
-from support.table import CONSTRAINTS, OPTIMIZERS, ConstraintRow, OptimizerRow, constrained_parameter
+from support.table import ANY_SHAPE, CONSTRAINTS, ConstraintRow, OptimizerRow, constrained_parameter
 from support.tolerances import tolerance
 
 HALF = 100
-SOME = [row for row in OPTIMIZERS if row.id in ("sgd-momentum", "adam-amsgrad", "adamw")]
+SOME = [row for row in ANY_SHAPE if row.id in ("sgd-momentum", "adam-amsgrad", "adamw")]
 FEW = [
     *(row for row in CONSTRAINTS if row.id in ("sparse", "group-head-packed", "group-index")),
     ConstraintRow("free", lambda k: symopt.Sparse(k, gauge="free"), (6, 5)),
@@ -94,7 +94,7 @@ def assert_same_state(one: dict[str, Tensor], two: dict[str, Tensor], name: str 
     [(bound, True) for bound in FEW] + [(FEW[0], False)],
     ids=[f"{bound.id}-anneal" for bound in FEW] + [FEW[0].id],
 )
-@pairs(row=OPTIMIZERS)
+@pairs(row=ANY_SHAPE)
 def test_saving_and_loading_half_way_changes_no_bit(row: OptimizerRow, bound: ConstraintRow, scheduled: bool) -> None:
     def fresh(seed: int) -> list[Any]:
         module = build(bound, seed=seed)
@@ -119,7 +119,7 @@ def test_saving_and_loading_half_way_changes_no_bit(row: OptimizerRow, bound: Co
 
 @few_steps
 def test_a_loaded_schedule_is_in_force_at_once() -> None:
-    opts = [optimizer(OPTIMIZERS[0], build(FEW[0])) for _ in range(2)]
+    opts = [optimizer(ANY_SHAPE[0], build(FEW[0])) for _ in range(2)]
     one, two = symopt.Anneal(opts[0], 50, commit=0.5), symopt.Anneal(opts[1], 1234)
     for at in (0, 10, 30):
         for _ in range(at - one.last_step):
@@ -149,7 +149,7 @@ def test_a_copy_of_module_and_optimizer_goes_on_like_the_original(
     assert not torch.equal(untouched[0].weight, twin[0].weight)
 
 
-@cases(row=OPTIMIZERS, copied=[copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@cases(row=ANY_SHAPE, copied=[copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_an_optimizer_copied_without_its_module_keeps_the_constraint(
     row: OptimizerRow, copied: Callable[[Any], Any]
 ) -> None:
@@ -166,7 +166,7 @@ def test_an_optimizer_copied_without_its_module_keeps_the_constraint(
     assert torch.equal(params[0], module.weight)
 
 
-@cases(row=OPTIMIZERS, bound=ENDS)
+@cases(row=ANY_SHAPE, bound=ENDS)
 def test_a_deepcopy_of_the_module_alone_is_constrained(row: OptimizerRow, bound: ConstraintRow) -> None:
     module = build(bound)
     twin = copy.deepcopy(module)
@@ -195,7 +195,7 @@ def test_fp32_state_of_low_precision_weights_keeps_every_bit(
     assert_same(pair, resumed)
 
 
-@cases(row=OPTIMIZERS)
+@cases(row=ANY_SHAPE)
 def test_loading_copies(row: OptimizerRow) -> None:
     pair = (module := build(FEW[1]), optimizer(row, module))
     steps(pair, 0, 5)
@@ -210,7 +210,7 @@ def test_loading_copies(row: OptimizerRow) -> None:
 
 
 @cases(
-    row=OPTIMIZERS,
+    row=ANY_SHAPE,
     bound=ENDS,
     dtype=[torch.float32, torch.bfloat16, torch.float64],
 )
@@ -241,7 +241,7 @@ def test_a_torch_checkpoint_loads(row: OptimizerRow, bound: ConstraintRow, dtype
     assert torch.isfinite(module.weight).all()
 
 
-@cases(row=OPTIMIZERS, bound=FEW)
+@cases(row=ANY_SHAPE, bound=FEW)
 def test_torch_goes_on_from_a_symopt_checkpoint(row: OptimizerRow, bound: ConstraintRow) -> None:
     ours = (module := build(bound), optimizer(row, module))
     steps(ours, 0, 10)
@@ -263,7 +263,7 @@ def test_torch_goes_on_from_a_symopt_checkpoint(row: OptimizerRow, bound: Constr
     assert torch.equal(plain.bias, module.bias) and not torch.equal(plain.weight, module.weight)
 
 
-@cases(row=OPTIMIZERS, bound=FEW)
+@cases(row=ANY_SHAPE, bound=FEW)
 def test_symopt_to_torch_and_back_is_stable_to_the_bit(row: OptimizerRow, bound: ConstraintRow) -> None:
     ours = (module := build(bound), optimizer(row, module))
     steps(ours, 0, 10)
@@ -277,7 +277,7 @@ def test_symopt_to_torch_and_back_is_stable_to_the_bit(row: OptimizerRow, bound:
     assert_same(ours, back)
 
 
-@cases(row=OPTIMIZERS)
+@cases(row=ANY_SHAPE)
 def test_a_torch_checkpoint_does_not_reset_what_torch_knows_nothing_of(row: OptimizerRow) -> None:
     module = build(FEW[0])
     theirs = optimizer(row, module, row.torch_cls)
@@ -291,7 +291,7 @@ def test_a_torch_checkpoint_does_not_reset_what_torch_knows_nothing_of(row: Opti
     assert (group["strength"], group["time_scale"], group["imbalance"]) == (0.7, "none", 0.5)
 
 
-@cases(row=OPTIMIZERS, missing=["imbalance", "metric_scale", "both", "moments", "all but momentum"])
+@cases(row=ANY_SHAPE, missing=["imbalance", "metric_scale", "both", "moments", "all but momentum"])
 def test_partial_state_is_completed(row: OptimizerRow, missing: str) -> None:
     pair = (module := build(FEW[1]), optimizer(row, module))
     steps(pair, 0, 10)
@@ -385,7 +385,7 @@ def test_a_weight_changed_from_outside_is_the_weight(
 
 @few_steps
 @pairs(
-    row=OPTIMIZERS,
+    row=ANY_SHAPE,
     bound=ENDS,
     scheduled=[False, True],
     flat=[False, True],
@@ -438,7 +438,7 @@ def _short_group(d: dict[str, Any]) -> None:
     d["param_groups"][0]["params"] = d["param_groups"][0]["params"][:1]
 
 
-@cases(row=OPTIMIZERS, spoil=[_extra_group, _short_group])
+@cases(row=ANY_SHAPE, spoil=[_extra_group, _short_group])
 def test_mismatching_groups_raise_and_leave_everything_untouched(
     row: OptimizerRow, spoil: Callable[[dict[str, Any]], None]
 ) -> None:
@@ -460,7 +460,7 @@ def test_mismatching_groups_raise_and_leave_everything_untouched(
     assert_same(pair, before)
 
 
-@cases(row=OPTIMIZERS, in_place=[False, True])
+@cases(row=ANY_SHAPE, in_place=[False, True])
 def test_what_a_users_pre_hook_leaves_is_what_gets_loaded(row: OptimizerRow, in_place: bool) -> None:
     pair = (module := build(FEW[1]), optimizer(row, module, lr=row.lr))
     steps(pair, 0, 5)
@@ -482,7 +482,7 @@ def test_what_a_users_pre_hook_leaves_is_what_gets_loaded(row: OptimizerRow, in_
     assert other[1].state[twin.weight] and all((v == 2).all() for s in other[1].state.values() for v in s.values())
 
 
-@cases(row=OPTIMIZERS)
+@cases(row=ANY_SHAPE)
 def test_a_users_load_post_hook_has_the_last_word(row: OptimizerRow) -> None:
     pair = (module := build(FEW[1]), optimizer(row, module))
     steps(pair, 0, 5)
@@ -498,7 +498,7 @@ def test_a_users_load_post_hook_has_the_last_word(row: OptimizerRow) -> None:
     assert other[1].state[twin.weight] and all((v == 3).all() for s in other[1].state.values() for v in s.values())
 
 
-@cases(row=OPTIMIZERS)
+@cases(row=ANY_SHAPE)
 def test_a_users_state_dict_hooks_see_and_change_what_is_saved(row: OptimizerRow) -> None:
     _, opt = pair = (module := build(FEW[1]), optimizer(row, module))
     steps(pair, 0, 5)
@@ -515,7 +515,7 @@ def test_a_users_state_dict_hooks_see_and_change_what_is_saved(row: OptimizerRow
 
 def test_the_state_is_flat_and_primitive() -> None:
     # Nested or object state breaks torch.load(weights_only=True), FSDP and distributed checkpoints.
-    for row in OPTIMIZERS:
+    for row in ANY_SHAPE:
         for bound in CONSTRAINTS:
             pair = (module := build(bound), optimizer(row, module))
             steps(pair, 0, 2)

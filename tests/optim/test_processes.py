@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import symopt
-from support.table import CONSTRAINTS, MATRICES, OPTIMIZERS, PLANES, constrained_parameter, plane_module
+from support.table import ANY_SHAPE, CONSTRAINTS, MATRICES, PLANES, constrained_parameter, plane_module
 from symopt_kernels.native import binding as native
 
 SOAK = os.environ.get("SYMOPT_SOAK")
@@ -24,7 +24,7 @@ LARGE = 400  # squared, more than one thread's share
 
 
 FEW = "sparse group-in-conv group-index lowrank tied equivariant".split()
-CLASSES = [row for row in OPTIMIZERS if not row.options]
+CLASSES = [row for row in ANY_SHAPE if not row.options]
 
 
 def module(*, every: bool) -> nn.ModuleList:

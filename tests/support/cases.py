@@ -28,17 +28,17 @@ Test = Callable[..., None]
 Where = Callable[..., bool]
 
 
-def cases(where: Where | None = None, **axes: Sequence[Any]) -> Callable[[Test], Test]:
+def cases(where: Where | None = None, /, **axes: Sequence[Any]) -> Callable[[Test], Test]:
     """A test of all combinations, or of those for which ``where(**combination)`` is true."""
     return lambda test: _loop(test, axes, where, 0)
 
 
-def pairs(where: Where | None = None, **axes: Sequence[Any]) -> Callable[[Test], Test]:
+def pairs(where: Where | None = None, /, **axes: Sequence[Any]) -> Callable[[Test], Test]:
     """A test of combinations in which any two values of two arguments meet, where they ever do."""
     return lambda test: _loop(test, axes, where, 2)
 
 
-def some(where: Where | None = None, **axes: Sequence[Any]) -> Callable[[Test], Test]:
+def some(where: Where | None = None, /, **axes: Sequence[Any]) -> Callable[[Test], Test]:
     """A test of combinations in which every value of every argument occurs."""
     return lambda test: _loop(test, axes, where, 1)
 

@@ -38,6 +38,6 @@ class Lion(torch.optim.Optimizer):
                 m: Tensor = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
                 c = beta1 * m + (1 - beta1) * g
                 p.mul_(1 - lr * group["weight_decay"])
-                p.add_(torch.sign(c), alpha=-lr)
+                p.add_(torch.where(c == 0, c, c / c.abs()), alpha=-lr)
                 m.copy_(beta2 * m + (1 - beta2) * g)
         return loss

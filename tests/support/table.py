@@ -5,6 +5,7 @@ A public constraint or optimizer without a row fails ``test_table.py``; a new ro
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,11 @@ class OptimizerRow:
     torch_cls: type[torch.optim.Optimizer]
     lr: float
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def one_by_one(self) -> dict[str, Any]:
+        """What makes its counterpart step tensor by tensor."""
+        return {"foreach": False} if "foreach" in inspect.signature(self.torch_cls).parameters else {}
 
 
 def _checkerboard(w: torch.Tensor) -> torch.Tensor:
@@ -255,18 +261,25 @@ OPTIMIZERS = [
     OptimizerRow("adamw-amsgrad", symopt.AdamW, torch.optim.AdamW, 0.01, {"amsgrad": True, "betas": (0.8, 0.95)}),
     OptimizerRow("adamw-maximize", symopt.AdamW, torch.optim.AdamW, 0.01, {"maximize": True}),
 ]
-"""They take every constraint."""
+"""torch's, with all of its switches; they take every constraint."""
 
-MORE_OPTIMIZERS = [
+LIONS = [
     OptimizerRow("lion", symopt.Lion, Lion, 3e-3),
     OptimizerRow("lion-maximize", symopt.Lion, Lion, 3e-3, {"maximize": True, "betas": (0.8, 0.95)}),
+]
+"""Without a counterpart in torch, and without torch's switches (``foreach``, ``fused``, ``capturable``, ...)."""
+
+MUONS = [
     OptimizerRow("muon", symopt.Muon, torch.optim.Muon, 0.01),
     OptimizerRow("muon-rms", symopt.Muon, torch.optim.Muon, 0.01, {"adjust_lr_fn": "match_rms_adamw"}),
     OptimizerRow("muon-plain", symopt.Muon, torch.optim.Muon, 0.01, {"nesterov": False, "momentum": 0.8}),
 ]
-"""They do not take every constraint (:func:`taken`), or have no counterpart in torch."""
+"""For matrices, and not under every constraint (:func:`taken`)."""
 
-EVERY_OPTIMIZER = [*OPTIMIZERS, *MORE_OPTIMIZERS]
+ANY_SHAPE = [*OPTIMIZERS, *LIONS]
+"""They take every constraint and tensors of every shape."""
+
+EVERY_OPTIMIZER = [*OPTIMIZERS, *LIONS, *MUONS]
 
 
 def ids(row: Any) -> str:

@@ -62,7 +62,7 @@ both = functools.partial(plane_runs.both, dtype=torch.float32, fused="triton", d
 close = functools.partial(runs_of.close, kind="backends, fp32")
 
 
-@cases(where=in_turn, row=TIES, opt_row=OPTIMIZERS)
+@cases(in_turn, row=TIES, opt_row=OPTIMIZERS)
 def test_many_steps(row: PlaneRow, opt_row: OptimizerRow) -> None:
     """Strengths, formats, shapes and the other choices rotate."""
     i, j = TIES.index(row), OPTIMIZERS.index(opt_row)
