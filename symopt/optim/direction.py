@@ -107,13 +107,18 @@ class Direction(ABC):
     ) -> Tensor | float:
         """What multiplies ``lr * strength`` for the units of a parameter of this ``shape``.
 
-        Decoupled: 1 for single weights and the square root of the ``size`` (weights per unit) for groups, which makes
-        the strength a signal-to-noise ratio per coordinate.  Coupled: the scale itself, so that fixed points are those
-        of loss + penalty.
+        Decoupled: the :meth:`typical` update, for groups times the square root of their ``size`` (weights per unit),
+        which makes the strength a signal-to-noise ratio per coordinate.  Coupled: the scale itself, so that fixed
+        points are those of loss + penalty.
         """
         if decoupled:
-            return 1.0 if size is None else size.sqrt()
+            typical = self.typical(options, shape)
+            return typical if size is None else typical * size.sqrt()
         return scale
+
+    def typical(self, options: Options, shape: torch.Size) -> float:
+        """Root mean square of the update of a steady gradient, for a parameter of this ``shape``; if decoupled."""
+        return 1.0
 
     def preconditioner(
         self, options: Options, state: State, average: Callable[[Tensor], Tensor] = lambda moment: moment

@@ -31,21 +31,12 @@ class MuonDirection(Direction):
         update = _muon._zeropower_via_newtonschulz(mean, *given).to(grad.dtype)
         return self._adjustment(options, grad.shape) * update, {"momentum_buffer": buffer}
 
-    def gain(
-        self,
-        options: Options,
-        scale: Tensor | float,
-        size: Tensor | None,
-        shape: torch.Size,
-        *,
-        decoupled: bool,
-    ) -> Tensor | float:
-        """``sqrt(size)`` times the root mean square of an orthogonal update, ``1 / sqrt(max(shape))`` and adjusted.
+    def typical(self, options: Options, shape: torch.Size) -> float:
+        """Of an orthogonal update, ``1 / sqrt(max(shape))``, adjusted.
 
         So the strength is a signal-to-noise ratio per coordinate, whatever the shape of the matrix.
         """
-        typical = self._adjustment(options, shape) / math.sqrt(max(shape))
-        return typical if size is None else typical * size.sqrt()
+        return self._adjustment(options, shape) / math.sqrt(max(shape))
 
     @staticmethod
     def _adjustment(options: Options, shape: torch.Size) -> float:

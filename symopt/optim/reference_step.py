@@ -51,8 +51,10 @@ def _step_whole(slot: Slot, options: Options, grad_scale: Tensor | None) -> None
     update, gain = direction.update(options, state, grad, groups, decoupled=slot.decoupled)
     lr, strength = slot.rates(options, update)
     if binding.automatic(options) if constraint.is_plane else False:  # for the steps to come
-        smooth, decoupled = update, direction.decoupled(options)
-        if not decoupled:
+        decoupled = direction.decoupled(options)
+        if decoupled:
+            smooth = update / direction.typical(options, update.shape)
+        else:
             smooth = groups.scale(1 / gain, update) if isinstance(gain, Tensor) and groups else update / gain
         needed = constraint.needed(smooth, state["critical"], per_coordinate=decoupled)
         state["critical"] = _kept(options, state["critical"], needed)
