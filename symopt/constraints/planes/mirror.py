@@ -60,6 +60,7 @@ class Mirror(Plane):
 
     Example:
         >>> import torch, symopt
+        >>> _ = torch.manual_seed(0)
         >>> net = torch.nn.Linear(3, 1, bias=False)
         >>> mean_free = symopt.Mirror(lambda w: w - w.mean())
         >>> net = symopt.constrain(net, {"weight": mean_free})
