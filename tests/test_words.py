@@ -79,6 +79,8 @@ ALLOWED = {
     "lost": ("tests/",),
     "of": ("symopt/", "kernels/native/", "kernels/triton/", "kernels/orbits.py", "tests/", "benchmarks/"),
 }
+
+
 def in_python(text: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Name):

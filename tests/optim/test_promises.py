@@ -58,8 +58,9 @@ STARTS = {
 
 @pairs(
     # The factors of a low rank are refactored by every step with a gradient, which rounds.
-    lambda row, opt_row, gradient, warm, **_: taken(row, opt_row)
-    and (row not in MATRICES or (gradient == 0 and not warm)),
+    lambda row, opt_row, gradient, warm, **_: (
+        taken(row, opt_row) and (row not in MATRICES or (gradient == 0 and not warm))
+    ),
     row=EVERY,
     opt_row=EVERY_OPTIMIZER,
     dtype=DTYPES,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
 from typing import TypeVar
-from weakref import WeakKeyDictionary
 
 from symopt.constraints.base import Constraint
 
@@ -12,12 +12,16 @@ __all__ = ["derived"]
 
 T = TypeVar("T")
 
-_kept: WeakKeyDictionary[Constraint, dict[Hashable, object]] = WeakKeyDictionary()
+_kept: dict[int, dict[Hashable, object]] = {}
+"""By identity: constraints that are equal come and go one by one."""
 
 
 def derived(constraint: Constraint, key: Hashable, make: Callable[[], T]) -> T:
     """``make()``, the first time; ``key`` begins with the name of what it makes, and so determines its type."""
-    kept = _kept.setdefault(constraint, {})
+    if id(constraint) not in _kept:
+        _kept[id(constraint)] = {}
+        weakref.finalize(constraint, _kept.pop, id(constraint))
+    kept = _kept[id(constraint)]
     if key not in kept:
         kept[key] = make()
     found: T = kept[key]  # type: ignore[assignment]

