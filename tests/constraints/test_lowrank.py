@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import symopt
 from support.cases import cases
 from support.runs import gradients, optimizer
-from support.table import MATRICES, OPTIMIZERS, constrained_parameter
+from support.table import EVERY_OPTIMIZER, MATRICES, OPTIMIZERS, constrained_parameter, taken
 from support.tolerances import tolerance
 from symopt.optim.lowrank import step as stepper
 from symopt_kernels.reference import lowrank as kernel
@@ -98,14 +98,20 @@ class Explicit:
             return g + momentum * state["b"] if options.get("nesterov") else state["b"], (1 - dampening) / (
                 1 - momentum
             )
+        m, n = self.p.shape[0], self.p[0].numel()
+        per_coordinate = (math.sqrt(m) + math.sqrt(n)) / 2
+        if self.row.cls is symopt.Lion:
+            beta1, beta2 = options.get("betas", (0.9, 0.99))
+            lead = beta1 * state.get("m", 0 * g) + (1 - beta1) * g
+            state["m"] = beta2 * state.get("m", 0 * g) + (1 - beta2) * g
+            return lead / lead.square().mean(1, keepdim=True).sqrt(), per_coordinate
         beta1, beta2 = options.get("betas", (0.9, 0.999))
         state["m"] = beta1 * state.get("m", 0 * g) + (1 - beta1) * g
         state["v"] = beta2 * state.get("v", 0 * g[:, :1]) + (1 - beta2) * (g * g).mean(1, keepdim=True)
         state["top"] = torch.maximum(state.get("top", state["v"]), state["v"])
         peak = state["top"] if options.get("amsgrad") else state["v"]
         pre = 1 / ((peak / (1 - beta2**self.count)).sqrt() + 1e-8)
-        m, n = self.p.shape[0], self.p[0].numel()
-        own = pre if self.row.torch_cls is torch.optim.Adam else (math.sqrt(m) + math.sqrt(n)) / 2
+        own = pre if self.row.torch_cls is torch.optim.Adam else per_coordinate
         return pre * state["m"] / (1 - beta1**self.count), own
 
     def step(self, grad, factors, scale, saturated):
@@ -147,7 +153,7 @@ def follow(row, opt_row, time_scale):
         close(opt.state[p][f"factor_{side}"], mine, "factor step")
 
 
-@cases(row=MATRICES, opt_row=OPTIMIZERS, time_scale=["none", "saturated"])
+@cases(taken, row=MATRICES, opt_row=EVERY_OPTIMIZER, time_scale=["none", "saturated"])
 def test_steps_are_those_of_explicit_factors(row, opt_row, time_scale):
     follow(row, opt_row, time_scale)
 

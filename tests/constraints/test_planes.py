@@ -9,7 +9,7 @@ import torch
 
 from support.cases import cases, pairs
 from support.planes import F64, ExplicitPlane, bound, close, matrix, orbits, randn
-from support.table import OPTIMIZERS, PLANES, ids
+from support.table import EVERY_OPTIMIZER, OPTIMIZERS, PLANES, ids, taken
 from support.tolerances import tolerance
 from symopt.constraints.planes.plane import flat
 from symopt_kernels.reference import plane as kernel
@@ -98,7 +98,7 @@ def follow(row, opt_row, time_scale, imbalance=1.0, steps=12, backend=None):
     return opt, params, state
 
 
-@pairs(row=PLANES, opt_row=OPTIMIZERS, time_scale=["none", "saturated"])
+@pairs(taken, row=PLANES, opt_row=EVERY_OPTIMIZER, time_scale=["none", "saturated"])
 def test_a_step_is_that_of_explicit_factors(row, opt_row, time_scale):
     opt, params, state = follow(row, opt_row, time_scale)
     if "exp_avg_sq" in state:  # written out per weight, like torch's

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,29 @@ def _unit(constraint: Constraint, index: tuple[int, ...], shape: tuple[int, ...]
     return (index[0] // numbers[0], index[1] // numbers[1])
 
 
+class Orthogonal:
+    """What torch's Muon subtracts at lr 1 from a matrix that it holds at zero."""
+
+    def __init__(self, shape: tuple[int, ...], options: dict[str, Any]) -> None:
+        self.p = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+        self.opt = torch.optim.Muon([self.p], lr=1.0, weight_decay=0.0, **options)
+        rows, columns = shape
+        adjusted = {None: math.sqrt(max(1, rows / columns)), "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns))}
+        self.rms = adjusted[options.get("adjust_lr_fn")] * math.sqrt(min(rows, columns) / (rows * columns))
+        """Its root mean square with min(m, n) singular values of 1 on m n weights."""
+
+    @property
+    def momentum_buffer(self) -> Tensor:
+        found: Tensor = self.opt.state[self.p]["momentum_buffer"]
+        return found
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        self.p.data.zero_()
+        self.p.grad = grad.clone()
+        self.opt.step()
+        return -self.p.detach()
+
+
 class Explicit:
     """A weight kept as explicit factors for the length of one step, then brought back into the gauge ``c``."""
 
@@ -73,6 +97,7 @@ class Explicit:
         self.member = torch.nn.functional.one_hot(label).to(w.dtype)  # weights x units
         self.count = self.member.sum(0)
         self.w, self.shape = w.detach().flatten().clone(), row.shape
+        self.orthogonal: Orthogonal | None = None
         self.lr, self.strength, self.saturated = lr or opt_row.lr, strength, time_scale == "saturated"
         self.name = opt_row.torch_cls.__name__
         self.options = opt_row.options
@@ -104,7 +129,10 @@ class Explicit:
             d = g + momentum * buffer if options.get("nesterov") else buffer
             return d, ones * (1 - dampening) / (1 - momentum)
         if self.name == "Muon":
-            return self.orthogonal(g.reshape(self.shape))
+            self.orthogonal = self.orthogonal or Orthogonal(self.shape, options)
+            update = self.orthogonal(g.reshape(self.shape)).flatten()
+            state["momentum_buffer"] = self.orthogonal.momentum_buffer
+            return update, self.orthogonal.rms * self.count.sqrt()
         zero = torch.zeros_like(g)
         if self.name == "Lion":
             beta1, beta2 = options.get("betas", (0.9, 0.99))
@@ -123,21 +151,6 @@ class Explicit:
         preconditioner = 1 / (peak.sqrt() / math.sqrt(1 - beta2**k) + 1e-8)
         d = state["exp_avg"] / (1 - beta1**k) * (self.member @ preconditioner)
         return d, self.count.sqrt() if self.name == "AdamW" else preconditioner
-
-    def orthogonal(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """What torch's Muon subtracts from a weight that is zero, at lr 1, and its root mean square times sqrt(n)."""
-        if not hasattr(self, "theirs"):
-            self.zero = torch.nn.Parameter(torch.zeros_like(grad))
-            self.theirs = torch.optim.Muon([self.zero], lr=1.0, weight_decay=0.0, **self.options)
-        self.zero.data.zero_()
-        self.zero.grad = grad.clone()
-        self.theirs.step()
-        self.state["momentum_buffer"] = self.theirs.state[self.zero]["momentum_buffer"]
-        rows, columns = grad.shape
-        adjusted = {None: math.sqrt(max(1, rows / columns)), "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns))}
-        # min(m, n) singular values of 1 on m n weights.
-        rms = adjusted[self.options.get("adjust_lr_fn")] * math.sqrt(min(rows, columns) / (rows * columns))
-        return -self.zero.detach().flatten(), rms * self.count.sqrt()
 
     def step(self, grad: Tensor) -> None:
         c, scale, member = self.state["imbalance"], self.state["metric_scale"], self.member

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import symopt
+from support.oracles import Orthogonal
 from support.runs import Run, gradient
 from support.table import OPTIMIZERS, PLANES, OptimizerRow, PlaneRow, plane_module
 from support.tolerances import tolerance
@@ -205,6 +206,7 @@ class ExplicitPlane:
 
     def __init__(self, row, constraint, opt_row):
         self.off, self.options, self.name = matrix(row), opt_row.options, opt_row.torch_cls.__name__
+        self.decoupled, self.typical, self.shape = self.name in ("AdamW", "Lion", "Muon"), 1.0, row.shapes[0]
         self.label = orbits(self.off)
         self.coordinates = getattr(constraint, "form", "gate") == "coordinates"
         gate = self.label if getattr(constraint, "mode", "joint") == "elementwise" else torch.zeros_like(self.label)
@@ -223,6 +225,15 @@ class ExplicitPlane:
             s["m"] = momentum * s["m"] + (1 - dampening) * g if "m" in s else g
             update = g + momentum * s["m"] if self.options.get("nesterov") else s["m"]
             return update, torch.full_like(g, (1 - dampening) / (1 - momentum))
+        if self.name == "Muon":
+            self.orthogonal = getattr(self, "orthogonal", None) or Orthogonal(self.shape, self.options)
+            self.typical = self.orthogonal.rms
+            return self.orthogonal(g.reshape(self.shape)).flatten(), torch.ones_like(g)
+        if self.name == "Lion":
+            b1, b2 = self.options.get("betas", (0.9, 0.99))
+            mean = b1 * s.get("m", 0) + (1 - b1) * g
+            s["m"] = b2 * s.get("m", 0) + (1 - b2) * g
+            return mean / (self.member @ ((mean * mean @ self.member) / self.member.sum(0))).sqrt(), torch.ones_like(g)
         b1, b2 = self.options.get("betas", (0.9, 0.999))
         k = s["k"] = s.get("k", 0) + 1
         s["m"] = b1 * s.get("m", 0) + (1 - b1) * g
@@ -237,9 +248,9 @@ class ExplicitPlane:
         update, p = self.direction(g)
         delta, on = lr * update, w - self.off @ w
         sizes = self.gate.sum(0)
-        if self.name == "AdamW":
+        if self.decoupled:
             spread = (self.off.trace() if len(sizes) == 1 else (sizes - 1).clamp(min=1)) ** 0.5
-            decay = lr * strength * (self.gate @ torch.as_tensor(spread).expand(len(sizes)).double())
+            decay = self.typical * lr * strength * (self.gate @ torch.as_tensor(spread).expand(len(sizes)).double())
             p = torch.ones_like(p)
         else:
             decay = lr * strength * p
@@ -247,7 +258,7 @@ class ExplicitPlane:
         if self.coordinates:
             q = self.basis
             z, dz = q.T @ w, q.T @ delta
-            rate = decay[0] / (self.off.trace() ** 0.5 if self.name == "AdamW" else 1.0)
+            rate = decay[0] / (self.off.trace() ** 0.5 if self.decoupled else 1.0)
             metric = (c * c + 4 * z * z).sqrt()
             t = 1 / torch.maximum(metric, torch.maximum(scale, rate + dz.abs())) if saturated else 1.0
             u = ((c + metric) / 2).sqrt()
@@ -255,7 +266,7 @@ class ExplicitPlane:
             rho = 1 - t * rate
             new = (rho * u - t * dz * v) * (rho * v - t * dz * u)
             return on - (delta - pull) + q @ new
-        uniform = self.name == "AdamW"  # else the gate's rate is the harmonic mean
+        uniform = self.decoupled  # else the gate's rate is the harmonic mean
         own = (decay @ self.gate) / sizes if uniform else sizes / ((1 / decay) @ self.gate)
         metric = (c * c + 4 * (off * off) @ self.gate).sqrt()
         norm = ((pull * pull) @ self.gate).sqrt()
