@@ -112,9 +112,13 @@ class GroupBridge(Constraint):
         change = groups.expand(rho).reshape(w.shape) - w.sign() * groups.scale(t * gate, delta)
         new = groups.scale((rho - t * radial).clamp(min=0), w) * change.clamp(min=0) ** 2
         new = new + 0 * delta  # the clamp would turn an infinite gradient into a quiet zero
-        small = groups.sum(new.abs()) <= SNAP * weight_scale(metric_scale, 3)
-        snapped = small & (pull < decay) & snaps
-        return torch.where(groups.expand(snapped).reshape(w.shape), 0.0, new)
+        # A zero attracts a group while its gate decays faster than it is pulled, and so it does a weight.
+        least = SNAP * weight_scale(metric_scale, 3)
+        snapped = (groups.sum(new.abs()) <= least) & (pull < decay) & snaps
+        settled = groups.expand(snaps).reshape(w.shape) if isinstance(snaps, Tensor) else snaps
+        alone = (new.abs() <= least / groups.expand(groups.size(w)).reshape(w.shape)) & settled
+        alone &= groups.scale(gate, delta).abs() < groups.expand(0 * gate + decay).reshape(w.shape)
+        return torch.where(groups.expand(snapped).reshape(w.shape) | alone, 0.0, new)
 
     def penalty(self, w: Tensor) -> Tensor:
         return 1.5 * (self.size(w) ** (2 / 3)).sum()

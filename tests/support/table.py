@@ -245,7 +245,7 @@ BRIDGES = [
     ConstraintRow("bridge-in-conv", lambda k: symopt.GroupBridge("in", k), (4, 3, 3, 2)),
     ConstraintRow("bridge-head", lambda k: symopt.GroupBridge("head:2", k), (8, 3)),
 ]
-"""One gate for a group, and two factors for each of its weights."""
+"""One gate for a group, and two factors for each of its weights (test_bridge.py)."""
 
 EVERY: list[Row] = [*CONSTRAINTS, *DEEP, *FREE, *PLANES, *MATRICES, *UNITS, *BRIDGES]
 
