@@ -103,22 +103,26 @@ class GroupBridge(Constraint):
     ) -> Tensor:
         groups = groups or self.partition(w)
         tiny = torch.finfo(w.dtype).tiny
-        gate = groups.sum(w.abs()) ** (1 / 3)
+        gate = self.size(w, groups) ** (1 / 3)
+
+        def spread(v: Tensor) -> Tensor:
+            return groups.expand(v).reshape(w.shape)
+
         # How fast the two kinds of factors move, relative to themselves; both bound the time scale.
         radial = groups.sum(delta * w) / (gate * gate).clamp(min=tiny)
         pull = gate * groups.sum(delta * delta).sqrt()
         t = time_scale(3 * gate**4, pull, decay, metric_scale if saturated else None)
         rho = 1 - t * decay
-        change = groups.expand(rho).reshape(w.shape) - w.sign() * groups.scale(t * gate, delta)
+        change = spread(rho) - w.sign() * groups.scale(t * gate, delta)
         new = groups.scale((rho - t * radial).clamp(min=0), w) * change.clamp(min=0) ** 2
         new = new + 0 * delta  # the clamp would turn an infinite gradient into a quiet zero
         # A zero attracts a group while its gate decays faster than it is pulled, and so it does a weight.
         least = SNAP * weight_scale(metric_scale, 3)
-        snapped = (groups.sum(new.abs()) <= least) & (pull < decay) & snaps
-        settled = groups.expand(snaps).reshape(w.shape) if isinstance(snaps, Tensor) else snaps
-        alone = (new.abs() <= least / groups.expand(groups.size(w)).reshape(w.shape)) & settled
-        alone &= groups.scale(gate, delta).abs() < groups.expand(0 * gate + decay).reshape(w.shape)
-        return torch.where(groups.expand(snapped).reshape(w.shape) | alone, 0.0, new)
+        snapped = spread((self.size(new, groups) <= least) & (pull < decay) & snaps)
+        alone = new.abs() <= least / spread(groups.size(w))
+        alone &= groups.scale(gate, delta).abs() < spread(0 * gate + decay)
+        alone &= spread(snaps) if isinstance(snaps, Tensor) else snaps
+        return torch.where(snapped | alone, 0.0, new)
 
     def penalty(self, w: Tensor) -> Tensor:
         return 1.5 * (self.size(w) ** (2 / 3)).sum()
