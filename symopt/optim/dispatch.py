@@ -81,10 +81,11 @@ def _step_group(
     for binding in bindings:
         if not _has_gradient(binding):
             continue
-        found = slots.get(binding.parameters[0])
+        first = binding.parameters[0]
+        found = slots.get(first)
         slot = found.slot if isinstance(found, FusedStep) else found
         if found is None or slot is None or slot.binding is not binding or not slot.holds(states, key):
-            found = slots[binding.parameters[0]] = _looked_up(binding, direction, options, states, key)
+            found = slots[first] = _looked_up(binding, direction, options, states, key)
         if isinstance(found, Slot):
             reference.append(found)
         else:
@@ -123,15 +124,13 @@ def zeros(step: Slot | FusedStep | None, p: Tensor) -> int:
 def _has_gradient(binding: Binding) -> bool:
     """Whether any of its parameters has one; raises for a layout that no step knows."""
     found = False
-    for i, p in enumerate(binding.parameters):
-        if p.grad is None:
+    for p in binding.parameters:
+        if (grad := p.grad) is None:
             continue
         found = True
-        if p.grad.layout is not torch.strided:
+        if grad.layout is not torch.strided:
             fix = "leave backend at None" if binding.constraint is None else "leave it out of symopt.constrain"
-            raise RuntimeError(
-                f"{binding.names[i]}: sparse gradients are not supported here; use sparse=False or {fix}"
-            )
+            raise RuntimeError(f"{binding.name(p)}: sparse gradients are not supported here; use sparse=False or {fix}")
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import torch
@@ -30,7 +30,17 @@ _FIX = "load state that belongs to this weight"
 class FusedStep:
     """What a fused kernel knows of a slot: one entry per parameter, held by one of the binding where it has several."""
 
-    __slots__ = ("_fresh", "_strength", "_versions", "_zero_grads", "entries", "entry", "slot")
+    __slots__ = (
+        "_aimed",
+        "_fresh",
+        "_strength",
+        "_versions",
+        "_zero_grads",
+        "entries",
+        "entry",
+        "slot",
+        "stored_strength",
+    )
 
     def __init__(self, slot: Slot, options: Options) -> None:
         self.slot = slot
@@ -38,14 +48,15 @@ class FusedStep:
         count = binding.moment_count(states[0])
         _lay_out(slot)
         moments = slot.direction.moments(options)
-        self._fresh = [_fresh_moments(slot, options, i) for i in range(len(states))]
-        if any(not fresh for fresh in self._fresh):  # some parameters have stepped, so all of them have
-            for state, fresh in zip(states, self._fresh, strict=True):
+        new = [_fresh_moments(slot, options, i) for i in range(len(states))]
+        self._fresh = new if all(new) else []
+        """Moments of the first step; some parameters that have stepped mean that all of them have."""
+        if not self._fresh:
+            for state, fresh in zip(states, new, strict=True):
                 state.update(fresh)
-                fresh.clear()
         slot.note()
         used = []
-        for p, state, fresh in zip(binding.parameters, states, self._fresh, strict=True):
+        for p, state, fresh in zip(binding.parameters, states, new, strict=True):
             found = {key: state[key] for key in (*_OTHER_STATE, BUDGET) if state.get(key) is not None}
             for moment in moments:
                 value = fresh.get(moment.key, state.get(moment.key))
@@ -54,21 +65,19 @@ class FusedStep:
             used.append(found)
             _check_shapes(p, found, {moment.role: moment for moment in moments}, count)
         _check_groups(slot)
-        self.entry, self.entries = _filled(slot, used, fresh=any(self._fresh))
+        self.entry, self.entries = _filled(slot, used, fresh=bool(self._fresh))
+        self._aimed = list(zip(binding.parameters, self.entries, strict=True))
+        self.stored_strength = binding.constraint is None or slot.has_budget or "critical" in states[0]
+        """Whether the kernel finds the strength in the state, or needs none."""
         self._strength: float | Tensor | None = None
         self._versions = [-1] * len(self.entries)
-        self._zero_grads: dict[int, Tensor] = {}
+        self._zero_grads: dict[Tensor, Tensor] = {}
 
     def aim(self, strength: float | Tensor) -> list[Tensor]:
         """Set what changes from step to step; what is returned must live until the step is over."""
         grads = []
-        for i, (p, entry) in enumerate(zip(self.slot.binding.parameters, self.entries, strict=True)):
-            if p.grad is None:  # the others move it all the same
-                if i not in self._zero_grads or self._zero_grads[i].shape != p.shape:
-                    self._zero_grads[i] = torch.zeros_like(p)
-                grad = self._zero_grads[i]
-            else:
-                grad = _gradient(p)
+        for p, entry in self._aimed:
+            grad = self._zero_grad(p) if p.grad is None else _gradient(p, p.grad)
             entry.grad = grad.data_ptr()
             grads.append(grad)
         if isinstance(strength, Tensor) or strength != self._strength:
@@ -77,15 +86,22 @@ class FusedStep:
             self._strength = strength
         return grads
 
+    def _zero_grad(self, p: Tensor) -> Tensor:
+        """For a parameter without a gradient, which the others move all the same."""
+        found = self._zero_grads.get(p)
+        if found is None or found.shape != p.shape:
+            found = self._zero_grads[p] = torch.zeros_like(p)
+        return found
+
     def done(self) -> None:
         """The step has been taken."""
-        if any(self._fresh):
+        if self._fresh:
             for state, fresh, entry in zip(self.slot.states, self._fresh, self.entries, strict=True):
                 state.update(fresh)
-                fresh.clear()
                 entry.fresh = 0
+            self._fresh = []
             self.slot.note()
-        self._versions = [p._version for p in self.slot.binding.parameters]
+        self._versions = [p._version for p, _ in self._aimed]
 
     def zeros(self, p: Tensor) -> int | None:
         """Exact zeros of a parameter as the last step left them; None if it has changed since, or nobody counts."""
@@ -213,10 +229,8 @@ def _check_shapes(p: Tensor, used: Mapping[str, Tensor], moments: Mapping[str, M
             raise ValueError(f"state {key!r} has shape {sizes}; {_FIX}")
 
 
-def _gradient(p: Tensor) -> Tensor:
+def _gradient(p: Tensor, grad: Tensor) -> Tensor:
     """The gradient of ``p`` in its dtype and memory order; a copy only where it is not so already."""
-    grad = p.grad
-    assert grad is not None
     if grad.dtype == p.dtype and (grad.stride() == p.stride() or p.numel() == 1) and not grad.is_neg():
         return grad
     return torch.empty_like(p).copy_(grad)
@@ -241,12 +255,14 @@ def step_fused(
         return x.to(torch.float32) if on_device and isinstance(x, Tensor) else float(x)
 
     grads: list[Tensor] = []
+    calls: list[tuple[list[Any], Callable[[Tensor], None] | None]] = [([], None)]
     for step in steps:
         slot = step.slot
-        stored = slot.binding.constraint is None or slot.has_budget or "critical" in slot.states[0]
-        grads += step.aim(0.0 if stored else number(slot.strength(options)))
-    alone = [step.entry for step in steps if step.slot.binding.combine is None]
-    shared = [([step.entry], step.slot.binding.combine) for step in steps if step.slot.binding.combine is not None]
+        grads += step.aim(0.0 if step.stored_strength else number(slot.strength(options)))
+        if (combine := slot.binding.combine) is None:
+            calls[0][0].append(step.entry)
+        else:
+            calls.append(([step.entry], combine))
     call: dict[str, Any] = {
         "lr": number(options["lr"]),
         "weight_decay": float(options.get("weight_decay", 0.0)),
@@ -256,7 +272,9 @@ def step_fused(
         "grad_scale": None if grad_scale is None else grad_scale.float(),
         **direction.settings(options),
     }
-    for entries, combine in [(alone, None), *shared] if alone else shared:
+    for entries, combine in calls:
+        if not entries:
+            continue
         if kernel == "native":
             native.step(entries, direction.row(options), combine=combine, **call)
         else:

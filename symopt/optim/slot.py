@@ -20,7 +20,7 @@ class Slot:
     """One binding, the complete states of its parameters, and the backend that steps them."""
 
     __slots__ = (
-        *("_default", "_key", "_places", "_refreshes", "_tensors", "_volatile"),
+        *("_default", "_held", "_key", "_refreshes", "_volatile"),
         *("backend", "binding", "decoupled", "direction", "groups", "has_budget", "own", "states"),
     )
 
@@ -49,22 +49,27 @@ class Slot:
 
     def note(self) -> None:
         """Remember where everything lies now."""
-        self._places = [(p.data_ptr(), p.shape, p.stride(), p.dtype) for p in self.binding.parameters]
-        self._tensors = [
-            tuple((key, value) for key, value in state.items() if isinstance(value, Tensor)) for state in self.states
+        self._held = [
+            (
+                p,
+                (p.data_ptr(), p.shape, p.stride(), p.dtype),
+                state,
+                [x for x in state.items() if isinstance(x[1], Tensor)],
+            )
+            for p, state in zip(self.binding.parameters, self.states, strict=True)
         ]
 
     def lies(self, i: int) -> bool:
         """Whether one of its parameters still has the memory it had."""
-        return self.binding.parameters[i].data_ptr() == self._places[i][0]
+        p, place, *_ = self._held[i]
+        return p.data_ptr() == place[0]
 
     def holds(self, states: Mapping[Tensor, State], key: object) -> bool:
         """Whether everything still lies where it lay."""
         if key != self._key or self._volatile:
             return False
-        for i, p in enumerate(self.binding.parameters):
-            state, tensors = self.states[i], self._tensors[i]
-            if (p.data_ptr(), p.shape, p.stride(), p.dtype) != self._places[i] or states.get(p) is not state:
+        for p, place, state, tensors in self._held:
+            if (p.data_ptr(), p.shape, p.stride(), p.dtype) != place or states.get(p) is not state:
                 return False
             if len(state) != len(tensors):
                 return False
