@@ -65,7 +65,7 @@ def test_the_free_gauge_is_explicit_mode_step_for_step(depth):
     reference = oracle(depth)
     close(module.weight.detach(), reference.weight.detach(), "factor step")
     close(state_factors(module, opt), [f.detach() for f in factors(reference)], "factor step")
-    assert bool((start.sign() != module.weight.sign()).any())  # some changed their sign on the way
+    assert bool((start.sign() != module.weight.sign()).any())  # some changed their sign while they trained
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def expect(case: Case, problem: Problem) -> dict[str, Expected]:
     ==================  ===============================================================================================
 
     where rho stands for ``1 + t decay`` and the update u in ``delta = t lr u`` for its own terms; t is as the step has
-    it.  Nothing that is stored or squared on the way counts as less than the smallest normal number.  A weight without
+    it.  Nothing that is stored or squared in between counts as less than the smallest normal number.  A weight without
     a master is rounded to its format once more, half an ulp of that.
     """
     dtype, has_master = FORMATS[case.format]

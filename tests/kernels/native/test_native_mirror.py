@@ -1,4 +1,4 @@
-"""The native step of a plane against the reference: the same weights and state, on the way and on the plane."""
+"""The native step of a plane against the reference: the same weights and state, off the plane and on it."""
 
 from __future__ import annotations
 
