@@ -105,7 +105,7 @@ class GroupBridge(Constraint):
         tiny = torch.finfo(w.dtype).tiny
         gate = self.size(w, groups) ** (1 / 3)
 
-        def spread(v: Tensor) -> Tensor:
+        def per_weight(v: Tensor) -> Tensor:
             return groups.expand(v).reshape(w.shape)
 
         # How fast the two kinds of factors move, relative to themselves; both bound the time scale.
@@ -113,15 +113,15 @@ class GroupBridge(Constraint):
         pull = gate * groups.sum(delta * delta).sqrt()
         t = time_scale(3 * gate**4, pull, decay, metric_scale if saturated else None)
         rho = 1 - t * decay
-        change = spread(rho) - w.sign() * groups.scale(t * gate, delta)
+        change = per_weight(rho) - w.sign() * groups.scale(t * gate, delta)
         new = groups.scale((rho - t * radial).clamp(min=0), w) * change.clamp(min=0) ** 2
         new = new + 0 * delta  # the clamp would turn an infinite gradient into a quiet zero
         # A zero attracts a group while its gate decays faster than it is pulled, and so it does a weight.
         least = SNAP * weight_scale(metric_scale, 3)
-        snapped = spread((self.size(new, groups) <= least) & (pull < decay) & snaps)
-        alone = new.abs() <= least / spread(groups.size(w))
-        alone &= groups.scale(gate, delta).abs() < spread(0 * gate + decay)
-        alone &= spread(snaps) if isinstance(snaps, Tensor) else snaps
+        snapped = per_weight((self.size(new, groups) <= least) & (pull < decay) & snaps)
+        alone = new.abs() <= least / per_weight(groups.size(w))
+        alone &= groups.scale(gate, delta).abs() < per_weight(0 * gate + decay)
+        alone &= per_weight(snaps) if isinstance(snaps, Tensor) else snaps
         return torch.where(snapped | alone, 0.0, new)
 
     def penalty(self, w: Tensor) -> Tensor:
