@@ -291,6 +291,9 @@ def step(
         instructions=INSTRUCTIONS.index(instructions),
         parallel=_parallel,
     )
+    if set(map(type, entries)) <= {Entry}:
+        _call(LIBRARY.symopt_step_tensors, entries, settings)
+        return
     _call(LIBRARY.symopt_step_tensors, [entry for entry in entries if isinstance(entry, Entry)], settings)
     _call(LIBRARY.symopt_step_planes, [entry for entry in entries if isinstance(entry, PlaneEntry)], settings)
     units = [entry for entry in entries if isinstance(entry, UnitsEntry)]

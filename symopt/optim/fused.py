@@ -66,7 +66,9 @@ class FusedStep:
             _check_shapes(p, found, {moment.role: moment for moment in moments}, count)
         _check_groups(slot)
         self.entry, self.entries = _filled(slot, used, fresh=bool(self._fresh))
-        self._aimed = list(zip(binding.parameters, self.entries, strict=True))
+        self._aimed = [
+            (p, entry, p.dtype, p.stride()) for p, entry in zip(binding.parameters, self.entries, strict=True)
+        ]
         self.stored_strength = binding.constraint is None or slot.has_budget or "critical" in states[0]
         """Whether the kernel finds the strength in the state, or needs none."""
         self._strength: float | Tensor | None = None
@@ -76,8 +78,11 @@ class FusedStep:
     def aim(self, strength: float | Tensor) -> list[Tensor]:
         """Set what changes from step to step; what is returned must live until the step is over."""
         grads = []
-        for p, entry in self._aimed:
-            grad = self._zero_grad(p) if p.grad is None else _gradient(p, p.grad)
+        for p, entry, dtype, stride in self._aimed:
+            if (grad := p.grad) is None:
+                grad = self._zero_grad(p)
+            elif grad.dtype != dtype or (grad.stride() != stride and p.numel() > 1) or grad.is_neg():
+                grad = torch.empty_like(p).copy_(grad)
             entry.grad = grad.data_ptr()
             grads.append(grad)
         if isinstance(strength, Tensor) or strength != self._strength:
@@ -101,7 +106,7 @@ class FusedStep:
                 entry.fresh = 0
             self._fresh = []
             self.slot.note()
-        self._versions = [p._version for p, _ in self._aimed]
+        self._versions = [aimed[0]._version for aimed in self._aimed]
 
     def zeros(self, p: Tensor) -> int | None:
         """Exact zeros of a parameter as the last step left them; None if it has changed since, or nobody counts."""
@@ -227,13 +232,6 @@ def _check_shapes(p: Tensor, used: Mapping[str, Tensor], moments: Mapping[str, M
             sizes = f"{tuple(value.shape)}, which does not fit {tuple(p.shape)}"
             key = moments[name].key if name in moments else name
             raise ValueError(f"state {key!r} has shape {sizes}; {_FIX}")
-
-
-def _gradient(p: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of ``p`` in its dtype and memory order; a copy only where it is not so already."""
-    if grad.dtype == p.dtype and (grad.stride() == p.stride() or p.numel() == 1) and not grad.is_neg():
-        return grad
-    return torch.empty_like(p).copy_(grad)
 
 
 def step_fused(
