@@ -24,7 +24,6 @@ The Lasso, to its optimum::
 Source: L. Ziyin, *Symmetry Induces Structure and Constraint of Learning*, ICML 2024, arXiv 2309.16932.
 """
 
-from symopt.anneal import Anneal
 from symopt.backends import explain
 from symopt.certify import certify, critical_strength
 from symopt.constraints import (
@@ -54,7 +53,6 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
-    "Anneal",
     "Circulant",
     "Constraint",
     "Equivariant",
