@@ -18,13 +18,11 @@ def folded(constraint: Any) -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(800, 4))
     symopt.constrain(net, {"0.weight": constraint})
-    opt = symopt.AdamW(net, lr=2e-2)
-    anneal = symopt.Anneal(opt, total_steps=100)
+    opt = symopt.AdamW(net, lr=2e-2, total_steps=100)
     for _ in range(100):
         opt.zero_grad()
         net(X).square().mean().backward()
         opt.step()
-        anneal.step()
     return symopt.fold(net.eval(), X)
 
 

@@ -22,6 +22,7 @@ from symopt.optim import ConstrainedOptimizer, registry
 from symopt.optim.binding import Binding
 from symopt.optim.collapse import collapse_steps
 from symopt.optim.direction import Options
+from symopt.optim.schedule import in_force
 
 __all__ = ["Axes", "Report", "Row", "report"]
 
@@ -228,6 +229,7 @@ def _row(
     committed = False
     if optimizer is not None and stepped is not None:
         group, binding = stepped
+        group = in_force(group, optimizer.schedule.steps)
         state = optimizer.state.get(p, {})
         committed = group["committed"]
         strength = float(binding.strength(optimizer.direction, group, state))

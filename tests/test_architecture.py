@@ -29,7 +29,6 @@ LAYERS = (
     "symopt.constraints",
     "symopt.backends symopt.budgets.selection symopt.budgets",
     "symopt.optim",
-    "symopt.anneal",
     "symopt.module",
     "symopt.recipes",
     "symopt.folding",
@@ -38,7 +37,7 @@ LAYERS = (
 )
 TOP = "module recipes folding report certify"
 KNOW_MODULES = [f"symopt.{name}" for name in TOP.split()]
-REQUIRED = "constrain release Sparse GroupSparse SGD Adam AdamW Anneal fold resize report".split()
+REQUIRED = "constrain release Sparse GroupSparse SGD Adam AdamW fold resize report".split()
 
 
 def sources() -> dict[str, Path]:

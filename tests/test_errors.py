@@ -231,7 +231,7 @@ def added(**group: Any) -> Callable[[Any], Any]:
         try:
             opt.add_param_group({"params": [module[0].weight], **group})
         finally:
-            assert len(opt.param_groups) == 1 and not list(opt.constrained())  # the optimizer is as it was
+            assert len(opt.param_groups) == 1 and not list(opt.bindings())  # the optimizer is as it was
 
     return call
 
@@ -293,21 +293,22 @@ PUBLIC: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = 
         for bad in ("frei", "", None, 1)
     ),
     *(
-        (f"Anneal({type(bad()).__name__})", lambda bad=bad: symopt.Anneal(bad(), 10), TypeError,
-         ("Anneal", "symopt optimizer", type(bad()).__name__))
-        for bad in (lambda: torch.optim.SGD(net().parameters()), net, lambda: None)
-    ),
-    *(
-        (f"Anneal(total_steps={bad!r})", lambda bad=bad: symopt.Anneal(symopt.SGD(net()), bad), error,
-         ("Anneal", "total_steps", shown))
+        (f"total_steps={bad!r}", lambda bad=bad: symopt.SGD(net(), total_steps=bad), error,
+         ("SGD", "total_steps", shown))
         for bad, error, shown in ((0, ValueError, "0"), (-5, ValueError, "-5"), (10.0, TypeError, "float"),
-                                  (True, TypeError, "bool"), ("10", TypeError, "str"), (None, TypeError, "NoneType"))
+                                  (True, TypeError, "bool"), ("10", TypeError, "str"))
     ),
     *(
-        (f"Anneal(commit={bad!r})", lambda bad=bad: symopt.Anneal(symopt.SGD(net()), 10, bad), error,
-         ("Anneal", "commit", str(bad)))
+        (f"commit={bad!r}", lambda bad=bad: symopt.AdamW(net(), total_steps=10, commit=bad), error,
+         ("AdamW", "commit", str(bad)))
         for bad, error in ((0, ValueError), (1, ValueError), (-0.5, ValueError), (7, ValueError),
                            (math.nan, ValueError), ("half", TypeError))
+    ),
+    ("commit alone", lambda: symopt.AdamW(net(), commit=0.5), ValueError, ("AdamW", "commit", "total_steps")),
+    *(
+        (f"reschedule({bad!r})", lambda bad=bad: symopt.SGD(net()).reschedule(bad), error,
+         ("SGD.reschedule", "total_steps", shown))
+        for bad, error, shown in ((0, ValueError, "0"), (10.0, TypeError, "float"), (None, TypeError, "NoneType"))
     ),
 ]  # fmt: skip
 

@@ -120,7 +120,9 @@ class Pool:
     def exceeded(self) -> bool:
         """Whether more lives than the budget has room for."""
         if self.pattern is not None:
-            return any(bool((m.constraint.pruned(m.w, math.inf, m.groups) & (m.w.flatten() != 0)).any()) for m in self.weights)
+            return any(
+                bool((m.constraint.pruned(m.w, math.inf, m.groups) & (m.w.flatten() != 0)).any()) for m in self.weights
+            )
         return self.live > self.count
 
     @property

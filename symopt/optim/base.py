@@ -128,15 +128,14 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
 
     def take_step(self) -> None:
         """The step itself, in the caller's grad mode."""
-        amp = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        own = (self.param_groups, self.membership, self.schedule, self.state, self._slots)
-        dispatch.step_groups(*own, self._step_plain, *amp)
+        own = (self.param_groups, self.membership, self.schedule, self.state, self._slots, self._step_plain)
+        dispatch.step_groups(*own, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
 
     def reschedule(self, total_steps: int, commit: float | None = None) -> None:
         """Change ``total_steps``, those taken included, and ``commit`` unless None; what is committed stays so."""
         for group in self.param_groups:
             share = group["commit"] if commit is None else commit
-            check_length(f"{type(self).__name__}.reschedule", total_steps, share)
+            check_length(f"{type(self).__name__}.reschedule", total_steps, share, optional=False)
             group.update(total_steps=total_steps, commit=share)
 
     def update_schedule(self) -> None:

@@ -154,7 +154,7 @@ class Binding:
         """
         constraint, given = self.constraint, options["strength"]
         assert constraint is not None
-        if options["committed"] and not constraint.is_plane:
+        if options.get("committed") and not constraint.is_plane:
             return 0.0
         if isinstance(given, (int, float, Tensor)):
             return given

@@ -1,78 +1,119 @@
-"""Budgets of bindings: what a selection sees of a binding, and how a decision is written to its weights and state."""
+"""Budgets of bindings: selections, commits, and how what they decide is written to weights and state."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
-from symopt.budgets.pools import BudgetedWeight
-from symopt.budgets.schedule import Decision, Scheduled, largest_decay
-from symopt.budgets.state import BUDGET, BudgetState
+from symopt.budgets import schedule as rules
+from symopt.budgets.pools import BudgetedWeight, Pool, pools
+from symopt.budgets.schedule import Course, Decision
+from symopt.budgets.state import BUDGET
 from symopt.constraints.planes.plane import parts
-from symopt.optim.binding import Binding
-from symopt.optim.collapse import metric_scale
-from symopt.optim.direction import Direction, Options, State
+from symopt.optim import advice
+from symopt.optim.budgeted import before, scheduled, weight_of
+from symopt.optim.direction import Direction
+from symopt.optim.entry import Entry
 from symopt.optim.own_step import own_step
 
-__all__ = ["budget_before", "budgeted", "schedule", "unit", "write"]
+__all__ = ["begin", "commit", "has_changed", "restore", "select"]
+
+Members = Mapping[BudgetedWeight, Entry]
 
 
-def budgeted(binding: Binding, states: list[State]) -> BudgetedWeight:
-    """The weight of a binding in the precision it is stepped in."""
-    constraint, p = binding.constrained_by, binding.parameters[0]
-    if (own := own_step(constraint)) is not None:
-        return BudgetedWeight(binding.label, own.sizes(constraint, states[0], p), constraint, None)
-    w = binding.stepped_weight(states).detach()
-    return BudgetedWeight(binding.label, w, constraint, binding.groups(states[0]))
+def has_changed(entry: Entry) -> bool:
+    """Whether the state has committed another budget than the constraint asks for now."""
+    weight, old = weight_of(entry.binding, entry.states), before(entry.states)
+    return (float(old.target), int(old.run)) != (weight.target, weight.run)
 
 
-def budget_before(states: list[State]) -> BudgetState:
-    """What the last selection has left, on the host or the device where it is."""
-    stored = states[0].get(BUDGET)
-    return BudgetState(*stored.unbind()) if isinstance(stored, Tensor) else BudgetState()
+def begin(entries: Iterable[Entry], direction: Direction, grad_scale: Tensor | None) -> None:
+    """Give budgets that have no numbers yet their first ones; a weight that meets its budget is committed.
+
+    ``entries`` are all that have a budget; numbers from before the first step are only placeholders.
+    """
+    weights = {weight_of(e.binding, e.states): e for e in entries}
+    for pool in _pools(weights):
+        members = [weights[weight] for weight in pool.weights]
+        if all(BUDGET in e.states[0] and e.clock.steps for e in members):
+            continue
+        if pool.met and not any(BUDGET in e.states[0] and e.clock.steps for e in members):
+            for weight, e in zip(pool.weights, members, strict=True):
+                item = scheduled(e, weight, direction)
+                _write(e, Decision(item, rules.committed(weight)))
+            continue
+        for e in members:
+            if e.course is None:
+                raise ValueError(advice.no_length(e.binding))
+        _ramp(pool, members, direction, grad_scale)
 
 
-def schedule(
-    binding: Binding,
-    direction: Direction,
-    options: Options,
-    states: list[State],
-    weight: BudgetedWeight,
-    grad_scale: Tensor | None,
-) -> Scheduled:
-    """What the strengths of a binding depend on in this step."""
-    constraint = binding.constrained_by
-    p, count = binding.parameters[0], sum(q.numel() for q in binding.parameters)
-    normalised = direction.scaled_by is not None
-    scale = torch.ones((), dtype=weight.w.dtype, device=p.device)
-    if options["time_scale"] == "saturated":
-        scale = metric_scale(binding, options, states[0]).to(scale)
-    gain = direction.gain(options, 1.0, None, p.shape, decoupled=True)
-    if normalised:
-        gain = gain * math.sqrt(count / weight.units)
-    given = options["strength"] if options["strength"] is not None else constraint.strength
-    found = unit(binding, direction, states, weight.units, grad_scale)
-    return Scheduled(weight, found, given, largest_decay(constraint, gain, scale), budget_before(states))
+def select(entries: Iterable[Entry], direction: Direction, grad_scale: Tensor | None) -> None:
+    """Choose anew which units decay until the next selection."""
+    weights = _aligned(entries)
+    for pool in _pools(weights):
+        _ramp(pool, [weights[weight] for weight in pool.weights], direction, grad_scale)
 
 
-def unit(
-    binding: Binding, direction: Direction, states: list[State], units: int, grad_scale: Tensor | None
-) -> float | Tensor:
-    """What a strength of 1 means to this direction, over all parameters of a binding; gradients are unscaled."""
-    found = []
-    for p, state in zip(binding.parameters, states, strict=True):
-        grad = p.grad if p.grad is None or grad_scale is None else p.grad / grad_scale.to(p.grad.device)
-        found.append(direction.strength_unit(p, grad, state, units))
-    if len(found) == 1:
-        return found[0]
-    squares = [torch.as_tensor(x) ** 2 for x in found]
-    return torch.stack(squares).sum().sqrt() if any(isinstance(x, Tensor) for x in found) else found[0]
+def commit(entries: Iterable[Entry], direction: Direction) -> None:
+    """The support of everything that trains becomes final; what is frozen is left alone until it does."""
+    weights = _aligned(entries)
+    for pool in _pools(weights, {weight for weight, e in weights.items() if e.committed}):
+        _prune(pool, [weights[weight] for weight in pool.weights], direction)
 
 
-def write(binding: Binding, states: list[State], decision: Decision) -> None:
+def restore(entries: Iterable[Entry], direction: Direction) -> None:
+    """Meet committed budgets again where weights were loaded that do not."""
+    weights = {weight_of(e.binding, e.states): e for e in entries}
+    exceeded = [pool for pool in _pools(weights) if pool.exceeded]
+    found = [(weights[weight], weight.live, weight.units) for pool in exceeded for weight in pool.weights]
+    for pool in exceeded:
+        _prune(pool, [weights[weight] for weight in pool.weights], direction)
+    advice.restored(found)
+
+
+def _aligned(entries: Iterable[Entry]) -> dict[BudgetedWeight, Entry]:
+    found = {}
+    for e in entries:
+        if not e.committed and (own := own_step(e.binding.constrained_by)) is not None:
+            own.align(e.group, e.states[0], e.binding.parameters[0])
+        found[weight_of(e.binding, e.states)] = e
+    return found
+
+
+def _pools(weights: Members, settled: Iterable[BudgetedWeight] = ()) -> list[Pool]:
+    found = pools(weights, set(settled))
+    for pool in found:
+        members = [weights[weight] for weight in (*pool.weights, *pool.settled)]
+        if len({e.course for e in members}) > 1:
+            raise ValueError(advice.different_lengths([e.binding for e in members]))
+    return found
+
+
+def _course(entry: Entry) -> Course:
+    assert entry.course is not None
+    return entry.course
+
+
+def _ramp(pool: Pool, members: list[Entry], direction: Direction, grad_scale: Tensor | None) -> None:
+    items = [scheduled(e, weight, direction, grad_scale) for e, weight in zip(members, pool.weights, strict=True)]
+    course = _course(members[0])
+    step = min(members[0].clock.steps, course.last)
+    for e, decision in zip(members, rules.ramp(pool, items, course, step), strict=True):
+        _write(e, decision)
+
+
+def _prune(pool: Pool, members: list[Entry], direction: Direction) -> None:
+    items = [scheduled(e, weight, direction) for e, weight in zip(members, pool.weights, strict=True)]
+    for e, decision in zip(members, rules.commit(pool, items), strict=True):
+        if not e.frozen:
+            _write(e, decision)
+
+
+def _write(entry: Entry, decision: Decision) -> None:
     """Set pruned units to zero, and give the state its new numbers in place, so that its address stays."""
+    binding, states = entry.binding, entry.states
     p, constraint = binding.parameters[0], binding.constrained_by
     if decision.pruned is not None:
         if (own := own_step(constraint)) is not None:
@@ -84,8 +125,9 @@ def write(binding: Binding, states: list[State], decision: Decision) -> None:
                 for w in (q, state.get("master")):
                     if w is not None:
                         w.masked_fill_(mask, 0.0)
-        if "imbalance" in states[0]:
-            states[0]["imbalance"].zero_()
+    entry.committed = decision.state.imbalance_factor == 0.0
+    if entry.committed and "imbalance" in states[0]:
+        states[0]["imbalance"].zero_()
     numbers = decision.state.tensor(p.device)
     if BUDGET in states[0]:
         states[0][BUDGET].copy_(numbers)

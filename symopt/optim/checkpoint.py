@@ -15,13 +15,19 @@ from torch import Tensor
 from symopt.budgets.state import BUDGET, BudgetState
 from symopt.optim.binding import Binding
 from symopt.optim.direction import Direction, Options, ParamGroup, State
-from symopt.optim.options import DEFAULTS, check_group
+from symopt.optim.options import DEFAULTS, PROGRESS, check_group
 from symopt.optim.own_step import own_step
 from symopt.optim.state import OWN_STATE, pack_moments
 
 __all__ = ["Loading", "loading", "release", "writing_out"]
 
-_LEAST = {"step": 0.0, "imbalance": 0.0, "critical": 0.0, "metric_scale": torch.finfo(torch.float32).tiny}
+_LEAST = {
+    "step": 0.0,
+    PROGRESS: 0.0,
+    "imbalance": 0.0,
+    "critical": 0.0,
+    "metric_scale": torch.finfo(torch.float32).tiny,
+}
 
 BindingOf = Callable[[Tensor], Binding]
 

@@ -256,7 +256,10 @@ def step_fused(
     calls: list[tuple[list[Any], Callable[[Tensor], None] | None]] = [([], None)]
     for step in steps:
         slot = step.slot
-        grads += step.aim(0.0 if step.stored_strength else number(slot.strength(options)))
+        given = slot.default if options["strength"] is None else options["strength"]
+        if not step.stored_strength and (given is None or options["committed"]):
+            given = slot.strength(options)
+        grads += step.aim(0.0 if step.stored_strength else number(given))
         if (combine := slot.binding.combine) is None:
             calls[0][0].append(step.entry)
         else:

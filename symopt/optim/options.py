@@ -11,7 +11,10 @@ from torch.optim.optimizer import ParamsT
 from symopt.backends import check_backend
 from symopt.constraints.base import check_number
 
-__all__ = ["DEFAULTS", "Params", "check_group", "check_length", "parameters_of"]
+__all__ = ["DEFAULTS", "PROGRESS", "Params", "check_group", "check_length", "parameters_of"]
+
+PROGRESS = "progress"
+"""State key of a 0-dim float32 tensor: steps that the schedule has counted."""
 
 DEFAULTS: dict[str, Any] = {
     "strength": None,
@@ -56,11 +59,11 @@ def check_group(group: dict[str, Any], owner: str) -> None:
     check_length(owner, group.get("total_steps"), group.get("commit"))
 
 
-def check_length(owner: str, total_steps: object, commit: object) -> None:
-    """Raise unless this is the length of a training in steps, or None, and a share of it, or None."""
-    if total_steps is not None and (isinstance(total_steps, bool) or not isinstance(total_steps, int)):
-        raise TypeError(f"{owner}: total_steps must be an integer or None, got {type(total_steps).__name__}")
-    if total_steps is not None and total_steps < 1:
+def check_length(owner: str, total_steps: object, commit: object, *, optional: bool = True) -> None:
+    """Raise unless this is the length of a training in steps (or None where it is optional), and a share of it."""
+    if not (optional and total_steps is None) and (isinstance(total_steps, bool) or not isinstance(total_steps, int)):
+        raise TypeError(f"{owner}: total_steps must be an integer, got {type(total_steps).__name__}")
+    if isinstance(total_steps, int) and total_steps < 1:
         raise ValueError(f"{owner}: total_steps must be >= 1, got {total_steps}")
     if commit is None:
         return

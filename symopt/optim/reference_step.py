@@ -49,7 +49,7 @@ def _step_whole(slot: Slot, options: Options, grad_scale: Tensor | None) -> None
     if options.get("differentiable", False):
         w = w.clone()  # the step saves it for backward and then overwrites it
     update, gain = direction.update(options, state, grad, groups, decoupled=slot.decoupled)
-    lr, strength = slot.rates(options, update)
+    lr, strength = _rates(slot, options, update.dtype)
     if binding.automatic(options) if constraint.is_plane else False:  # for the steps to come
         decoupled = direction.decoupled(options)
         if decoupled:
@@ -137,7 +137,7 @@ def _step_units(slot: Slot, units: Units, options: Options, grad_scale: Tensor |
         scale = direction.rescale(options, state, units.pack(sums[0 if by_gradient else 1] / sizes, squares))
     of_units = scale[: units.count] if isinstance(scale, Tensor) else scale
     gain = direction.gain(options, of_units, sizes, binding.parameters[0].shape, decoupled=slot.decoupled)
-    lr, strength = slot.rates(options, sums)
+    lr, strength = _rates(slot, options, sums.dtype)
     factor: float | Tensor | None = options["imbalance_factor"]
     snaps: Tensor | bool = True
     if slot.has_budget:
@@ -161,6 +161,17 @@ def _step_units(slot: Slot, units: Units, options: Options, grad_scale: Tensor |
     write_back(tuple(new), state, binding, direction, states, options)
     c = gauge.next_imbalance(c, factor, decay, metric_scale, size, saturated=saturated)
     state["imbalance"] = _kept(options, state["imbalance"], c)
+
+
+def _rates(slot: Slot, options: Options, dtype: torch.dtype) -> tuple[float | Tensor, float | Tensor]:
+    """``lr`` and the strength in force, in the precision of the step: 0-dim tensors are often narrower."""
+    lr, strength = options["lr"], slot.default if options["strength"] is None else options["strength"]
+    if strength is None or options["committed"]:
+        strength = slot.strength(options)
+    return (
+        lr.to(dtype) if isinstance(lr, Tensor) else lr,
+        strength.to(dtype) if isinstance(strength, Tensor) else strength,
+    )
 
 
 def _minimised(grad: Tensor, options: Options, grad_scale: Tensor | None) -> Tensor:

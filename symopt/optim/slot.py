@@ -20,8 +20,8 @@ class Slot:
     """One binding, the complete states of its parameters, and the backend that steps them."""
 
     __slots__ = (
-        *("_default", "_held", "_key", "_refreshes", "_volatile"),
-        *("backend", "binding", "decoupled", "direction", "groups", "has_budget", "own", "states"),
+        *("_held", "_key", "_refreshes", "_volatile"),
+        *("backend", "binding", "decoupled", "default", "direction", "groups", "has_budget", "own", "states"),
     )
 
     def __init__(
@@ -34,14 +34,14 @@ class Slot:
         self.decoupled = binding.decoupled(direction, options)
         self.has_budget = constraint is not None and constraint.budget is not None
         self.own = None if constraint is None else own_step(constraint)
-        self._default: float | None = None
+        self.default: float | None = None
         """The strength if neither the options nor the state say otherwise; None: a plane's, from the state."""
         if constraint is not None and (constraint.strength is not None or not constraint.is_plane):
-            self._default = constraint.strength
-            if self._default is None:
+            self.default = constraint.strength
+            if self.default is None:
                 decoupled = direction.decoupled(options)
                 # That of a budget is chosen by its schedule.
-                self._default = 0.0 if self.has_budget else constraint.default_strength(decoupled=decoupled)
+                self.default = 0.0 if self.has_budget else constraint.default_strength(decoupled=decoupled)
         # State that a step replaces instead of writing to it has no address to hold on to.
         self._volatile = self.own is not None or bool(options.get("differentiable", False))
         self._refreshes = backend == "reference" and any("master" in state or "factor_0" in state for state in states)
@@ -86,13 +86,5 @@ class Slot:
         if options["committed"]:
             return self.binding.strength(self.direction, options, self.states[0])
         if strength is None:
-            strength = self._default
+            strength = self.default
         return self.binding.strength(self.direction, options, self.states[0]) if strength is None else strength
-
-    def rates(self, options: Options, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
-        """``lr`` and the strength in force, in the precision of ``like``: 0-dim tensors are often narrower."""
-        lr, strength, dtype = options["lr"], self.strength(options), like.dtype
-        return (
-            lr.to(dtype) if isinstance(lr, Tensor) else lr,
-            strength.to(dtype) if isinstance(strength, Tensor) else strength,
-        )

@@ -8,8 +8,8 @@ from torch import Tensor
 from symopt.budgets.state import BUDGET, is_committed
 from symopt.constraints import Constraint
 from symopt.optim.binding import Binding, shared_moment
-from symopt.optim.clock import PROGRESS
 from symopt.optim.direction import Direction, Options, State
+from symopt.optim.options import PROGRESS
 from symopt.optim.own_step import own_step
 from symopt_kernels.reference.gauge import math_dtype
 

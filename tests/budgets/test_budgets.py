@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "adamw-reference": lambda net: symopt.AdamW(net, lr=1e-2, backend="reference"),
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* steps at lr .* are too few to ramp its budget in")
+pytestmark = pytest.mark.filterwarnings("ignore:.* steps at lr .* are too few to ramp (its|their) budget in")
 
 Make = Callable[[], symopt.Constraint]
 BUDGETS: dict[str, tuple[Make, Callable[[list[Tensor]], bool]]] = {
@@ -87,13 +88,12 @@ def problem(seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
 NAMES = ("0.weight", "2.weight")
 
 
-def train(net: nn.Module, opt: Any, anneal: Any, x: Tensor, y: Tensor, steps: int, start: int = 0) -> None:
+def train(net: nn.Module, opt: Any, x: Tensor, y: Tensor, steps: int, start: int = 0) -> None:
     for k in range(start, steps):
         rows = slice(32 * (k % 4), 32 * (k % 4 + 1))
         opt.zero_grad()
         nn.functional.cross_entropy(net(x[rows].to(net[0].weight.dtype)).float(), y[rows]).backward()
         opt.step()
-        anneal.step()
 
 
 def budgeted(
@@ -106,8 +106,8 @@ def budgeted(
             p.requires_grad_(name in NAMES)
     symopt.constrain(net, {NAMES: BUDGETS[kind][0]()})
     opt = OPTIMIZERS[optimizer](net)
-    anneal = symopt.Anneal(opt, steps)
-    return net, opt, anneal, x, y
+    opt.reschedule(steps)
+    return net, opt, x, y
 
 
 def met(net: nn.Module, kind: str) -> bool:
@@ -116,8 +116,8 @@ def met(net: nn.Module, kind: str) -> bool:
 
 @pairs(kind=BUDGETS, optimizer=OPTIMIZERS, steps=[1, 2, 7, 300])
 def test_a_budget_is_met_to_the_unit(kind: str, optimizer: str, steps: int) -> None:
-    net, opt, anneal, x, y = budgeted(kind, optimizer, steps)
-    train(net, opt, anneal, x, y, steps)
+    net, opt, x, y = budgeted(kind, optimizer, steps)
+    train(net, opt, x, y, steps)
     assert met(net, kind)
     small = symopt.fold(net)
     assert small.fold_config["cut"] == dict.fromkeys(NAMES, 0)
@@ -125,17 +125,17 @@ def test_a_budget_is_met_to_the_unit(kind: str, optimizer: str, steps: int) -> N
 
 @cases(kind=BUDGETS, dtype=[torch.bfloat16, torch.float16, torch.float64])
 def test_in_every_precision(kind: str, dtype: torch.dtype) -> None:
-    net, opt, anneal, x, y = budgeted(kind, "adamw", 200, dtype=dtype)
-    train(net, opt, anneal, x, y, 200)
+    net, opt, x, y = budgeted(kind, "adamw", 200, dtype=dtype)
+    train(net, opt, x, y, 200)
     assert met(net, kind)
 
 
 @some(kind=BUDGETS, optimizer=OPTIMIZERS)
 def test_it_stays_met_after_the_last_step(kind: str, optimizer: str) -> None:
-    net, opt, anneal, x, y = budgeted(kind, optimizer, 100)
-    train(net, opt, anneal, x, y, 100)
+    net, opt, x, y = budgeted(kind, optimizer, 100)
+    train(net, opt, x, y, 100)
     zero = [net.get_parameter(name) == 0 for name in NAMES]
-    train(net, opt, anneal, x, y, 200)
+    train(net, opt, x, y, 200)
     assert met(net, kind)
     assert all(torch.equal(z, net.get_parameter(name) == 0) for z, name in zip(zero, NAMES, strict=True))
 
@@ -143,8 +143,8 @@ def test_it_stays_met_after_the_last_step(kind: str, optimizer: str) -> None:
 @cases(optimizer=OPTIMIZERS, kind=["density", "2:4", "rows"])
 def test_steps_of_any_size_kill_nothing_inside_it(kind: str, optimizer: str) -> None:
     """With t (decay + |delta|) <= 1 a weight whose delta exceeds metric_scale would become exactly zero."""
-    net, opt, anneal, x, y = budgeted(kind, optimizer, 50)
-    train(net, opt, anneal, x, y, 50)
+    net, opt, x, y = budgeted(kind, optimizer, 50)
+    train(net, opt, x, y, 50)
     for group in opt.param_groups:
         group["lr"] *= 1e3
     for k in range(100):
@@ -156,8 +156,8 @@ def test_steps_of_any_size_kill_nothing_inside_it(kind: str, optimizer: str) -> 
 
 @cases(kind=BUDGETS)
 def test_fold_meets_it_whenever_training_stops(kind: str) -> None:
-    net, opt, anneal, x, y = budgeted(kind, "adamw", 400)
-    train(net, opt, anneal, x, y, 120)
+    net, opt, x, y = budgeted(kind, "adamw", 400)
+    train(net, opt, x, y, 120)
     assert not met(net, kind) or kind == "density-full"
     plain = copy.deepcopy(net)
     symopt.release(plain)
@@ -169,20 +169,19 @@ def test_fold_meets_it_whenever_training_stops(kind: str) -> None:
 
 @cases(kind=BUDGETS)
 def test_interrupted_training_continues_to_the_bit(kind: str) -> None:
-    net, opt, anneal, x, y = budgeted(kind, "adamw", 150)
+    net, opt, x, y = budgeted(kind, "adamw", 150)
     for stop in (33, 113):
-        net, opt, anneal, x, y = budgeted(kind, "adamw", 150)
-        train(net, opt, anneal, x, y, stop)
+        net, opt, x, y = budgeted(kind, "adamw", 150)
+        train(net, opt, x, y, stop)
         file = io.BytesIO()
-        torch.save([net.state_dict(), opt.state_dict(), anneal.state_dict()], file)
+        torch.save([net.state_dict(), opt.state_dict()], file)
         file.seek(0)
-        other, other_opt, other_anneal, _, _ = budgeted(kind, "adamw", 150, seed=1)
+        other, other_opt, _, _ = budgeted(kind, "adamw", 150, seed=1)
         saved = torch.load(file)
         other.load_state_dict(saved[0])
         other_opt.load_state_dict(saved[1])
-        other_anneal.load_state_dict(saved[2])
-        train(net, opt, anneal, x, y, 150, stop)
-        train(other, other_opt, other_anneal, x, y, 150, stop)
+        train(net, opt, x, y, 150, stop)
+        train(other, other_opt, x, y, 150, stop)
         for a, b in zip(net.parameters(), other.parameters(), strict=True):
             assert torch.equal(a, b)
 
@@ -191,8 +190,8 @@ def test_interrupted_training_continues_to_the_bit(kind: str) -> None:
 def test_the_backends_agree(kind: str) -> None:
     results = []
     for optimizer in ("adamw", "adamw-reference"):
-        net, opt, anneal, x, y = budgeted(kind, optimizer, 60, dtype=torch.float64)
-        train(net, opt, anneal, x, y, 40)  # before rounding could decide between two units
+        net, opt, x, y = budgeted(kind, optimizer, 60, dtype=torch.float64)
+        train(net, opt, x, y, 40)  # before rounding could decide between two units
         results.append(net)
     for name in NAMES:
         a, b = (net.get_parameter(name) for net in results)
@@ -209,12 +208,11 @@ def test_survivors_are_the_least_squares_fit_on_their_support() -> None:
     net = nn.Linear(20, 1, bias=False, dtype=torch.float64)
     symopt.constrain(net, {"weight": symopt.Sparse(density=0.2)})
     opt = symopt.SGD(net, lr=0.05)
-    anneal = symopt.Anneal(opt, 4000)
+    opt.reschedule(4000)
     for _ in range(4000):
         opt.zero_grad()
         (net(x).flatten() - y).square().mean().div(2).backward()
         opt.step()
-        anneal.step()
     support = net.weight.detach().flatten().nonzero().flatten()
     assert support.tolist() == [2, 5, 11, 17]
     fit = torch.linalg.lstsq(x[:, support], y[:, None]).solution.flatten()
@@ -391,13 +389,12 @@ class Reads(TorchDispatchMode):
 
 
 @cases(optimizer=["adamw", "sgd"])
-def test_anneal_reads_nothing_back_between_its_first_step_and_the_cut(optimizer: str) -> None:
-    net, opt, anneal, x, y = budgeted("2:4", optimizer, 1000)
-    train(net, opt, anneal, x, y, 3)
-    anneal.last_step = 39
+def test_a_selection_between_the_first_step_and_the_commit_reads_nothing_back(optimizer: str) -> None:
+    net, opt, x, y = budgeted("2:4", optimizer, 1000)
+    train(net, opt, x, y, 39)
     with Reads() as reads:
-        anneal.step()
-    assert anneal.last_step % 20 == 0 and reads.count == 0
+        opt.schedule.end(None, None)
+    assert opt.schedule.steps == 40 and reads.count == 0
 
 
 def test_flops_budgets_differ_in_positions_alone_and_still_share() -> None:
@@ -492,13 +489,13 @@ def test_a_budget_that_does_not_fit_its_weight_is_refused() -> None:
 
 
 @cases(optimizer=OPTIMIZERS)
-def test_without_anneal_the_first_step_says_what_is_missing(optimizer: str) -> None:
+def test_without_a_length_the_first_step_says_what_is_missing(optimizer: str) -> None:
     net, x, y = problem()
     symopt.constrain(net, {"0.weight": symopt.Sparse(density=0.1)})
     opt = OPTIMIZERS[optimizer](net)
     before = net[0].weight.detach().clone()
     nn.functional.cross_entropy(net(x), y).backward()
-    with pytest.raises(RuntimeError, match=r"0\.weight: .*density=0\.1.* symopt\.Anneal\(optimizer, total_steps\)"):
+    with pytest.raises(ValueError, match=r"0\.weight: .*density=0\.1.* total_steps=N .*reschedule\(total_steps=N\)"):
         opt.step()
     assert torch.equal(net[0].weight, before)
 
@@ -509,37 +506,41 @@ def test_the_pool_of_a_pattern_has_no_threshold() -> None:
 
 
 def test_report_follows_a_budget() -> None:
-    net, opt, anneal, x, y = budgeted("density", "adamw", 40)
-    train(net, opt, anneal, x, y, 21)
+    net, opt, x, y = budgeted("density", "adamw", 40)
+    train(net, opt, x, y, 21)
     row = symopt.report(net, opt).rows[0]
     assert not row.committed and row.strength == float(opt.state[net[0].weight]["budget"][0]) > 0
     assert row.collapse_steps is None
-    train(net, opt, anneal, x, y, 40, 21)
+    train(net, opt, x, y, 40, 21)
     assert symopt.report(net, opt).rows[0].committed
 
 
-def test_anneal_warns_when_a_budget_cannot_be_ramped_in() -> None:
-    net, *_ = problem()
-    symopt.constrain(net, {NAMES: symopt.Sparse(density=0.1)})
-    opt = symopt.AdamW(net, lr=1e-3)
-    with pytest.warns(UserWarning, match=r"0\.weight: 100 steps at lr 0\.001 .* use lr >= [\d.e-]+ or \d+ steps"):
-        symopt.Anneal(opt, 100)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        symopt.Anneal(symopt.AdamW(net, lr=1e-2), 2000)
+def test_a_budget_that_cannot_be_ramped_in_is_told_once_for_all_weights() -> None:
+    def first_step(lr: float, steps: int) -> list[str]:
+        net, x, y = problem()
+        symopt.constrain(net, {NAMES: symopt.Sparse(density=0.1)})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(net, symopt.AdamW(net, lr=lr, total_steps=steps), x, y, 2)
+        return [str(w.message) for w in caught]
+
+    (told,) = first_step(1e-3, 100)
+    found = re.search(r"0\.weight, 2\.weight: 100 steps at lr 0\.001 .* use lr >= ([\d.e-]+) or (\d+) steps", told)
+    assert found is not None
+    assert first_step(float(found[1]), 100) == [] == first_step(1e-3, int(found[2]))
 
 
-def test_a_tensor_that_dies_is_mourned_once() -> None:
+def test_tensors_that_die_are_told_once() -> None:
     net, x, y = problem()
     symopt.constrain(net, {NAMES: symopt.GroupSparse("out", strength=3.0)})
     opt = symopt.AdamW(net, lr=1e-2)
-    anneal = symopt.Anneal(opt, 1000)
+    opt.reschedule(1000)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(net, opt, anneal, x, y, 1000)
+        train(net, opt, x, y, 1000)
     assert not net[0].weight.any() and not net[2].weight.any()
-    told = [str(w.message) for w in caught if "all of its weights have become zero" in str(w.message)]
-    assert sorted(t.split(":")[0] for t in told) == list(NAMES)
+    told = [str(w.message).split(":")[0] for w in caught if "weights have become zero" in str(w.message)]
+    assert sorted(name for names in told for name in names.split(", ")) == list(NAMES)
 
 
 @cases(kind=["density", "2:4", "rows"])
@@ -559,8 +560,8 @@ def test_a_trained_network_can_be_the_start(kind: str) -> None:
     }
     symopt.constrain(net, {NAMES: make[kind]})
     opt = symopt.AdamW(net, lr=3e-3)
-    anneal = symopt.Anneal(opt, 400)
-    train(net, opt, anneal, x, y, 400)
+    opt.reschedule(400)
+    train(net, opt, x, y, 400)
     right = float((net(x).argmax(1) == y).float().mean())
     assert dense_right > 0.95 and right >= dense_right - 0.05
 
@@ -597,10 +598,10 @@ def lived(lr: float, keep: float, seed: int) -> int:
     net = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 10))
     symopt.constrain(net, {"0.weight": symopt.GroupSparse("out", keep=keep)})
     opt = symopt.AdamW(net, lr=lr)
-    anneal = symopt.Anneal(opt, 300)
+    opt.reschedule(300)
     x, y = torch.randn(128, 40, generator=generator), torch.randint(10, (128,), generator=generator)
     x[:, 20:] = 0
-    train(net, opt, anneal, x, y, 300)
+    train(net, opt, x, y, 300)
     return int(net.get_parameter("0.weight").any(1).sum())
 
 

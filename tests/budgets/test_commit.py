@@ -1,4 +1,4 @@
-"""What Anneal's commit promises: from then on what is zero stays zero, in every gauge."""
+"""What a commit promises: from then on what is zero stays zero, in every gauge."""
 
 import io
 
@@ -25,8 +25,7 @@ def test_committed_zeros_stay_zero_in_a_network(kind, dtype):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(10, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2)).to(dtype)
     symopt.constrain(net, {"0.weight": MAKE[kind]()})
-    opt = symopt.AdamW(net, lr=2e-2)
-    anneal = symopt.Anneal(opt, 500, commit=0.8)
+    opt = symopt.AdamW(net, lr=2e-2, total_steps=500, commit=0.8)
     x = torch.randn(256, 10)
     y = (x[:, 0] * x[:, 1] > 0).long()
     dead = None
@@ -37,7 +36,6 @@ def test_committed_zeros_stay_zero_in_a_network(kind, dtype):
         opt.zero_grad()
         torch.nn.functional.cross_entropy(net(x[rows].to(dtype)).float(), y[rows]).backward()
         opt.step()
-        anneal.step()
     assert dead is not None and bool(dead.any())
     assert bool((net[0].weight[dead] == 0).all())
 
@@ -78,25 +76,25 @@ def test_report_of_an_explicit_module_is_that_of_its_plain_weights():
 @pytest.mark.filterwarnings("ignore:.* all of its weights have become zero")
 def test_report_says_committed():
     net = symopt.constrain(torch.nn.Linear(4, 2), {"weight": symopt.Sparse(50.0)})
-    opt = symopt.AdamW(net, lr=0.1)
-    anneal = symopt.Anneal(opt, 10, commit=0.5)
+    opt = symopt.AdamW(net, lr=0.1, total_steps=10, commit=0.5)
     seen = []
     for _ in range(6):
         seen.append((symopt.report(net, opt).rows[0].committed, "committed" in str(symopt.report(net, opt))))
         net(torch.ones(1, 4)).sum().backward()
         opt.step()
-        anneal.step()
     assert seen[0] == (False, False) and seen[-1] == (True, True)
 
 
 def warning_of(make, **options):
     torch.manual_seed(0)
     net = symopt.constrain(torch.nn.Linear(16, 4), {"weight": make})
-    opt = symopt.AdamW(net, lr=options.pop("lr", 1e-3))
-    if "max_lr" in options:
-        torch.optim.lr_scheduler.OneCycleLR(opt, options.pop("max_lr"), total_steps=100, cycle_momentum=False)
+    max_lr = options.pop("max_lr", None)
+    opt = symopt.AdamW(net, **{"lr": 1e-3, **options})
+    if max_lr is not None:
+        torch.optim.lr_scheduler.OneCycleLR(opt, max_lr, total_steps=100, cycle_momentum=False)
+    net(torch.randn(3, 16)).sum().backward()
     with pytest.warns(UserWarning, match="too few") as caught:
-        symopt.Anneal(opt, **options)
+        opt.step()
     return caught[0]
 
 

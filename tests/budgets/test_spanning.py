@@ -22,9 +22,9 @@ CHANNELS = 8
 BOUND = ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight")
 FACTOR = {"1.weight": 0.5, "1.bias": 0.5}
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* steps at lr .* are too few to ramp its budget in")
+pytestmark = pytest.mark.filterwarnings("ignore:.* steps at lr .* are too few to ramp (its|their) budget in")
 
-Run = tuple[nn.Module, Any, symopt.Anneal]
+Run = tuple[nn.Module, Any]
 
 
 def available(opt_row: OptimizerRow, backend: str, **_: Any) -> bool:
@@ -40,7 +40,8 @@ def run(keep: float, opt_row: OptimizerRow, backend: str, steps: int, **options:
     groups = {"0.*": (0, None), "1.*": (0, None), "3.weight": (1, [*range(CHANNELS - 2), -1, -1])}
     symopt.constrain(net, {"*": symopt.GroupSparse(groups, keep=keep, factors={"1.*": 0.5})})
     opt = opt_row.cls(net, backend=backend, **{"lr": opt_row.lr, **opt_row.options, **options})
-    return net, opt, symopt.Anneal(opt, steps)
+    opt.reschedule(steps)
+    return net, opt
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -49,12 +50,11 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def train(pieces: Run, first: int, last: int) -> None:
-    (net, opt, anneal), (x, y) = pieces, data()
+    (net, opt), (x, y) = pieces, data()
     for _ in range(first, last):
         opt.zero_grad()
         (net(x) - y).square().mean().backward()
         opt.step()
-        anneal.step()
 
 
 def slices(net: nn.Module) -> dict[str, Tensor]:
@@ -76,11 +76,11 @@ def live(net: nn.Module) -> Tensor:
 
 @pairs(available, opt_row=TAKEN, backend=BACKENDS, keep=[1, 3, 0.5, 8], steps=[1, 7, 150])
 def test_it_is_met_to_the_unit(opt_row: OptimizerRow, backend: str, keep: float, steps: int) -> None:
-    net, opt, anneal = run(keep, opt_row, backend, steps)
-    train((net, opt, anneal), 0, steps)
+    net, opt = run(keep, opt_row, backend, steps)
+    train((net, opt), 0, steps)
     assert int(live(net).sum()) == (keep if isinstance(keep, int) else round(keep * CHANNELS))
     zero = [p == 0 for p in net.parameters()]
-    train((net, opt, anneal), steps, steps + 20)  # and stays so
+    train((net, opt), steps, steps + 20)  # and stays so
     assert all(torch.equal(z, p == 0) for z, p in zip(zero, net.parameters(), strict=True))
     assert symopt.fold(net, data()[:1]).fold_config["cut"] == {", ".join(BOUND): 0}
 
@@ -88,13 +88,13 @@ def test_it_is_met_to_the_unit(opt_row: OptimizerRow, backend: str, keep: float,
 @cases(available, opt_row=SOME, backend=BACKENDS)
 def test_the_largest_units_live_by_all_of_their_slices(opt_row: OptimizerRow, backend: str) -> None:
     """``(sum_t ||w_t||**2 / a_t**2)**(1/2)``: the scale of the norm decides here, over its factor."""
-    net, opt, anneal = run(3, opt_row, backend, 40, lr=1e-12)
+    net, opt = run(3, opt_row, backend, 40, lr=1e-12)
     with torch.no_grad():
         net[1].weight.copy_(torch.tensor([0.1, 5.0, 0.2, 0.3, 4.0, 0.4, 6.0, 0.5]))
     square = sum((s / FACTOR.get(name, 1.0)).square().sum(1) for name, s in slices(net).items() if name != "3.weight")
     square[:-2] += slices(net)["3.weight"][:-2].square().sum(1)
     expected = square.argsort(descending=True)[:3].sort().values
-    train((net, opt, anneal), 0, 40)
+    train((net, opt), 0, 40)
     assert live(net).nonzero().flatten().tolist() == expected.tolist() == [1, 4, 6]
 
 
@@ -102,8 +102,8 @@ def test_the_largest_units_live_by_all_of_their_slices(opt_row: OptimizerRow, ba
 def test_both_backends_choose_alike(opt_row: OptimizerRow) -> None:
     nets = []
     for backend in BACKENDS:
-        net, opt, anneal = run(3, opt_row, backend, 100)
-        train((net, opt, anneal), 0, 100)
+        net, opt = run(3, opt_row, backend, 100)
+        train((net, opt), 0, 100)
         nets.append(net)
     for p, q in zip(*(net.parameters() for net in nets), strict=True):
         torch.testing.assert_close(p, q, rtol=tolerance("backends, fp32"), atol=tolerance("backends, fp32"))

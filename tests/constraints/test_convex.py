@@ -50,18 +50,15 @@ class Regression:
     def loss(self, w: torch.Tensor) -> torch.Tensor:
         return 0.5 * (self.x @ w - self.y).square().mean()
 
-    def fit(self, constraint, cls, options, steps: int, *, anneal: bool = False) -> torch.Tensor:
+    def fit(self, constraint, cls, options, steps: int, *, scheduled: bool = False) -> torch.Tensor:
         module = torch.nn.Module()
         module.weight = torch.nn.Parameter(self.start.clone())
         symopt.constrain(module, {"weight": constraint})
-        opt = cls(module, **options)
-        schedule = symopt.Anneal(opt, steps) if anneal else None
+        opt = cls(module, **options, total_steps=steps if scheduled else None)
         p = module.weight
         for _ in range(steps):
             p.grad = self.gradient(p.detach()[0])[None]
             opt.step()
-            if schedule:
-                schedule.step()
         return p.detach()[0]
 
     def steps(self, constraint, cls, options, steps: int, slowest: float) -> int:
@@ -80,14 +77,16 @@ class Regression:
 # -- Lasso -----------------------------------------------------------------------------------------------------------
 
 
-def check_lasso(seed: int, kind: str, cls, options, steps: int, *, spread: float = 0.0, anneal: bool = False) -> None:
+def check_lasso(
+    seed: int, kind: str, cls, options, steps: int, *, spread: float = 0.0, scheduled: bool = False
+) -> None:
     kappa, problem = 0.1, Regression(seed, 200, spread=spread)
     solver = Lasso(kappa, fit_intercept=False, max_iter=200_000, tol=1e-13)
     best = torch.tensor(solver.fit(problem.x.numpy(), problem.y.numpy()).coef_)
     slowest = float(problem.gradient(best)[best == 0].abs().max() / kappa)
     constraint = symopt.Sparse(kappa)
     steps = problem.steps(constraint, cls, options, steps, slowest)
-    w = problem.fit(constraint, cls, options, steps, anneal=anneal)
+    w = problem.fit(constraint, cls, options, steps, scheduled=scheduled)
 
     def objective(w):
         return problem.loss(w) + kappa * w.abs().sum()
@@ -109,8 +108,8 @@ def test_lasso(name, seed):
 
 
 @pytest.mark.parametrize("name", ["plain", "adam"])
-def test_lasso_annealed(name):
-    check_lasso(0, "convex gap", *(SGD | ADAM)[name], anneal=True)
+def test_lasso_with_a_schedule(name):
+    check_lasso(0, "convex gap", *(SGD | ADAM)[name], scheduled=True)
 
 
 @pytest.mark.parametrize("seed", [0, *exhaustive(1, 2)])

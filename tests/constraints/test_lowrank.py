@@ -315,7 +315,7 @@ def test_adamw_keeps_signal_and_drops_noise():
 # -- deflation and budgets ---------------------------------------------------------------------------------------------
 
 
-def train(module, opt, steps, seed=0, anneal=None):
+def train(module, opt, steps, seed=0):
     p = module.weight
     target = randn(*p.shape, seed=seed + 50).to(p)
     generator = torch.Generator().manual_seed(seed)
@@ -323,8 +323,6 @@ def train(module, opt, steps, seed=0, anneal=None):
         noise = torch.randn(p.shape, generator=generator).to(p)
         p.grad = p.detach() - target + 0.1 * noise
         opt.step()
-        if anneal is not None:
-            anneal.step()
 
 
 @pytest.mark.filterwarnings("ignore:.*too few to ramp")
@@ -334,7 +332,8 @@ def test_a_budget_is_met_exactly(row, opt_row):
     module.weight = nn.Parameter(randn(*row.shape))
     symopt.constrain(module, {"weight": symopt.LowRank(rank=2)})
     p, opt = module.weight, optimizer(module, opt_row)
-    train(module, opt, 40, anneal=symopt.Anneal(opt, total_steps=40))
+    opt.reschedule(40)
+    train(module, opt, 40)
     assert live(opt, p) == 2
     assert int(torch.linalg.matrix_rank(p.detach().flatten(1))) == 2
     found = symopt.report(module, opt).rows[0]
@@ -344,17 +343,16 @@ def test_a_budget_is_met_exactly(row, opt_row):
 
 def test_a_training_that_is_long_enough_begins_to_impose_its_budget():
     module = parameter(randn(6, 5), symopt.LowRank(rank=2))
-    opt = symopt.AdamW(module, lr=0.1)
-    anneal = symopt.Anneal(opt, total_steps=10_000)
-    train(module, opt, 1, anneal=anneal)  # whether it is long enough is asked again after the first step
+    opt = symopt.AdamW(module, lr=0.1, total_steps=10_000)
+    train(module, opt, 1)  # whether it is long enough is asked again after the first step
     assert float(opt.state[module.weight]["budget"][1]) > 0 and live(opt, module.weight) == 5
 
 
-def test_without_anneal_a_budget_is_refused():
+def test_without_a_length_a_budget_is_refused():
     module = parameter(randn(5, 4), symopt.LowRank(rank=2))
     opt = symopt.AdamW(module)
     module.weight.grad = randn(5, 4)
-    with pytest.raises(RuntimeError, match=r"create symopt\.Anneal"):
+    with pytest.raises(ValueError, match=r"total_steps=N"):
         opt.step()
 
 
@@ -475,8 +473,8 @@ def test_a_weight_changed_from_outside_is_noticed(change, dtype):
 @pytest.mark.filterwarnings("ignore:.*too few to ramp")
 def test_a_change_does_not_undo_a_committed_rank():
     module = parameter(randn(8, 6), symopt.LowRank(rank=2))
-    opt = symopt.AdamW(module, lr=0.05)
-    train(module, opt, 30, anneal=symopt.Anneal(opt, total_steps=30))
+    opt = symopt.AdamW(module, lr=0.05, total_steps=30)
+    train(module, opt, 30)
     module.load_state_dict({"weight": randn(8, 6, seed=3)})
     train(module, opt, 1)
     assert live(opt, module.weight) == 2 == int(torch.linalg.matrix_rank(module.weight.detach()))

@@ -48,7 +48,7 @@ def start(row: Any, opt_row: OptimizerRow, strength: float | None = 0.3, **optio
     module = plane_module(row, strength) if isinstance(row, PlaneRow) else constrained_parameter(row, strength=strength)
     opt = opt_row.cls(module, backend="reference", **{"lr": opt_row.lr, **opt_row.options, **options})
     if not isinstance(row, PlaneRow) and row.make(None).budget is not None:
-        symopt.Anneal(opt, total_steps=10_000)
+        opt.reschedule(10_000)
     run = module, opt
     for t in range(2):
         step(run, t)

@@ -51,15 +51,13 @@ def optimizer(row: OptimizerRow, module: nn.Module, cls: Any = None, **options: 
     return (cls or row.cls)(module.parameters(), **{"lr": row.lr, **row.options, **options})
 
 
-def steps(pair: Pair, first: int, last: int, anneal: symopt.Anneal | None = None) -> None:
+def steps(pair: Pair, first: int, last: int) -> None:
     module, opt = pair
     for t in range(first, last):
         for k, p in enumerate(module.parameters()):
             w = p.detach()
             p.grad = torch.sin(w * (k + 2) + t) + 0.2 * w
         opt.step()
-        if anneal is not None:
-            anneal.step()
 
 
 def saved(*objects: Any) -> list[Any]:
@@ -93,41 +91,25 @@ def assert_same_state(one: dict[str, Tensor], two: dict[str, Tensor], name: str 
 @pytest.mark.parametrize(
     ("bound", "scheduled"),
     [(bound, True) for bound in FEW] + [(FEW[0], False)],
-    ids=[f"{bound.id}-anneal" for bound in FEW] + [FEW[0].id],
+    ids=[f"{bound.id}-scheduled" for bound in FEW] + [FEW[0].id],
 )
 @pairs(row=ANY_SHAPE)
 def test_saving_and_loading_half_way_changes_no_bit(row: OptimizerRow, bound: ConstraintRow, scheduled: bool) -> None:
     def fresh(seed: int) -> list[Any]:
         module = build(bound, seed=seed)
-        opt = optimizer(row, module)
-        # What the schedule is comes with its state, too.
-        schedule = {0: (2 * HALF, 0.7), 1: (1234,)}[seed]
-        return [module, opt, *([symopt.Anneal(opt, *schedule)] if scheduled else [])]
-
-    def train(objects: list[Any], first: int, last: int) -> None:
-        steps((objects[0], objects[1]), first, last, objects[2] if scheduled else None)
+        # What the schedule is comes with the state, unless it is given anew.
+        length = {"total_steps": 2 * HALF, "commit": 0.7} if scheduled and not seed else {}
+        return [module, optimizer(row, module, **length)]
 
     through, resumed = fresh(0), fresh(1)
-    train(through, 0, HALF)
+    steps((through[0], through[1]), 0, HALF)
     file, half = saved(*through), through[0].weight.detach().clone()
-    train(through, HALF, 2 * HALF)
+    steps((through[0], through[1]), HALF, 2 * HALF)
     assert half.any() and not torch.equal(half, through[0].weight)
     load(resumed, file)
-    train(resumed, HALF, 2 * HALF)
+    steps((resumed[0], resumed[1]), HALF, 2 * HALF)
     assert_same(through[:2], resumed[:2])
     assert through[1].state_dict()["param_groups"] == resumed[1].state_dict()["param_groups"]
-
-
-@few_steps
-def test_a_loaded_schedule_is_in_force_at_once() -> None:
-    opts = [optimizer(ANY_SHAPE[0], build(FEW[0])) for _ in range(2)]
-    one, two = symopt.Anneal(opts[0], 50, commit=0.5), symopt.Anneal(opts[1], 1234)
-    for at in (0, 10, 30):
-        for _ in range(at - one.last_step):
-            one.step()
-        two.load_state_dict(one.state_dict())
-        packed = [opt.state_dict()["param_groups"] for opt in opts]
-        assert packed[0] == packed[1] and two.state_dict() == one.state_dict()
 
 
 @cases(
@@ -185,7 +167,7 @@ def test_fp32_state_of_low_precision_weights_keeps_every_bit(
     pair = (module := build(bound, dtype=low), optimizer(row, module))
     steps(pair, 0, 20)
     state = pair[1].state[module.weight]
-    assert {v.dtype for k, v in state.items() if k not in ("step", "group_index")} == {torch.float32}
+    assert {v.dtype for k, v in state.items() if k not in ("step", "progress", "group_index")} == {torch.float32}
     # What weights are stepped in has bits the weights themselves cannot hold.
     exact = state["master"] if "master" in state else state["factor_0"] * state["factor_1"]
     assert torch.equal(exact.to(low), module.weight) and not torch.equal(exact, module.weight)
@@ -330,7 +312,7 @@ def test_converting_the_module_in_mid_training(row: OptimizerRow, bound: Constra
     steps(pair, 10, 20)
     steps(fresh, 10, 20)
     assert_same(pair, fresh)
-    own = {v.dtype for k, v in pair[1].state[weight].items() if k not in ("step", "group_index")}
+    own = {v.dtype for k, v in pair[1].state[weight].items() if k not in ("step", "progress", "group_index")}
     assert own == {torch.float64 if low == torch.float64 else torch.float32}
     module.to(torch.float32)
     steps(pair, 20, 25)
@@ -393,14 +375,13 @@ def test_a_weight_changed_from_outside_is_the_weight(
 )
 def test_distributed_checkpoint_functions(row: OptimizerRow, bound: ConstraintRow, scheduled: bool, flat: bool) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    pair = (module := build(bound), optimizer(row, module))
+    length = {"total_steps": 2 * HALF} if scheduled else {}
+    pair = (module := build(bound), optimizer(row, module, **length))
     steps(pair, 0, 10)
     loaded = copy.deepcopy(get_optimizer_state_dict(*pair, options=options))  # it holds the tensors themselves
     other = build(bound, seed=1)
     other.load_state_dict(module.state_dict())
-    resumed = (other, optimizer(row, other))
-    if scheduled:
-        symopt.Anneal(resumed[1], 2 * HALF)
+    resumed = (other, optimizer(row, other, **length))
     # Both functions make state by a step with lr 0 and zero gradients.
     get_optimizer_state_dict(*resumed, options=options)
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), other.parameters(), strict=True))

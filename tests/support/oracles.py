@@ -182,7 +182,7 @@ class Explicit:
         close = {"rtol": tolerance("factor step"), "atol": tolerance("factor step"), "check_dtype": False}
         torch.testing.assert_close(p.detach().flatten(), self.w, **close)
         state = opt.state[p]
-        assert set(state) - {"group_index"} == set(self.state)
+        assert set(state) - {"group_index", "progress"} == set(self.state)
         for key, value in self.state.items():
             mine, theirs = state[key].flatten(), value.flatten()
             torch.testing.assert_close(mine, theirs, **close, msg=lambda m, k=key: f"{k}: {m}")
