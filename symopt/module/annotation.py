@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import final
 
 import torch
@@ -20,26 +21,37 @@ from symopt.constraints import Constraint
 from symopt.optim import registry
 from symopt.optim.binding import Binding
 
-__all__ = ["Annotation", "Factored", "Guard", "annotated", "watch"]
+__all__ = ["Annotation", "Factored", "Guard", "annotated", "callers_level", "watch"]
 
 _ATTRIBUTE = "_symopt_annotations"
 
 
 @final
 class Annotation:
-    """A constraint and the parameters it binds, in its order: parameter i is ``owners[i].<attributes[i]>``."""
+    """A constraint and the parameters it binds, in its order: parameter i is ``owners[i].<attributes[i]>``.
+
+    Args:
+        constraint: ready to be used.
+        key: the pattern that it was given for.
+        parameters: each with its name, the module that owns it and its name there.
+    """
 
     def __init__(
-        self,
-        constraint: Constraint,
-        names: tuple[str, ...],
-        owners: tuple[nn.Module, ...],
-        attributes: tuple[str, ...],
+        self, constraint: Constraint, key: str, parameters: Sequence[tuple[str, nn.Module, str, Tensor]]
     ) -> None:
-        self.constraint, self.owners, self.attributes = constraint, owners, attributes
-        self.names = names
+        self.constraint, self.key = constraint, key
+        self.owners = tuple(owner for _, owner, _, _ in parameters)
+        self.attributes = tuple(attribute for _, _, attribute, _ in parameters)
+        self.names = tuple(name for name, _, _, _ in parameters)
         """As seen from the module that was constrained, for messages."""
+        self.shapes = tuple(p.shape for _, _, _, p in parameters)
+        self.released = False
+        self.seen: dict[int, tuple[int, weakref.ref[registry.Holder]]] = {}
+        """By place, the ``id`` of the parameter when an optimizer last looked, and which."""
         self.warned: set[int] = set()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "seen": {}}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, warned=set())  # a copy is another model
@@ -54,12 +66,32 @@ class Annotation:
 
     def release(self) -> None:
         """Remove this from the modules; optimizers treat the parameters as unconstrained from then on."""
+        self.released = True
+        self._erase()
+        registry.remove(self)
+
+    def replace(self, parameters: Sequence[tuple[str, nn.Module, str, Tensor]]) -> Annotation:
+        """The same constraint on these parameters, written down in place of this."""
+        new = Annotation(self.constraint, self.key, parameters)
+        new.seen = self.seen
+        if len(self.owners) > 1 or any(self.parameter(i) is p for i, (_, _, _, p) in enumerate(parameters)):
+            self._erase()
+            registry.retire(self)
+        new.annotate()
+        return new
+
+    def _erase(self) -> None:
         for owner, attribute in zip(self.owners, self.attributes, strict=True):
             written = vars(owner).get(_ATTRIBUTE, {})
-            written.pop(attribute, None)
+            if attribute in written and written[attribute][0] is self:
+                del written[attribute]
             if not written:
                 vars(owner).pop(_ATTRIBUTE, None)
-        registry.remove(self)
+
+    def seen_by(self, holder: registry.Holder, i: int) -> int | None:
+        """The ``id`` of parameter i when this optimizer last looked; None if another has since, or it never held it."""
+        found = self.seen.get(i)
+        return found[0] if found is not None and found[1]() is holder else None
 
     def parameter(self, i: int) -> Tensor | None:
         """Parameter i as it is now; None if its module no longer has it."""
@@ -121,7 +153,8 @@ class Guard:
         for prefix, sub in module.named_modules():
             for name, binding, i in annotated(sub):
                 param = binding.parameter(i)
-                owned = param is not None and any(optimizer.owns(param) for optimizer in optimizers)
+                found = still_bound(binding, i) if param is None else [param]
+                owned = any(optimizer.owns(p) for optimizer in optimizers for p in found)
                 if not owned and i not in binding.warned:
                     binding.warned.add(i)
                     unowned.append(f"{prefix}.{name}" if prefix else name)
@@ -130,8 +163,24 @@ class Guard:
                 f"constrained weights are being trained but belong to no symopt optimizer, so nothing imposes their "
                 f"constraint: {', '.join(unowned)}. Train with symopt.SGD, Adam or AdamW on this very module, or "
                 "remove the constraints with symopt.release(module).",
-                stacklevel=_callers_level(),
+                stacklevel=callers_level(),
             )
+
+
+def still_bound(binding: Annotation, i: int) -> list[Tensor]:
+    """Where the weight i is computed from other parameters by now: those of them that optimizers step as that weight.
+
+    A parametrization keeps the Parameter object if it can, so an optimizer that was built before still imposes the
+    constraint on it.
+    """
+    constraint, name = binding.constraint, binding.names[i]
+    found = list[Tensor]()
+    steppers = [optimizer for optimizer in registry.owners() if isinstance(optimizer, registry.Stepper)]
+    for p in binding.owners[i].parameters():
+        known = [optimizer.binding(p) for optimizer in steppers if optimizer.owns(p)]
+        if any(b.constraint is constraint and b.name(p) == name for b in known):
+            found.append(p)
+    return found
 
 
 def watch(module: nn.Module) -> None:
@@ -140,9 +189,9 @@ def watch(module: nn.Module) -> None:
         module.register_forward_pre_hook(Guard())
 
 
-def _callers_level() -> int:
-    """``stacklevel`` of the code that called the module, past torch's own frames."""
-    frame, level = sys._getframe(2), 2
-    while frame.f_back is not None and frame.f_code.co_name in ("_wrapped_call_impl", "_call_impl", "inner"):
+def callers_level() -> int:
+    """``stacklevel`` of the code outside of torch and of this package that led to the caller of this."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "symopt"):
         frame, level = frame.f_back, level + 1
     return level

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import final
 
@@ -14,12 +15,33 @@ from symopt.module.annotation import Annotation
 from symopt.optim import registry
 from symopt.optim.binding import Binding
 
-__all__ = ["Patterns", "Rows", "checked", "match"]
+__all__ = ["Keys", "Match", "Named", "Patterns", "Rows", "checked", "match", "named"]
 
 Patterns = Mapping[str | tuple[str, ...], Constraint | list[Constraint] | None]
 Rows = list[tuple[tuple[str, ...], Constraint | None]]
 Named = tuple[str, nn.Module, str, nn.Parameter]
 """A parameter: qualified name, the module that owns it, its name there, itself."""
+
+
+@final
+@dataclass(frozen=True)
+class Match:
+    """What the patterns bind in a module."""
+
+    annotations: list[Annotation]
+    left: frozenset[str]
+    """Names of the parameters that a pattern leaves free."""
+    rows: Rows
+    """The patterns, with constraints as they were bound where that is one parameter: those can be pickled."""
+
+
+def named(module: nn.Module) -> list[Named]:
+    """The parameters of ``module`` and its submodules; one that several modules own, under each of its names."""
+    return [
+        (f"{prefix}.{name}" if prefix else name, sub, name, p)
+        for prefix, sub in module.named_modules()
+        for name, p in sub.named_parameters(recurse=False)
+    ]
 
 
 def checked(patterns: object) -> Rows:
@@ -42,19 +64,16 @@ def checked(patterns: object) -> Rows:
     return rows
 
 
-def match(module: nn.Module, rows: Rows) -> list[Annotation]:
+def match(module: nn.Module, rows: Rows) -> Match:
     """What ``rows`` bind in ``module``; everything is checked first, so that an error leaves the module as it was."""
-    parameters = [
-        (f"{prefix}.{name}" if prefix else name, sub, name, p)
-        for prefix, sub in module.named_modules()
-        for name, p in sub.named_parameters(recurse=False)
-    ]
+    parameters = named(module)
     chosen: dict[int, tuple[str, Constraint | None]] = {}
     found: list[Annotation] = []
+    bound, left = list(rows), set[str]()
     shared: dict[int, list[tuple[int, Named]]] = {}
     # Looked up once, because both go through every constraint.
     factors, known = registry.factors(), registry.bindings()
-    keys = [_Keys(*row) for row in rows]
+    keys = [Keys(*row) for row in rows]
     hits = [dict.fromkeys(row, 0) for row, _ in rows]
     for full, sub, name, p in parameters:
         row, place = next(((i, k) for i, row in enumerate(keys) if (k := row.first(full, p)) is not None), (-1, -1))
@@ -71,13 +90,17 @@ def match(module: nn.Module, rows: Rows) -> list[Annotation]:
                 f"{constraint}; give both names one constraint"
             )
         chosen[id(p)] = (full, constraint)
-        if constraint is not None:
-            _check_free(full, p, factors, known)
-            _check(full, sub, p, constraint)
-            if constraint.binds_many:
-                shared.setdefault(row, []).append((place, (full, sub, name, p)))
-            else:
-                found.append(Annotation(constraint.bind(full, p), (full,), (sub,), (name,)))
+        if constraint is None:
+            left.add(full)
+            continue
+        _check_free(full, p, factors, known)
+        _check(full, sub, p, constraint)
+        if constraint.binds_many:
+            shared.setdefault(row, []).append((place, (full, sub, name, p)))
+        else:
+            fitted = constraint.bind(full, p)
+            bound[row] = row_keys, fitted
+            found.append(Annotation(fitted, row_keys[place], [(full, sub, name, p)]))
     for (_, value), counts in zip(rows, hits, strict=True):
         for key, n in counts.items():
             if n == 0:
@@ -85,13 +108,14 @@ def match(module: nn.Module, rows: Rows) -> list[Annotation]:
     for row, ranked in shared.items():
         several = rows[row][1]
         assert several is not None
-        found.append(_bind_all(several, [named for _, named in sorted(ranked, key=lambda r: r[0])]))
-    return found
+        ranked.sort(key=lambda r: r[0])
+        found.append(_bind_all(several, rows[row][0][ranked[0][0]], [parameter for _, parameter in ranked]))
+    return Match(found, frozenset(left), bound)
 
 
-def _bind_all(constraint: Constraint, parameters: list[Named]) -> Annotation:
+def _bind_all(constraint: Constraint, key: str, parameters: list[Named]) -> Annotation:
     """One constraint on several parameters, in the order of the key."""
-    names, owners, attributes, weights = zip(*parameters, strict=True)
+    names, _, _, weights = zip(*parameters, strict=True)
     first: nn.Parameter = weights[0]
     for full, _, _, w in parameters:
         if (w.dtype, w.device) != (first.dtype, first.device):
@@ -99,7 +123,7 @@ def _bind_all(constraint: Constraint, parameters: list[Named]) -> Annotation:
                 f"constrain: {full} is {w.dtype} on {w.device}, {names[0]} {first.dtype} on {first.device}; "
                 "a joint constraint needs one of each"
             )
-    return Annotation(constraint.bind_all(names, tuple(w.detach() for w in weights)), names, owners, attributes)
+    return Annotation(constraint.bind_all(names, tuple(w.detach() for w in weights)), key, parameters)
 
 
 def _matrix(p: nn.Parameter) -> bool:
@@ -111,7 +135,7 @@ def _wild(key: str) -> bool:
 
 
 @final
-class _Keys:
+class Keys:
     """The keys of one row, so that exact names are found at once."""
 
     def __init__(self, keys: tuple[str, ...], constraint: Constraint | None) -> None:

@@ -1,0 +1,300 @@
+"""What :func:`symopt.constrain` was told, so that a weight that loses its constraint gets it back, or is named.
+
+A constraint is written on the modules that own its parameters (:mod:`symopt.module.annotation`), so it is missing with a
+module that is replaced: ``net[2] = nn.Linear(...)``, quantisation, ``SyncBatchNorm``.  A :class:`Remembered` on the
+module that ``constrain`` was called on knows what was bound; optimizers ask it when they are built and in their first
+step, everything else by :func:`check`.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Set
+from typing import final
+
+from torch import Tensor, nn
+
+from symopt.constraints import Constraint
+from symopt.module.annotation import Annotation, callers_level
+from symopt.module.explicit import Factorised, explicit
+from symopt.module.patterns import Keys, Match, Named
+from symopt.module.tree import Tree, computes
+from symopt.optim import registry
+
+__all__ = ["Remembered", "check", "find", "forget", "remember"]
+
+_ATTRIBUTE = "_symopt_remembered"
+
+
+@final
+class Remembered:
+    """Everything that ``constrain`` was told about ``root``."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.calls: list[list[tuple[tuple[str, ...], Constraint | None]]] = []
+        self.annotations: list[Annotation] = []
+        self.factorised: list[Factorised] = []
+        self.left: set[str] = set()
+        """Names of parameters that are meant to be free."""
+        self.told: set[str] = set()
+        """Names of parameters that were warned about."""
+        registry.remember(self)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        registry.remember(self)
+
+    def add(self, match: Match, factorised: list[Factorised]) -> None:
+        """One call; what was missing of earlier ones is given up where this says something new."""
+        self.calls.append(match.rows)
+        bound = {name for annotation in match.annotations for name in annotation.names}
+        self.left = (self.left | match.left) - bound
+        self.factorised = [f for f in self.factorised if bound.isdisjoint(f.names)] + factorised
+        self.annotations += [] if factorised else match.annotations
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    def check(self, holder: registry.Holder, owned: Set[int], *, stepping: bool) -> None:
+        """See :func:`symopt.optim.registry.check`."""
+        before = {id(p) for annotation in self.annotations for p in annotation.binding().parameters}
+        tree = Tree(self.root)
+        if owned.isdisjoint(before) and owned.isdisjoint(tree.by_id):
+            return
+        self._say(tree, owned, holder)
+        for annotation in self.annotations:
+            for i, name in enumerate(annotation.names):
+                p = annotation.parameter(i)
+                if p is not None and id(p) in owned:
+                    annotation.seen[i] = id(p), weakref.ref(holder)
+                elif stepping and p is not None and (old := annotation.seen_by(holder, i)) in owned:
+                    assert old is not None
+                    raise ValueError(
+                        f"{holder.owner}: {name} was replaced after the optimizer was built, which would train the "
+                        "parameter of before; build the optimizer anew"
+                    )
+        for constraint, parameters in tree.pools():
+            mine = [name for name, p in parameters if id(p) in owned]
+            lacking = [(name, p) for name, p in parameters if id(p) not in owned]
+            if not mine or not lacking:
+                continue
+            others = [type(o).__name__ for o in registry.owners() for _, p in lacking if o.owns(p)]
+            if others or stepping:
+                where = f"another optimizer ({others[0]})" if others else "no optimizer"
+                raise ValueError(_divided(holder.owner, mine, [name for name, _ in lacking], constraint, where))
+
+    def say(self, tree: Tree) -> None:
+        """Bind what can be bound again; warn or raise about all else."""
+        self._say(tree, None, None)
+
+    def _say(self, tree: Tree, owned: Set[int] | None, holder: registry.Holder | None) -> None:
+        errors, gone = self.rebind(tree, holder)
+        if errors:
+            raise ValueError(errors[0])
+        told = [_gone(", ".join(a.names), a.constraint, a.key) for a in gone]
+        self.annotations = [a for a in self.annotations if a not in gone]
+        told += [_gone_explicit(f) for f in self._unfactorised(tree)]
+        for name, key, constraint, p in self._added(tree):
+            if name not in self.told and (owned is None or id(p) in owned):
+                self.told.add(name)
+                told.append(
+                    f"{name} matches the key {key!r} of symopt.constrain but was added later, so nothing constrains "
+                    f"it; write symopt.constrain(module, {{{name!r}: {constraint}}}) to constrain it, or "
+                    f"{{{name!r}: None}} to leave it free"
+                )
+        for text in told:
+            warnings.warn(text, stacklevel=callers_level())
+
+    def rebind(self, tree: Tree, holder: registry.Holder | None = None) -> tuple[list[str], list[Annotation]]:
+        """Bind what can be bound again; what is wrong with others, and what has nothing to bind."""
+        errors, gone, kept = list[str](), list[Annotation](), list[Annotation]()
+        for annotation in self.annotations:
+            if annotation.released:
+                self.left.update(annotation.names)
+                continue
+            if self._superseded(tree, annotation):
+                continue
+            kept.append(annotation)
+            if holder is not None and _followed(annotation, holder):
+                continue
+            found = [_now(tree, annotation, i) for i in range(len(annotation.names))]
+            wrong = [f for f in found if isinstance(f, str)]
+            places = [f for f in found if isinstance(f, tuple)]
+            if wrong:
+                errors.append(wrong[0])
+            elif not places:
+                gone.append(annotation)
+            elif len(places) < len(found):
+                missing = annotation.names[found.index(None)]
+                errors.append(
+                    f"{places[0][0]} shares a constraint with {missing}, which is no parameter of the module any more; "
+                    "call symopt.release(module) and constrain what is left"
+                )
+            elif all(owner is place[1] for owner, place in zip(annotation.owners, places, strict=True)):
+                annotation.names = tuple(name for name, *_ in places)
+            else:
+                kept[-1] = annotation.replace(places)
+        if self.annotations and not kept:
+            self.calls.clear()  # everything was released
+        self.annotations = kept
+        return errors, gone
+
+    def _superseded(self, tree: Tree, annotation: Annotation) -> bool:
+        """Whether somebody has said since what is meant for the parameter that took this one's place."""
+        if len(annotation.names) > 1 or id(annotation.owners[0]) in tree.prefixes:
+            return False
+        name = annotation.names[0]
+        place = tree.moved(name, annotation.parameter(0))
+        return name in self.left or (place is not None and tree.annotated(place, annotation))
+
+    def _added(self, tree: Tree) -> Iterator[tuple[str, str, Constraint, Tensor]]:
+        """Parameters that a pattern selects and nothing constrains, with the key and its constraint."""
+        bound = tree.bound()
+        calls = [[Keys(*row) for row in rows] for rows in reversed(self.calls)]
+        for name, _, _, p in tree.named:
+            if id(p) in bound or name in self.left or not p.requires_grad or "parametrizations" in name.split("."):
+                continue
+            if isinstance(p, nn.parameter.UninitializedParameter) or not p.is_floating_point():
+                continue
+            rows = (row for rows in calls for row in rows)
+            key = next(((row, k) for row in rows if (k := row.first(name, p)) is not None), None)
+            if key is not None and key[0].constraint is not None:
+                yield name, key[0].keys[key[1]], key[0].constraint, p
+
+    def _unfactorised(self, tree: Tree) -> list[Factorised]:
+        """Explicit constraints whose parametrization is gone; each once."""
+        present = Counter(id(how.written) for sub in tree.root.modules() for _, _, how in explicit(sub))
+        for f in self.factorised:
+            if f.released:
+                self.left.update(f.names)
+        now = [f for f in self.factorised if not f.released]
+        self.factorised = [f for f in now if present[id(f)] == len(f.names)]
+        missing = [f for f in now if present[id(f)] != len(f.names)]
+        self.told.update(name for f in missing for name in f.names)
+        return missing
+
+
+def _followed(annotation: Annotation, holder: registry.Holder) -> bool:
+    """Whether what a weight is computed from by now is what the optimizer has constrained all along."""
+    for i, owner in enumerate(annotation.owners):
+        seen = annotation.seen_by(holder, i)
+        if annotation.parameter(i) is None and seen is not None and any(id(p) == seen for p in owner.parameters()):
+            return True
+    return False
+
+
+def _now(tree: Tree, annotation: Annotation, i: int) -> Named | str | None:
+    """Where parameter i is now; what is wrong with it; None if it is nowhere."""
+    owner, attribute, name = annotation.owners[i], annotation.attributes[i], annotation.names[i]
+    p, key = annotation.parameter(i), f"{annotation.constraint} (key {annotation.key!r} of symopt.constrain)"
+    place = tree.place(owner, attribute) if id(owner) in tree.prefixes else tree.moved(name, p)
+    if place is None:
+        sub = owner if id(owner) in tree.prefixes else tree.module_of(name)
+        if sub is None or not computes(sub, attribute):
+            return None
+        return (
+            f"{name} is computed from other parameters now (a parametrization, pruning or weight_norm was added), so "
+            f"{key} cannot bind it; remove that, e.g. by torch.nn.utils.parametrize.remove_parametrizations, or call "
+            "symopt.release on its module and constrain what it is computed from"
+        )
+    if place[3].shape != annotation.shapes[i]:
+        fix = "" if place[1] is not owner else "call symopt.release on its module and "
+        return (
+            f"{place[0]} has shape {tuple(place[3].shape)} now, but {key} was set for {tuple(annotation.shapes[i])}; "
+            f"{fix}write symopt.constrain(module, {{{place[0]!r}: ...}}) for what it is now, or "
+            f"{{{place[0]!r}: None}} to leave it free"
+        )
+    if not place[3].is_floating_point():
+        return f"{place[0]} has dtype {place[3].dtype} now, which {key} cannot bind; call symopt.release on its module"
+    return place
+
+
+def _gone(names: str, constraint: Constraint, key: str) -> str:
+    return (
+        f"{names}: the module has no such parameter any more, so {constraint} (key {key!r} of symopt.constrain) binds "
+        "nothing; if it has another name now, write symopt.constrain(module, {'that name': ...})"
+    )
+
+
+def _gone_explicit(missing: Factorised) -> str:
+    names = ", ".join(missing.names)
+    return (
+        f"{names}: the module has no factors of {missing.constraint} any more, which symopt.constrain(..., "
+        "mode='explicit') had made, so nothing constrains it; constrain it anew and build the optimizer after that, or "
+        "release it before its layer is replaced"
+    )
+
+
+def _divided(owner: str, mine: list[str], lacking: list[str], constraint: Constraint, where: str) -> str:
+    """What is wrong with a budget of which an optimizer has a part only."""
+    return (
+        f"{owner}: {', '.join(mine)} and {', '.join(lacking)} share one budget, {constraint}, but {lacking[0]} is in "
+        f"{where}, so the part that {owner} has would keep all of it; give all of them to one optimizer, in any of its "
+        "param groups, or give each part a budget of its own"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ by module
+
+
+def remember(module: nn.Module, match: Match, factorised: list[Factorised]) -> None:
+    """Keep what ``constrain`` was told about ``module``."""
+    memory = vars(module).get(_ATTRIBUTE)
+    if not isinstance(memory, Remembered):
+        memory = vars(module)[_ATTRIBUTE] = Remembered(module)
+    memory.add(match, factorised)
+
+
+def forget(module: nn.Module) -> None:
+    """Release what is remembered of ``module`` and its submodules."""
+    for memory in _within(module):
+        for annotation in memory.annotations:
+            if not annotation.released:
+                annotation.release()
+        del vars(memory.root)[_ATTRIBUTE]
+
+
+def find(module: nn.Module) -> None:
+    """Bind what can be bound again under ``module``, and say nothing of the rest."""
+    for memory in _within(module):
+        memory.rebind(Tree(memory.root))
+
+
+def check(module: nn.Module) -> None:
+    """Look whether everything that :func:`symopt.constrain` bound under ``module`` still binds what it should.
+
+    A constraint whose module was replaced by one with a parameter of the same name and shape binds that from then on.
+    Warns of weights that a pattern selects but were added later, and of constraints whose weight is gone.
+
+    Raises:
+        ValueError: if a constraint no longer fits its weight, a tensor has two, or optimizers divide a shared budget.
+
+    Example:
+        >>> import torch, symopt
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+        >>> _ = symopt.constrain(net, {"0.weight": symopt.Sparse()})
+        >>> net[0] = torch.nn.Linear(4, 3)
+        >>> check(net)
+        >>> symopt.constraints(net)
+        {'0.weight': Sparse()}
+    """
+    memories = _within(module)
+    above = [m for m in registry.memories() if isinstance(m, Remembered) and m not in memories]
+    memories += [m for m in above if any(sub is module for sub in m.root.modules())]
+    for memory in memories:
+        memory.say(Tree(memory.root))
+    tree = Tree(module)
+    registry.bindings(tree.by_id)
+    for constraint, parameters in tree.pools():
+        parts = [(type(o).__name__, [n for n, p in parameters if o.owns(p)]) for o in registry.owners()]
+        parts = [(owner, names) for owner, names in parts if names]
+        if len(parts) > 1 and all(len(names) < len(parameters) for _, names in parts):
+            lacking = [name for name, _ in parameters if name not in parts[0][1]]
+            raise ValueError(_divided(*parts[0], lacking, constraint, "another optimizer"))
+
+
+def _within(module: nn.Module) -> list[Remembered]:
+    found = (vars(sub).get(_ATTRIBUTE) for sub in module.modules())
+    return [memory for memory in found if isinstance(memory, Remembered)]
