@@ -21,9 +21,22 @@ from symopt.constraints import Constraint
 from symopt.optim import registry
 from symopt.optim.binding import Binding
 
-__all__ = ["Annotation", "Factored", "Guard", "annotated", "callers_level", "watch"]
+__all__ = ["Annotation", "Factored", "Guard", "Seen", "annotated", "callers_level", "watch"]
 
 _ATTRIBUTE = "_symopt_annotations"
+
+
+@final
+class Seen:
+    """A parameter as an optimizer saw it.  It is not kept: a weak reference would forbid ``swap_tensors``."""
+
+    def __init__(self, p: Tensor, holder: registry.Holder) -> None:
+        self.id, self.holder = id(p), weakref.ref(holder)
+        self.sharded = hasattr(p, "to_local")
+
+    def gathered(self, p: Tensor) -> bool:
+        """Whether ``p`` is the whole of what the optimizer has a shard of, which FSDP puts in its place for a while."""
+        return self.sharded and not hasattr(p, "to_local") and self.holder() is not None
 
 
 @final
@@ -46,8 +59,8 @@ class Annotation:
         """As seen from the module that was constrained, for messages."""
         self.shapes = tuple(p.shape for _, _, _, p in parameters)
         self.released = False
-        self.seen: dict[int, tuple[int, weakref.ref[registry.Holder]]] = {}
-        """By place, the ``id`` of the parameter when an optimizer last looked, and which."""
+        self.seen: dict[int, Seen] = {}
+        """By place, the parameter that an optimizer had when it last looked."""
         self.warned: set[int] = set()
 
     def __getstate__(self) -> dict[str, object]:
@@ -75,10 +88,14 @@ class Annotation:
         new = Annotation(self.constraint, self.key, parameters)
         new.seen = self.seen
         if len(self.owners) > 1 or any(self.parameter(i) is p for i, (_, _, _, p) in enumerate(parameters)):
-            self._erase()
-            registry.retire(self)
+            self.retire()
         new.annotate()
         return new
+
+    def retire(self) -> None:
+        """Remove this from the modules; optimizers that have bound it keep what they have."""
+        self._erase()
+        registry.retire(self)
 
     def _erase(self) -> None:
         for owner, attribute in zip(self.owners, self.attributes, strict=True):
@@ -91,7 +108,7 @@ class Annotation:
     def seen_by(self, holder: registry.Holder, i: int) -> int | None:
         """The ``id`` of parameter i when this optimizer last looked; None if another has since, or it never held it."""
         found = self.seen.get(i)
-        return found[0] if found is not None and found[1]() is holder else None
+        return found.id if found is not None and found.holder() is holder else None
 
     def parameter(self, i: int) -> Tensor | None:
         """Parameter i as it is now; None if its module no longer has it."""
@@ -152,10 +169,7 @@ class Guard:
         unowned = []
         for prefix, sub in module.named_modules():
             for name, binding, i in annotated(sub):
-                param = binding.parameter(i)
-                found = still_bound(binding, i) if param is None else [param]
-                owned = any(optimizer.owns(p) for optimizer in optimizers for p in found)
-                if not owned and i not in binding.warned:
+                if not _imposed(binding, i, optimizers) and i not in binding.warned:
                     binding.warned.add(i)
                     unowned.append(f"{prefix}.{name}" if prefix else name)
         if unowned:
@@ -167,20 +181,21 @@ class Guard:
             )
 
 
-def still_bound(binding: Annotation, i: int) -> list[Tensor]:
-    """Where the weight i is computed from other parameters by now: those of them that optimizers step as that weight.
+def _imposed(binding: Annotation, i: int, optimizers: list[registry.Owner]) -> bool:
+    """Whether an optimizer steps parameter i, or what it has become.
 
     A parametrization keeps the Parameter object if it can, so an optimizer that was built before still imposes the
     constraint on it.
     """
+    param, seen = binding.parameter(i), binding.seen.get(i)
+    if param is not None:
+        return any(o.owns(param) for o in optimizers) or (seen is not None and seen.gathered(param))
     constraint, name = binding.constraint, binding.names[i]
-    found = list[Tensor]()
-    steppers = [optimizer for optimizer in registry.owners() if isinstance(optimizer, registry.Stepper)]
     for p in binding.owners[i].parameters():
-        known = [optimizer.binding(p) for optimizer in steppers if optimizer.owns(p)]
+        known = [o.binding(p) for o in optimizers if isinstance(o, registry.Stepper) and o.owns(p)]
         if any(b.constraint is constraint and b.name(p) == name for b in known):
-            found.append(p)
-    return found
+            return True
+    return False
 
 
 def watch(module: nn.Module) -> None:

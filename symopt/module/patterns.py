@@ -15,7 +15,7 @@ from symopt.module.annotation import Annotation
 from symopt.optim import registry
 from symopt.optim.binding import Binding
 
-__all__ = ["Keys", "Match", "Named", "Patterns", "Rows", "checked", "match", "named"]
+__all__ = ["KeyTable", "Match", "Named", "Patterns", "Rows", "checked", "match", "named", "transposed"]
 
 Patterns = Mapping[str | tuple[str, ...], Constraint | list[Constraint] | None]
 Rows = list[tuple[tuple[str, ...], Constraint | None]]
@@ -73,12 +73,12 @@ def match(module: nn.Module, rows: Rows) -> Match:
     shared: dict[int, list[tuple[int, Named]]] = {}
     # Looked up once, because both go through every constraint.
     factors, known = registry.factors(), registry.bindings()
-    keys = [Keys(*row) for row in rows]
+    keys = KeyTable(rows)
     hits = [dict.fromkeys(row, 0) for row, _ in rows]
     for full, sub, name, p in parameters:
-        row, place = next(((i, k) for i, row in enumerate(keys) if (k := row.first(full, p)) is not None), (-1, -1))
-        if row < 0:
+        if (first := keys.first(full, p)) is None:
             continue
+        row, place = first
         row_keys, constraint = rows[row]
         hits[row][row_keys[place]] += 1
         if id(p) in chosen and (chosen[id(p)][1] != constraint or (constraint is not None and constraint.binds_many)):
@@ -135,7 +135,7 @@ def _wild(key: str) -> bool:
 
 
 @final
-class Keys:
+class _Keys:
     """The keys of one row, so that exact names are found at once."""
 
     def __init__(self, keys: tuple[str, ...], constraint: Constraint | None) -> None:
@@ -151,6 +151,26 @@ class Keys:
                 return i
         found = exact < len(self.keys) and _selects(self.constraint, name, p, wild=False)
         return exact if found else None
+
+
+@final
+class KeyTable:
+    """The keys of all rows."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.keys = rows, [_Keys(*row) for row in rows]
+        self.wild = [i for i, keys in enumerate(self.keys) if keys.wild]
+        self.exact: dict[str, list[int]] = {}
+        for i, (row, _) in enumerate(rows):
+            for key in row:
+                self.exact.setdefault(key, []).append(i)
+
+    def first(self, name: str, p: nn.Parameter) -> tuple[int, int] | None:
+        """The row whose constraint a parameter gets, and the place of the key in it."""
+        for i in sorted({*self.exact.get(name, ()), *self.wild}):
+            if (place := self.keys[i].first(name, p)) is not None:
+                return i, place
+        return None
 
 
 def _fits(name: str, key: str) -> bool:
@@ -207,10 +227,17 @@ def _check(full: str, sub: nn.Module, p: nn.Parameter, constraint: Constraint) -
         raise ValueError(f"constrain: {full} has shape {tuple(p.shape)}; there is nothing to constrain, leave it out")
     if p.device.type != "meta" and not bool(torch.isfinite(p).all()):
         raise ValueError(f"constrain: {full} contains NaN or infinite values; initialise it before constraining")
+    if (reason := transposed(full, sub, constraint)) is not None:
+        raise ValueError(f"constrain: {reason}")
+
+
+def transposed(full: str, sub: nn.Module, constraint: Constraint) -> str | None:
+    """Why a constraint does not fit a layer whose weight has its sizes in another order."""
     for part in constraint.parts if isinstance(constraint, Composed) else (constraint,):
-        named = isinstance(part, GroupSparse) and isinstance(part.groups, str)
-        if named and isinstance(sub, nn.modules.conv._ConvTransposeNd):
-            raise ValueError(
-                f"constrain: {full} belongs to a transposed convolution, whose weight is stored (in, out, ...), so "
+        by_name = isinstance(part, GroupSparse) and isinstance(part.groups, str)
+        if by_name and isinstance(sub, nn.modules.conv._ConvTransposeNd):
+            return (
+                f"{full} belongs to a transposed convolution, whose weight is stored (in, out, ...), so "
                 f"the groups of {part} would be ambiguous; give GroupSparse an index tensor"
             )
+    return None

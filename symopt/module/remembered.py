@@ -1,6 +1,6 @@
 """What :func:`symopt.constrain` was told, so that a weight that loses its constraint gets it back, or is named.
 
-A constraint is written on the modules that own its parameters (:mod:`symopt.module.annotation`), so it is missing with a
+A constraint is written on the modules that own its parameters (:mod:`symopt.module.annotation`), so it goes with a
 module that is replaced: ``net[2] = nn.Linear(...)``, quantisation, ``SyncBatchNorm``.  A :class:`Remembered` on the
 module that ``constrain`` was called on knows what was bound; optimizers ask it when they are built and in their first
 step, everything else by :func:`check`.
@@ -9,7 +9,6 @@ step, everything else by :func:`check`.
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Set
 from typing import final
@@ -17,10 +16,11 @@ from typing import final
 from torch import Tensor, nn
 
 from symopt.constraints import Constraint
-from symopt.module.annotation import Annotation, callers_level
+from symopt.module.annotation import Annotation, Seen, callers_level
 from symopt.module.explicit import Factorised, explicit
-from symopt.module.patterns import Keys, Match, Named
-from symopt.module.tree import Tree, computes
+from symopt.module.patterns import KeyTable, Match, Rows
+from symopt.module.tree import Tree
+from symopt.module.whereabouts import followed, now
 from symopt.optim import registry
 
 __all__ = ["Remembered", "check", "find", "forget", "remember"]
@@ -34,7 +34,7 @@ class Remembered:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.calls: list[list[tuple[tuple[str, ...], Constraint | None]]] = []
+        self.calls: list[Rows] = []
         self.annotations: list[Annotation] = []
         self.factorised: list[Factorised] = []
         self.left: set[str] = set()
@@ -48,7 +48,7 @@ class Remembered:
         registry.remember(self)
 
     def add(self, match: Match, factorised: list[Factorised]) -> None:
-        """One call; what was missing of earlier ones is given up where this says something new."""
+        """One call; of earlier ones that is given up which has lost its module where this says something new."""
         self.calls.append(match.rows)
         bound = {name for annotation in match.annotations for name in annotation.names}
         self.left = (self.left | match.left) - bound
@@ -59,7 +59,7 @@ class Remembered:
 
     def check(self, holder: registry.Holder, owned: Set[int], *, stepping: bool) -> None:
         """See :func:`symopt.optim.registry.check`."""
-        before = {id(p) for annotation in self.annotations for p in annotation.binding().parameters}
+        before = {id(a.parameter(i)) for a in self.annotations for i in range(len(a.names))}
         tree = Tree(self.root)
         if owned.isdisjoint(before) and owned.isdisjoint(tree.by_id):
             return
@@ -67,10 +67,11 @@ class Remembered:
         for annotation in self.annotations:
             for i, name in enumerate(annotation.names):
                 p = annotation.parameter(i)
-                if p is not None and id(p) in owned:
-                    annotation.seen[i] = id(p), weakref.ref(holder)
-                elif stepping and p is not None and (old := annotation.seen_by(holder, i)) in owned:
-                    assert old is not None
+                if p is None or (i in annotation.seen and annotation.seen[i].gathered(p)):
+                    continue
+                if id(p) in owned:
+                    annotation.seen[i] = Seen(p, holder)
+                elif stepping and annotation.seen_by(holder, i) in owned:
                     raise ValueError(
                         f"{holder.owner}: {name} was replaced after the optimizer was built, which would train the "
                         "parameter of before; build the optimizer anew"
@@ -95,6 +96,9 @@ class Remembered:
             raise ValueError(errors[0])
         told = [_gone(", ".join(a.names), a.constraint, a.key) for a in gone]
         self.annotations = [a for a in self.annotations if a not in gone]
+        for annotation in gone:
+            if all(id(owner) in tree.prefixes for owner in annotation.owners):
+                annotation.retire()
         told += [_gone_explicit(f) for f in self._unfactorised(tree)]
         for name, key, constraint, p in self._added(tree):
             if name not in self.told and (owned is None or id(p) in owned):
@@ -117,9 +121,9 @@ class Remembered:
             if self._superseded(tree, annotation):
                 continue
             kept.append(annotation)
-            if holder is not None and _followed(annotation, holder):
+            if holder is not None and followed(annotation, holder):
                 continue
-            found = [_now(tree, annotation, i) for i in range(len(annotation.names))]
+            found = [now(tree, annotation, i) for i in range(len(annotation.names))]
             wrong = [f for f in found if isinstance(f, str)]
             places = [f for f in found if isinstance(f, tuple)]
             if wrong:
@@ -152,16 +156,18 @@ class Remembered:
     def _added(self, tree: Tree) -> Iterator[tuple[str, str, Constraint, Tensor]]:
         """Parameters that a pattern selects and nothing constrains, with the key and its constraint."""
         bound = tree.bound()
-        calls = [[Keys(*row) for row in rows] for rows in reversed(self.calls)]
+        calls = [KeyTable(rows) for rows in reversed(self.calls)]
         for name, _, _, p in tree.named:
             if id(p) in bound or name in self.left or not p.requires_grad or "parametrizations" in name.split("."):
                 continue
             if isinstance(p, nn.parameter.UninitializedParameter) or not p.is_floating_point():
                 continue
-            rows = (row for rows in calls for row in rows)
-            key = next(((row, k) for row in rows if (k := row.first(name, p)) is not None), None)
-            if key is not None and key[0].constraint is not None:
-                yield name, key[0].keys[key[1]], key[0].constraint, p
+            found = next(((call, first) for call in calls if (first := call.first(name, p)) is not None), None)
+            if found is not None:
+                call, (row, place) = found
+                keys, constraint = call.rows[row]
+                if constraint is not None:
+                    yield name, keys[place], constraint, p
 
     def _unfactorised(self, tree: Tree) -> list[Factorised]:
         """Explicit constraints whose parametrization is gone; each once."""
@@ -169,46 +175,11 @@ class Remembered:
         for f in self.factorised:
             if f.released:
                 self.left.update(f.names)
-        now = [f for f in self.factorised if not f.released]
-        self.factorised = [f for f in now if present[id(f)] == len(f.names)]
-        missing = [f for f in now if present[id(f)] != len(f.names)]
-        self.told.update(name for f in missing for name in f.names)
-        return missing
-
-
-def _followed(annotation: Annotation, holder: registry.Holder) -> bool:
-    """Whether what a weight is computed from by now is what the optimizer has constrained all along."""
-    for i, owner in enumerate(annotation.owners):
-        seen = annotation.seen_by(holder, i)
-        if annotation.parameter(i) is None and seen is not None and any(id(p) == seen for p in owner.parameters()):
-            return True
-    return False
-
-
-def _now(tree: Tree, annotation: Annotation, i: int) -> Named | str | None:
-    """Where parameter i is now; what is wrong with it; None if it is nowhere."""
-    owner, attribute, name = annotation.owners[i], annotation.attributes[i], annotation.names[i]
-    p, key = annotation.parameter(i), f"{annotation.constraint} (key {annotation.key!r} of symopt.constrain)"
-    place = tree.place(owner, attribute) if id(owner) in tree.prefixes else tree.moved(name, p)
-    if place is None:
-        sub = owner if id(owner) in tree.prefixes else tree.module_of(name)
-        if sub is None or not computes(sub, attribute):
-            return None
-        return (
-            f"{name} is computed from other parameters now (a parametrization, pruning or weight_norm was added), so "
-            f"{key} cannot bind it; remove that, e.g. by torch.nn.utils.parametrize.remove_parametrizations, or call "
-            "symopt.release on its module and constrain what it is computed from"
-        )
-    if place[3].shape != annotation.shapes[i]:
-        fix = "" if place[1] is not owner else "call symopt.release on its module and "
-        return (
-            f"{place[0]} has shape {tuple(place[3].shape)} now, but {key} was set for {tuple(annotation.shapes[i])}; "
-            f"{fix}write symopt.constrain(module, {{{place[0]!r}: ...}}) for what it is now, or "
-            f"{{{place[0]!r}: None}} to leave it free"
-        )
-    if not place[3].is_floating_point():
-        return f"{place[0]} has dtype {place[3].dtype} now, which {key} cannot bind; call symopt.release on its module"
-    return place
+        existing = [f for f in self.factorised if not f.released]
+        self.factorised = [f for f in existing if present[id(f)] == len(f.names)]
+        gone = [f for f in existing if present[id(f)] != len(f.names)]
+        self.told.update(name for f in gone for name in f.names)
+        return gone
 
 
 def _gone(names: str, constraint: Constraint, key: str) -> str:
@@ -218,10 +189,10 @@ def _gone(names: str, constraint: Constraint, key: str) -> str:
     )
 
 
-def _gone_explicit(missing: Factorised) -> str:
-    names = ", ".join(missing.names)
+def _gone_explicit(gone: Factorised) -> str:
+    names = ", ".join(gone.names)
     return (
-        f"{names}: the module has no factors of {missing.constraint} any more, which symopt.constrain(..., "
+        f"{names}: the module has no factors of {gone.constraint} any more, which symopt.constrain(..., "
         "mode='explicit') had made, so nothing constrains it; constrain it anew and build the optimizer after that, or "
         "release it before its layer is replaced"
     )
@@ -242,7 +213,7 @@ def _divided(owner: str, mine: list[str], lacking: list[str], constraint: Constr
 def remember(module: nn.Module, match: Match, factorised: list[Factorised]) -> None:
     """Keep what ``constrain`` was told about ``module``."""
     memory = vars(module).get(_ATTRIBUTE)
-    if not isinstance(memory, Remembered):
+    if not isinstance(memory, Remembered) or memory.root is not module:  # a shallow copy has that of the original
         memory = vars(module)[_ATTRIBUTE] = Remembered(module)
     memory.add(match, factorised)
 
@@ -253,7 +224,8 @@ def forget(module: nn.Module) -> None:
         for annotation in memory.annotations:
             if not annotation.released:
                 annotation.release()
-        del vars(memory.root)[_ATTRIBUTE]
+    for sub in module.modules():
+        vars(sub).pop(_ATTRIBUTE, None)
 
 
 def find(module: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 Knows tensors and constraints, no modules.  What writes a constraint down is a :class:`Source`; every look-up asks it
 anew, because modules replace their Parameter objects (``deepcopy``, ``.to()``, sharding).  What knows of constraints
-that have missing their module is a :class:`Memory`; optimizers ask it when they are built and in their first step.
+that have lost their module is a :class:`Memory`; optimizers ask it when they are built and in their first step.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def remove(source: Source) -> None:
 
 
 def retire(source: Source) -> None:
-    """Another source speaks for the parameters of ``source``."""
+    """Nothing is to be looked up in ``source`` any more."""
     global _epoch
     _epoch += 1
     _sources.discard(source)
