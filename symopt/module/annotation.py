@@ -12,7 +12,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,17 @@ from symopt.constraints import Constraint
 from symopt.optim import registry
 from symopt.optim.binding import Binding
 
-__all__ = ["Annotation", "Factored", "Guard", "Seen", "annotated", "callers_level", "watch"]
+__all__ = ["REMEMBERED", "Annotation", "Factored", "Finder", "Guard", "Seen", "annotated", "callers_level", "watch"]
 
 _ATTRIBUTE = "_symopt_annotations"
+REMEMBERED = "_symopt_remembered"
+"""Attribute of a module that ``constrain`` was called on: what it was told, a :class:`Finder`."""
+
+
+class Finder(Protocol):
+    """Finds constraints again whose module was replaced."""
+
+    def find(self) -> None: ...
 
 
 @final
@@ -165,7 +173,10 @@ class Guard:
         now = (registry.epoch(), *map(id, optimizers))
         if now == self.seen:
             return  # no constraint and no optimizer came or went since the last look
-        self.seen = now
+        memory: Finder | None = vars(module).get(REMEMBERED)
+        if memory is not None:
+            memory.find()
+        self.seen = registry.epoch(), *now[1:]
         unowned = []
         for prefix, sub in module.named_modules():
             for name, binding, i in annotated(sub):

@@ -16,7 +16,7 @@ from typing import final
 from torch import Tensor, nn
 
 from symopt.constraints import Constraint
-from symopt.module.annotation import Annotation, Seen, callers_level
+from symopt.module.annotation import REMEMBERED, Annotation, Seen, callers_level
 from symopt.module.explicit import Factorised, explicit
 from symopt.module.patterns import KeyTable, Match, Rows
 from symopt.module.tree import Tree
@@ -24,8 +24,6 @@ from symopt.module.whereabouts import followed, now
 from symopt.optim import registry
 
 __all__ = ["Remembered", "check", "find", "forget", "remember"]
-
-_ATTRIBUTE = "_symopt_remembered"
 
 
 @final
@@ -86,9 +84,13 @@ class Remembered:
                 where = f"another optimizer ({others[0]})" if others else "no optimizer"
                 raise ValueError(_divided(holder.owner, mine, [name for name, _ in lacking], constraint, where))
 
-    def say(self, tree: Tree) -> None:
+    def say(self) -> None:
         """Bind what can be bound again; warn or raise about all else."""
-        self._say(tree, None, None)
+        self._say(Tree(self.root), None, None)
+
+    def find(self) -> None:
+        """Bind what can be bound again, and say nothing of the rest."""
+        self.rebind(Tree(self.root))
 
     def _say(self, tree: Tree, owned: Set[int] | None, holder: registry.Holder | None) -> None:
         errors, gone = self.rebind(tree, holder)
@@ -118,7 +120,9 @@ class Remembered:
             if annotation.released:
                 self.left.update(annotation.names)
                 continue
-            if self._superseded(tree, annotation):
+            superseded, by = self._superseded(tree, annotation)
+            if superseded:
+                kept += [] if by is None or by.names != annotation.names or by in kept else [by]
                 continue
             kept.append(annotation)
             if holder is not None and followed(annotation, holder):
@@ -145,13 +149,14 @@ class Remembered:
         self.annotations = kept
         return errors, gone
 
-    def _superseded(self, tree: Tree, annotation: Annotation) -> bool:
-        """Whether somebody has said since what is meant for the parameter that took this one's place."""
+    def _superseded(self, tree: Tree, annotation: Annotation) -> tuple[bool, Annotation | None]:
+        """Whether it is said what is meant for the parameter that took this one's place, and by which constraint."""
         if len(annotation.names) > 1 or id(annotation.owners[0]) in tree.prefixes:
-            return False
-        name = annotation.names[0]
-        place = tree.moved(name, annotation.parameter(0))
-        return name in self.left or (place is not None and tree.annotated(place, annotation))
+            return False, None
+        place = tree.moved(annotation.names[0], annotation.parameter(0))
+        by = None if place is None else tree.annotation(place)
+        by = None if by is annotation else by
+        return by is not None or annotation.names[0] in self.left, by
 
     def _added(self, tree: Tree) -> Iterator[tuple[str, str, Constraint, Tensor]]:
         """Parameters that a pattern selects and nothing constrains, with the key and its constraint."""
@@ -212,9 +217,9 @@ def _divided(owner: str, mine: list[str], lacking: list[str], constraint: Constr
 
 def remember(module: nn.Module, match: Match, factorised: list[Factorised]) -> None:
     """Keep what ``constrain`` was told about ``module``."""
-    memory = vars(module).get(_ATTRIBUTE)
+    memory = vars(module).get(REMEMBERED)
     if not isinstance(memory, Remembered) or memory.root is not module:  # a shallow copy has that of the original
-        memory = vars(module)[_ATTRIBUTE] = Remembered(module)
+        memory = vars(module)[REMEMBERED] = Remembered(module)
     memory.add(match, factorised)
 
 
@@ -225,13 +230,13 @@ def forget(module: nn.Module) -> None:
             if not annotation.released:
                 annotation.release()
     for sub in module.modules():
-        vars(sub).pop(_ATTRIBUTE, None)
+        vars(sub).pop(REMEMBERED, None)
 
 
 def find(module: nn.Module) -> None:
     """Bind what can be bound again under ``module``, and say nothing of the rest."""
     for memory in _within(module):
-        memory.rebind(Tree(memory.root))
+        memory.find()
 
 
 def check(module: nn.Module) -> None:
@@ -256,7 +261,7 @@ def check(module: nn.Module) -> None:
     above = [m for m in registry.memories() if isinstance(m, Remembered) and m not in memories]
     memories += [m for m in above if any(sub is module for sub in m.root.modules())]
     for memory in memories:
-        memory.say(Tree(memory.root))
+        memory.say()
     tree = Tree(module)
     registry.bindings(tree.by_id)
     for constraint, parameters in tree.pools():
@@ -268,5 +273,5 @@ def check(module: nn.Module) -> None:
 
 
 def _within(module: nn.Module) -> list[Remembered]:
-    found = (vars(sub).get(_ATTRIBUTE) for sub in module.modules())
+    found = (vars(sub).get(REMEMBERED) for sub in module.modules())
     return [memory for memory in found if isinstance(memory, Remembered)]

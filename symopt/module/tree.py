@@ -46,9 +46,9 @@ class Tree:
         except AttributeError:
             return None
 
-    def annotated(self, place: Named, other: Annotation) -> bool:
-        """Whether another constraint than ``other`` is written down for a parameter."""
-        return any(name == place[2] and found is not other for name, found, _ in annotated(place[1]))
+    def annotation(self, place: Named) -> Annotation | None:
+        """What is written down for a parameter."""
+        return next((found for name, found, _ in annotated(place[1]) if name == place[2]), None)
 
     def bound(self) -> set[int]:
         """``id`` of every constrained parameter."""

@@ -108,6 +108,18 @@ def _inserted(net: Net) -> nn.Module:
     return net
 
 
+def _copied_layer(net: Net) -> nn.Module:
+    net.head[2] = copy.deepcopy(net.head[2])
+    symopt.constraints(net)
+    return net
+
+
+def _merged(net: Net) -> nn.Module:
+    net.eval()
+    net.conv, net.bn = nn.utils.fusion.fuse_conv_bn_eval(net.conv, net.bn), nn.Identity()
+    return net.train()
+
+
 MOVES: dict[str, Callable[[Net], nn.Module]] = {
     "prepare_qat": _prepare_qat(fuse=False, inplace=True),
     "prepare_qat of a copy": _prepare_qat(fuse=False, inplace=False),
@@ -123,6 +135,8 @@ MOVES: dict[str, Callable[[Net], nn.Module]] = {
     "pickle after a swap": lambda net: pickle.loads(pickle.dumps(_new_submodule(net))),
     "saved after a swap": _saved_after_a_swap,
     "swapped twice": lambda net: _new_layers(_new_submodule(_new_layers(net))),  # type: ignore[arg-type]
+    "layer copied": _copied_layer,
+    "layer copied, then replaced": lambda net: _new_layers(_copied_layer(net)),  # type: ignore[arg-type]
     "half, then a swap": lambda net: _new_layers(net.half().float()),
 }
 
@@ -304,6 +318,16 @@ def _wrapped(net: Net) -> str:
     return "head.2.1.weight"
 
 
+def test_a_normalisation_that_a_convolution_took_in_is_named() -> None:
+    net = bound()
+    _merged(net)
+    with pytest.warns(UserWarning, match=r"^bn\.weight: .*binds nothing"):
+        opt = symopt.SGD(net)
+    assert stepped(opt).keys() == set(NAMES) - {"bn.weight"}
+    net.conv = nn.Conv2d(2, 4, 3)
+    assert stepped(symopt.SGD(net)).keys() == set(NAMES) - {"bn.weight"}
+
+
 @cases(add=[_appended, _attribute, _wrapped])
 def test_a_weight_that_a_pattern_selects_but_was_added_later_is_named(add: Callable[[Net], str]) -> None:
     net = bound()
@@ -384,6 +408,15 @@ def test_a_computed_weight_of_a_plain_optimizer_is_warned_about() -> None:
     opt = torch.optim.SGD(net.parameters(), lr=0.1)
     parametrize.register_parametrization(net.head[0], "weight", Doubled())
     with pytest.warns(UserWarning, match=r"belong to no symopt optimizer.*head\.0\.weight"):
+        backward(net)
+    assert opt is not None
+
+
+def test_a_plain_optimizer_of_a_swapped_weight_is_warned_about() -> None:
+    net = symopt.constrain(Net(), {"head.2.weight": SPARSE})
+    net.head[2] = nn.Linear(4, 3)
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"belong to no symopt optimizer.*head\.2\.weight"):
         backward(net)
     assert opt is not None
 
