@@ -21,7 +21,18 @@ from symopt.constraints import Constraint
 from symopt.optim import registry
 from symopt.optim.binding import Binding
 
-__all__ = ["REMEMBERED", "Annotation", "Factored", "Finder", "Guard", "Seen", "annotated", "callers_level", "watch"]
+__all__ = [
+    "REMEMBERED",
+    "Annotation",
+    "Factored",
+    "Finder",
+    "Guard",
+    "Seen",
+    "annotated",
+    "callers_level",
+    "guard_of",
+    "watch",
+]
 
 _ATTRIBUTE = "_symopt_annotations"
 REMEMBERED = "_symopt_remembered"
@@ -162,9 +173,11 @@ class Guard:
 
     def __init__(self) -> None:
         self.seen: tuple[int, ...] = ()
+        self.memory: Finder | None = None
+        """That of the module; quantisation moves hooks, so it is not lost with a layer that is quantised."""
 
-    def __reduce__(self) -> tuple[type[Guard], tuple[()]]:
-        return Guard, ()  # a copy of the module watches for itself
+    def __reduce__(self) -> tuple[type[Guard], tuple[()], dict[str, object]]:
+        return Guard, (), {"memory": self.memory}  # a copy of the module watches for itself
 
     def __call__(self, module: nn.Module, args: object) -> None:
         if torch.compiler.is_compiling() or not module.training or not torch.is_grad_enabled():
@@ -209,9 +222,14 @@ def _imposed(binding: Annotation, i: int, optimizers: list[registry.Owner]) -> b
     return False
 
 
+def guard_of(module: nn.Module) -> Guard | None:
+    """The one that watches ``module``."""
+    return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Guard)), None)
+
+
 def watch(module: nn.Module) -> None:
     """Register a :class:`Guard` on ``module``, once."""
-    if not any(isinstance(hook, Guard) for hook in module._forward_pre_hooks.values()):
+    if guard_of(module) is None:
         module.register_forward_pre_hook(Guard())
 
 

@@ -40,8 +40,16 @@ def constrain(
     constraint is imposed by the symopt optimizer that trains the module, which finds it through the module: that has to
     exist until the optimizer is built.
 
+    The module remembers the patterns.  When an optimizer is built, in its first step, and in :func:`symopt.report` and
+    :func:`symopt.fold`, a constraint whose layer was replaced (``net[2] = nn.Linear(...)``, quantisation,
+    ``SyncBatchNorm``) binds the same Parameter, or the new one of the same name and shape; an error names a weight that
+    the constraint no longer fits, and a warning one that a pattern matches but was added later, or that is gone.
+    Another call says what is meant: ``{name: constraint}`` or ``{name: None}``.  A budget that weights share
+    (``scope="global"``) is refused if its weights of one module are not all in one optimizer.
+
     Three forms: ``constrain(module, patterns)`` returns the module; ``@constrain(patterns)`` on a Module subclass
-    constrains every new instance (patterns see the class's own parameters); on a factory function, what it returns.
+    constrains every new instance once it is complete (patterns see the parameters it then has); on a factory function,
+    what it returns.
 
     Args:
         target: a module, or the patterns when used as a decorator.

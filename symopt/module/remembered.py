@@ -16,7 +16,7 @@ from typing import final
 from torch import Tensor, nn
 
 from symopt.constraints import Constraint
-from symopt.module.annotation import REMEMBERED, Annotation, Seen, callers_level
+from symopt.module.annotation import REMEMBERED, Annotation, Seen, callers_level, guard_of
 from symopt.module.explicit import Factorised, explicit
 from symopt.module.patterns import KeyTable, Match, Rows
 from symopt.module.tree import Tree
@@ -221,6 +221,9 @@ def remember(module: nn.Module, match: Match, factorised: list[Factorised]) -> N
     if not isinstance(memory, Remembered) or memory.root is not module:  # a shallow copy has that of the original
         memory = vars(module)[REMEMBERED] = Remembered(module)
     memory.add(match, factorised)
+    guard = guard_of(module)
+    if guard is not None:
+        guard.memory = memory
 
 
 def forget(module: nn.Module) -> None:
@@ -273,5 +276,13 @@ def check(module: nn.Module) -> None:
 
 
 def _within(module: nn.Module) -> list[Remembered]:
+    for sub in module.modules():
+        guard = guard_of(sub)
+        memory = None if guard is None else guard.memory
+        if not isinstance(memory, Remembered) or vars(sub).get(REMEMBERED) is memory:
+            continue
+        if not any(inner is memory.root for inner in sub.modules()):
+            memory.root = sub  # the hooks of the root were moved here, as quantisation does
+            vars(sub)[REMEMBERED] = memory
     found = (vars(sub).get(REMEMBERED) for sub in module.modules())
     return [memory for memory in found if isinstance(memory, Remembered)]

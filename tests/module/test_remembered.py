@@ -163,6 +163,29 @@ def test_what_takes_the_place_of_a_module_is_constrained(move: Callable[[Net], n
     assert stepped(opt).keys() == expected
 
 
+@cases(fuse=[False, True], inplace=[False, True], ask_first=[False, True])
+def test_a_layer_that_was_constrained_by_itself_is_found_after_quantisation(
+    fuse: bool, inplace: bool, ask_first: bool
+) -> None:
+    net = Net()
+    for layer in (net.conv, net.head[0]):
+        symopt.constrain(layer, {"weight": SPARSE})
+    moved = _prepare_qat(fuse, inplace)(net)
+    del net, layer
+    gc.collect()
+    names = {"conv.weight", "head.0.weight"}
+    if ask_first:
+        assert symopt.constraints(moved).keys() == names
+    opt = symopt.SGD(moved, lr=0.1)
+    expected = {id(p) for name, p in moved.named_parameters() if name in names}
+    assert {id(p) for _, p, _, _ in opt.constrained()} == expected
+    backward(moved)
+    opt.step()
+    assert {row.name for row in symopt.report(moved, opt).rows} == names
+    assert not symopt.constraints(symopt.release(moved)) and not stepped(opt)
+    assert not stepped(symopt.SGD(moved))
+
+
 def test_a_swapped_weight_is_trained_as_one_that_was_there_from_the_beginning() -> None:
     ends = []
     for late in (False, True):
