@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
-from typing import final
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -20,26 +21,69 @@ from symopt.constraints import Constraint
 from symopt.optim import registry
 from symopt.optim.binding import Binding
 
-__all__ = ["Annotation", "Factored", "Guard", "annotated", "watch"]
+__all__ = [
+    "REMEMBERED",
+    "Annotation",
+    "Factored",
+    "Finder",
+    "Guard",
+    "Seen",
+    "annotated",
+    "callers_level",
+    "guard_of",
+    "watch",
+]
 
 _ATTRIBUTE = "_symopt_annotations"
+REMEMBERED = "_symopt_remembered"
+"""Attribute of a module that ``constrain`` was called on: what it was told, a :class:`Finder`."""
+
+
+class Finder(Protocol):
+    """Finds constraints again whose module was replaced."""
+
+    def find(self) -> None: ...
+
+
+@final
+class Seen:
+    """A parameter as an optimizer saw it.  It is not kept: a weak reference would forbid ``swap_tensors``."""
+
+    def __init__(self, p: Tensor, holder: registry.Holder) -> None:
+        self.id, self.holder = id(p), weakref.ref(holder)
+        self.sharded = hasattr(p, "to_local")
+
+    def gathered(self, p: Tensor) -> bool:
+        """Whether ``p`` is the whole of what the optimizer has a shard of, which FSDP puts in its place for a while."""
+        return self.sharded and not hasattr(p, "to_local") and self.holder() is not None
 
 
 @final
 class Annotation:
-    """A constraint and the parameters it binds, in its order: parameter i is ``owners[i].<attributes[i]>``."""
+    """A constraint and the parameters it binds, in its order: parameter i is ``owners[i].<attributes[i]>``.
+
+    Args:
+        constraint: ready to be used.
+        key: the pattern that it was given for.
+        parameters: each with its name, the module that owns it and its name there.
+    """
 
     def __init__(
-        self,
-        constraint: Constraint,
-        names: tuple[str, ...],
-        owners: tuple[nn.Module, ...],
-        attributes: tuple[str, ...],
+        self, constraint: Constraint, key: str, parameters: Sequence[tuple[str, nn.Module, str, Tensor]]
     ) -> None:
-        self.constraint, self.owners, self.attributes = constraint, owners, attributes
-        self.names = names
+        self.constraint, self.key = constraint, key
+        self.owners = tuple(owner for _, owner, _, _ in parameters)
+        self.attributes = tuple(attribute for _, _, attribute, _ in parameters)
+        self.names = tuple(name for name, _, _, _ in parameters)
         """As seen from the module that was constrained, for messages."""
+        self.shapes = tuple(p.shape for _, _, _, p in parameters)
+        self.released = False
+        self.seen: dict[int, Seen] = {}
+        """By place, the parameter that an optimizer had when it last looked."""
         self.warned: set[int] = set()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "seen": {}}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, warned=set())  # a copy is another model
@@ -54,12 +98,36 @@ class Annotation:
 
     def release(self) -> None:
         """Remove this from the modules; optimizers treat the parameters as unconstrained from then on."""
+        self.released = True
+        self._erase()
+        registry.remove(self)
+
+    def replace(self, parameters: Sequence[tuple[str, nn.Module, str, Tensor]]) -> Annotation:
+        """The same constraint on these parameters, written down in place of this."""
+        new = Annotation(self.constraint, self.key, parameters)
+        new.seen = self.seen
+        if len(self.owners) > 1 or any(self.parameter(i) is p for i, (_, _, _, p) in enumerate(parameters)):
+            self.retire()
+        new.annotate()
+        return new
+
+    def retire(self) -> None:
+        """Remove this from the modules; optimizers that have bound it keep what they have."""
+        self._erase()
+        registry.retire(self)
+
+    def _erase(self) -> None:
         for owner, attribute in zip(self.owners, self.attributes, strict=True):
             written = vars(owner).get(_ATTRIBUTE, {})
-            written.pop(attribute, None)
+            if attribute in written and written[attribute][0] is self:
+                del written[attribute]
             if not written:
                 vars(owner).pop(_ATTRIBUTE, None)
-        registry.remove(self)
+
+    def seen_by(self, holder: registry.Holder, i: int) -> int | None:
+        """The ``id`` of parameter i when this optimizer last looked; None if another has since, or it never held it."""
+        found = self.seen.get(i)
+        return found.id if found is not None and found.holder() is holder else None
 
     def parameter(self, i: int) -> Tensor | None:
         """Parameter i as it is now; None if its module no longer has it."""
@@ -105,9 +173,11 @@ class Guard:
 
     def __init__(self) -> None:
         self.seen: tuple[int, ...] = ()
+        self.memory: Finder | None = None
+        """That of the module; quantisation moves hooks, so it is not lost with a layer that is quantised."""
 
-    def __reduce__(self) -> tuple[type[Guard], tuple[()]]:
-        return Guard, ()  # a copy of the module watches for itself
+    def __reduce__(self) -> tuple[type[Guard], tuple[()], dict[str, object]]:
+        return Guard, (), {"memory": self.memory}  # a copy of the module watches for itself
 
     def __call__(self, module: nn.Module, args: object) -> None:
         if torch.compiler.is_compiling() or not module.training or not torch.is_grad_enabled():
@@ -116,13 +186,14 @@ class Guard:
         now = (registry.epoch(), *map(id, optimizers))
         if now == self.seen:
             return  # no constraint and no optimizer came or went since the last look
-        self.seen = now
+        memory: Finder | None = vars(module).get(REMEMBERED)
+        if memory is not None:
+            memory.find()
+        self.seen = registry.epoch(), *now[1:]
         unowned = []
         for prefix, sub in module.named_modules():
             for name, binding, i in annotated(sub):
-                param = binding.parameter(i)
-                owned = param is not None and any(optimizer.owns(param) for optimizer in optimizers)
-                if not owned and i not in binding.warned:
+                if not _imposed(binding, i, optimizers) and i not in binding.warned:
                     binding.warned.add(i)
                     unowned.append(f"{prefix}.{name}" if prefix else name)
         if unowned:
@@ -130,19 +201,41 @@ class Guard:
                 f"constrained weights are being trained but belong to no symopt optimizer, so nothing imposes their "
                 f"constraint: {', '.join(unowned)}. Train with symopt.SGD, Adam or AdamW on this very module, or "
                 "remove the constraints with symopt.release(module).",
-                stacklevel=_callers_level(),
+                stacklevel=callers_level(),
             )
+
+
+def _imposed(binding: Annotation, i: int, optimizers: list[registry.Owner]) -> bool:
+    """Whether an optimizer steps parameter i, or what it has become.
+
+    A parametrization keeps the Parameter object if it can, so an optimizer that was built before still imposes the
+    constraint on it.
+    """
+    param, seen = binding.parameter(i), binding.seen.get(i)
+    if param is not None:
+        return any(o.owns(param) for o in optimizers) or (seen is not None and seen.gathered(param))
+    constraint, name = binding.constraint, binding.names[i]
+    for p in binding.owners[i].parameters():
+        known = [o.binding(p) for o in optimizers if isinstance(o, registry.Stepper) and o.owns(p)]
+        if any(b.constraint is constraint and b.name(p) == name for b in known):
+            return True
+    return False
+
+
+def guard_of(module: nn.Module) -> Guard | None:
+    """The one that watches ``module``."""
+    return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Guard)), None)
 
 
 def watch(module: nn.Module) -> None:
     """Register a :class:`Guard` on ``module``, once."""
-    if not any(isinstance(hook, Guard) for hook in module._forward_pre_hooks.values()):
+    if guard_of(module) is None:
         module.register_forward_pre_hook(Guard())
 
 
-def _callers_level() -> int:
-    """``stacklevel`` of the code that called the module, past torch's own frames."""
-    frame, level = sys._getframe(2), 2
-    while frame.f_back is not None and frame.f_code.co_name in ("_wrapped_call_impl", "_call_impl", "inner"):
+def callers_level() -> int:
+    """``stacklevel`` of the code outside of torch and of this package that led to the caller of this."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "symopt"):
         frame, level = frame.f_back, level + 1
     return level

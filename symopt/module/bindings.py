@@ -10,6 +10,7 @@ from torch import nn
 from symopt.constraints import Constraint
 from symopt.module.annotation import Annotation, annotated
 from symopt.module.explicit import Explicit, explicit
+from symopt.module.remembered import check, find
 
 __all__ = ["annotated_bindings", "bindings", "check_module", "check_whole", "constraints", "free", "param_groups"]
 
@@ -26,6 +27,7 @@ def constraints(module: nn.Module) -> dict[str, Constraint]:
         {'weight': Sparse(strength=0.1)}
     """
     check_module("constraints", module)
+    find(module)
     rows = {name: binding.constraint for name, binding, _ in _annotated(module)}
     return rows | {name: how.constraint for name, _, how in _explicit(module)}
 
@@ -33,6 +35,7 @@ def constraints(module: nn.Module) -> dict[str, Constraint]:
 def free(module: nn.Module) -> list[str]:
     """Names of the parameters of ``module`` that no constraint binds."""
     check_module("free", module)
+    find(module)
     bound = {id(binding.parameter(i)) for _, binding, i in _annotated(module)}
     bound |= {id(factor) for _, holder, _ in _explicit(module) for factor in holder.parameters(recurse=False)}
     return [name for name, p in module.named_parameters() if id(p) not in bound]
@@ -42,8 +45,9 @@ def bindings(module: nn.Module) -> list[tuple[tuple[str, ...], Constraint]]:
     """Every constraint under ``module``, with the parameters it binds in its order, as :func:`constraints` names them.
 
     Raises:
-        ValueError: if one binds parameters outside of ``module``, too.
+        ValueError: if one binds parameters outside of ``module``, too, or no longer fits its weight.
     """
+    check(module)
     check_whole(module, "pass the module that holds them all")
     rows = dict[tuple[str, ...], Constraint]()
     # A tensor that has several names has several bindings: it gets the last name, and one row.
@@ -68,6 +72,7 @@ def param_groups(module: nn.Module) -> list[dict[str, Any]]:
 
     Raises:
         TypeError: if ``module`` is no Module.
+        ValueError: if a constraint no longer fits its weight.
 
     Example:
         >>> import torch, symopt
@@ -79,6 +84,7 @@ def param_groups(module: nn.Module) -> list[dict[str, Any]]:
         [(2, 0.3), (1, None)]
     """
     check_module("param_groups", module)
+    check(module)
     of = {id(binding.parameter(i)): binding.constraint for _, binding, i in _annotated(module)}
     factors = {
         id(p): (how.constraint, i)

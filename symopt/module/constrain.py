@@ -12,15 +12,17 @@ from torch import nn
 from symopt.constraints import Composed
 from symopt.module.annotation import Annotation, Guard, watch
 from symopt.module.bindings import annotated_bindings, check_module, check_whole
-from symopt.module.explicit import attach, detach
+from symopt.module.construction import after_construction
+from symopt.module.explicit import Factorised, attach, detach
 from symopt.module.factors import check_init
 from symopt.module.patterns import Patterns, Rows, checked, match
+from symopt.module.remembered import forget, remember
 
 __all__ = ["constrain", "release"]
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
-Bind = Callable[[nn.Module, list[Annotation]], None]
+Bind = Callable[[nn.Module, list[Annotation]], list[Factorised]]
 
 
 @overload
@@ -38,8 +40,16 @@ def constrain(
     constraint is imposed by the symopt optimizer that trains the module, which finds it through the module: that has to
     exist until the optimizer is built.
 
+    The module remembers the patterns.  When an optimizer is built, in its first step, and in :func:`symopt.report` and
+    :func:`symopt.fold`, a constraint whose layer was replaced (``net[2] = nn.Linear(...)``, quantisation,
+    ``SyncBatchNorm``) binds the same Parameter, or the new one of the same name and shape; an error names a weight that
+    the constraint no longer fits, and a warning one that a pattern matches but was added later, or that is gone.
+    Another call says what is meant: ``{name: constraint}`` or ``{name: None}``.  A budget that weights share
+    (``scope="global"``) is refused if its weights of one module are not all in one optimizer.
+
     Three forms: ``constrain(module, patterns)`` returns the module; ``@constrain(patterns)`` on a Module subclass
-    constrains every new instance (patterns see the class's own parameters); on a factory function, what it returns.
+    constrains every new instance once it is complete (patterns see the parameters it then has); on a factory function,
+    what it returns.
 
     Args:
         target: a module, or the patterns when used as a decorator.
@@ -114,6 +124,7 @@ def release(module: M) -> M:
     check_whole(module, "release the module that holds both")
     for binding in annotated_bindings(module):
         binding.release()
+    forget(module)
     for sub in module.modules():
         for key, hook in list(sub._forward_pre_hooks.items()):
             if isinstance(hook, Guard):
@@ -123,13 +134,13 @@ def release(module: M) -> M:
 
 
 def _apply(module: nn.Module, rows: Rows, bind: Bind) -> None:
-    if found := match(module, rows):
-        bind(module, found)
+    found = match(module, rows)
+    remember(module, found, bind(module, found.annotations))
 
 
 def _decorate(rows: Rows, bind: Bind, target: object) -> object:
     if isinstance(target, type) and issubclass(target, nn.Module):
-        return _decorate_class(rows, bind, target)
+        return after_construction(target, lambda module: _apply(module, rows, bind))
     if inspect.isroutine(target) and callable(target):
 
         @functools.wraps(target)
@@ -147,25 +158,15 @@ def _decorate(rows: Rows, bind: Bind, target: object) -> object:
     )
 
 
-def _decorate_class(rows: Rows, bind: Bind, cls: type[nn.Module]) -> type[nn.Module]:
-    original: Callable[..., None] = getattr(cls, "__init__")  # noqa: B009
-
-    @functools.wraps(original)
-    def __init__(self: nn.Module, *args: object, **kwargs: object) -> None:
-        original(self, *args, **kwargs)
-        _apply(self, rows, bind)
-
-    setattr(cls, "__init__", __init__)  # noqa: B010
-    return cls
-
-
-def _annotate(module: nn.Module, found: list[Annotation]) -> None:
+def _annotate(module: nn.Module, found: list[Annotation]) -> list[Factorised]:
     for binding in found:
         binding.annotate()
-    watch(module)
+    if found:
+        watch(module)
+    return []
 
 
-def _factorise(init: str | float, module: nn.Module, found: list[Annotation]) -> None:
+def _factorise(init: str | float, module: nn.Module, found: list[Annotation]) -> list[Factorised]:
     names: dict[int, str] = {}
     for binding in found:
         constraint, full = binding.constraint, binding.names[0]
@@ -194,5 +195,4 @@ def _factorise(init: str | float, module: nn.Module, found: list[Annotation]) ->
                 f"constrain: {full} has a list of constraints, whose strength differs from weight to weight, so weight "
                 "decay on factors cannot impose it; use mode='optimizer'"
             )
-    for binding in found:
-        attach(binding, init)
+    return [attach(binding, init) for binding in found]

@@ -25,7 +25,7 @@ from symopt.module.shared_factors import SharedFactors
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Explicit", "attach", "detach", "explicit", "plain_state_dict"]
+__all__ = ["Explicit", "Factorised", "attach", "detach", "explicit", "plain_state_dict"]
 
 
 class _Context(Protocol):
@@ -71,6 +71,14 @@ class _Compose(torch.autograd.Function):
 
 
 @final
+class Factorised:
+    """One explicit constraint and the names of the parameters that it made factors of."""
+
+    def __init__(self, constraint: Constraint, names: tuple[str, ...]) -> None:
+        self.constraint, self.names, self.released = constraint, names, False
+
+
+@final
 class Explicit(nn.Module):
     """The parametrization that :func:`symopt.constrain` registers with ``mode="explicit"``.
 
@@ -90,6 +98,8 @@ class Explicit(nn.Module):
         super().__init__()
         self.constraint, self.init, self.shared, self.place = constraint, init, shared, place
         self._memory = ReusedMemory(constraint.depth + 1)
+        self.written: Factorised | None = None
+        """What is remembered of it."""
 
     def forward(self, *factors: Tensor) -> Tensor:
         """Factors -> effective weight."""
@@ -126,13 +136,15 @@ class Explicit(nn.Module):
 # ------------------------------------------------------------------------------------- attaching to a module, and back
 
 
-def attach(binding: Annotation, init: str | float) -> None:
+def attach(binding: Annotation, init: str | float) -> Factorised:
     """Register a parametrization on every parameter; a plain ``state_dict`` can still be loaded."""
+    written = Factorised(binding.constraint, binding.names)
     weights = [w.detach() for w in binding.binding().parameters]
     shared = SharedFactors(binding.constraint, weights, init) if len(weights) > 1 else None
     for i, (module, name) in enumerate(zip(binding.owners, binding.attributes, strict=True)):
         # Unsafe: no check of the result by torch, because it needs the factors of the parameters that come later.
         how = Explicit(binding.constraint, init, shared, i)
+        how.written = written
         parametrize.register_parametrization(module, name, how, unsafe=shared is not None)
         holder = _holders(module)[name]
         vars(holder)["_symopt_factored"] = Factored(holder)
@@ -141,11 +153,16 @@ def attach(binding: Annotation, init: str | float) -> None:
             shared.holders.append(holder)
     if shared is not None:
         shared.initial = []
+    return written
 
 
 def detach(module: nn.Module) -> None:
     """Replace every explicit constraint of ``module`` itself by a plain Parameter with the composed value."""
-    names = [name for name, _, _ in explicit(module)]
+    found = explicit(module)
+    names = [name for name, _, _ in found]
+    for _, _, how in found:
+        if how.written is not None:
+            how.written.released = True
     if names:
         # torch keeps the property `weight` on the class it injected, which a deepcopy shares, and removing the
         # parametrization of one would take it from the other.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import final
 
@@ -14,12 +15,33 @@ from symopt.module.annotation import Annotation
 from symopt.optim import registry
 from symopt.optim.binding import Binding
 
-__all__ = ["Patterns", "Rows", "checked", "match"]
+__all__ = ["KeyTable", "Match", "Named", "Patterns", "Rows", "checked", "match", "named", "transposed"]
 
 Patterns = Mapping[str | tuple[str, ...], Constraint | list[Constraint] | None]
 Rows = list[tuple[tuple[str, ...], Constraint | None]]
 Named = tuple[str, nn.Module, str, nn.Parameter]
 """A parameter: qualified name, the module that owns it, its name there, itself."""
+
+
+@final
+@dataclass(frozen=True)
+class Match:
+    """What the patterns bind in a module."""
+
+    annotations: list[Annotation]
+    left: frozenset[str]
+    """Names of the parameters that a pattern leaves free."""
+    rows: Rows
+    """The patterns, with constraints as they were bound where that is one parameter: those can be pickled."""
+
+
+def named(module: nn.Module) -> list[Named]:
+    """The parameters of ``module`` and its submodules; one that several modules own, under each of its names."""
+    return [
+        (f"{prefix}.{name}" if prefix else name, sub, name, p)
+        for prefix, sub in module.named_modules()
+        for name, p in sub.named_parameters(recurse=False)
+    ]
 
 
 def checked(patterns: object) -> Rows:
@@ -42,24 +64,21 @@ def checked(patterns: object) -> Rows:
     return rows
 
 
-def match(module: nn.Module, rows: Rows) -> list[Annotation]:
+def match(module: nn.Module, rows: Rows) -> Match:
     """What ``rows`` bind in ``module``; everything is checked first, so that an error leaves the module as it was."""
-    parameters = [
-        (f"{prefix}.{name}" if prefix else name, sub, name, p)
-        for prefix, sub in module.named_modules()
-        for name, p in sub.named_parameters(recurse=False)
-    ]
+    parameters = named(module)
     chosen: dict[int, tuple[str, Constraint | None]] = {}
     found: list[Annotation] = []
+    bound, left = list(rows), set[str]()
     shared: dict[int, list[tuple[int, Named]]] = {}
     # Looked up once, because both go through every constraint.
     factors, known = registry.factors(), registry.bindings()
-    keys = [_Keys(*row) for row in rows]
+    keys = KeyTable(rows)
     hits = [dict.fromkeys(row, 0) for row, _ in rows]
     for full, sub, name, p in parameters:
-        row, place = next(((i, k) for i, row in enumerate(keys) if (k := row.first(full, p)) is not None), (-1, -1))
-        if row < 0:
+        if (first := keys.first(full, p)) is None:
             continue
+        row, place = first
         row_keys, constraint = rows[row]
         hits[row][row_keys[place]] += 1
         if id(p) in chosen and (chosen[id(p)][1] != constraint or (constraint is not None and constraint.binds_many)):
@@ -71,13 +90,17 @@ def match(module: nn.Module, rows: Rows) -> list[Annotation]:
                 f"{constraint}; give both names one constraint"
             )
         chosen[id(p)] = (full, constraint)
-        if constraint is not None:
-            _check_free(full, p, factors, known)
-            _check(full, sub, p, constraint)
-            if constraint.binds_many:
-                shared.setdefault(row, []).append((place, (full, sub, name, p)))
-            else:
-                found.append(Annotation(constraint.bind(full, p), (full,), (sub,), (name,)))
+        if constraint is None:
+            left.add(full)
+            continue
+        _check_free(full, p, factors, known)
+        _check(full, sub, p, constraint)
+        if constraint.binds_many:
+            shared.setdefault(row, []).append((place, (full, sub, name, p)))
+        else:
+            fitted = constraint.bind(full, p)
+            bound[row] = row_keys, fitted
+            found.append(Annotation(fitted, row_keys[place], [(full, sub, name, p)]))
     for (_, value), counts in zip(rows, hits, strict=True):
         for key, n in counts.items():
             if n == 0:
@@ -85,13 +108,14 @@ def match(module: nn.Module, rows: Rows) -> list[Annotation]:
     for row, ranked in shared.items():
         several = rows[row][1]
         assert several is not None
-        found.append(_bind_all(several, [named for _, named in sorted(ranked, key=lambda r: r[0])]))
-    return found
+        ranked.sort(key=lambda r: r[0])
+        found.append(_bind_all(several, rows[row][0][ranked[0][0]], [parameter for _, parameter in ranked]))
+    return Match(found, frozenset(left), bound)
 
 
-def _bind_all(constraint: Constraint, parameters: list[Named]) -> Annotation:
+def _bind_all(constraint: Constraint, key: str, parameters: list[Named]) -> Annotation:
     """One constraint on several parameters, in the order of the key."""
-    names, owners, attributes, weights = zip(*parameters, strict=True)
+    names, _, _, weights = zip(*parameters, strict=True)
     first: nn.Parameter = weights[0]
     for full, _, _, w in parameters:
         if (w.dtype, w.device) != (first.dtype, first.device):
@@ -99,7 +123,7 @@ def _bind_all(constraint: Constraint, parameters: list[Named]) -> Annotation:
                 f"constrain: {full} is {w.dtype} on {w.device}, {names[0]} {first.dtype} on {first.device}; "
                 "a joint constraint needs one of each"
             )
-    return Annotation(constraint.bind_all(names, tuple(w.detach() for w in weights)), names, owners, attributes)
+    return Annotation(constraint.bind_all(names, tuple(w.detach() for w in weights)), key, parameters)
 
 
 def _matrix(p: nn.Parameter) -> bool:
@@ -127,6 +151,26 @@ class _Keys:
                 return i
         found = exact < len(self.keys) and _selects(self.constraint, name, p, wild=False)
         return exact if found else None
+
+
+@final
+class KeyTable:
+    """The keys of all rows."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.keys = rows, [_Keys(*row) for row in rows]
+        self.wild = [i for i, keys in enumerate(self.keys) if keys.wild]
+        self.exact: dict[str, list[int]] = {}
+        for i, (row, _) in enumerate(rows):
+            for key in row:
+                self.exact.setdefault(key, []).append(i)
+
+    def first(self, name: str, p: nn.Parameter) -> tuple[int, int] | None:
+        """The row whose constraint a parameter gets, and the place of the key in it."""
+        for i in sorted({*self.exact.get(name, ()), *self.wild}):
+            if (place := self.keys[i].first(name, p)) is not None:
+                return i, place
+        return None
 
 
 def _fits(name: str, key: str) -> bool:
@@ -183,10 +227,17 @@ def _check(full: str, sub: nn.Module, p: nn.Parameter, constraint: Constraint) -
         raise ValueError(f"constrain: {full} has shape {tuple(p.shape)}; there is nothing to constrain, leave it out")
     if p.device.type != "meta" and not bool(torch.isfinite(p).all()):
         raise ValueError(f"constrain: {full} contains NaN or infinite values; initialise it before constraining")
+    if (reason := transposed(full, sub, constraint)) is not None:
+        raise ValueError(f"constrain: {reason}")
+
+
+def transposed(full: str, sub: nn.Module, constraint: Constraint) -> str | None:
+    """Why a constraint does not fit a layer whose weight has its sizes in another order."""
     for part in constraint.parts if isinstance(constraint, Composed) else (constraint,):
-        named = isinstance(part, GroupSparse) and isinstance(part.groups, str)
-        if named and isinstance(sub, nn.modules.conv._ConvTransposeNd):
-            raise ValueError(
-                f"constrain: {full} belongs to a transposed convolution, whose weight is stored (in, out, ...), so "
+        by_name = isinstance(part, GroupSparse) and isinstance(part.groups, str)
+        if by_name and isinstance(sub, nn.modules.conv._ConvTransposeNd):
+            return (
+                f"{full} belongs to a transposed convolution, whose weight is stored (in, out, ...), so "
                 f"the groups of {part} would be ambiguous; give GroupSparse an index tensor"
             )
+    return None

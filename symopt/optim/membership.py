@@ -41,6 +41,8 @@ class Membership:
         self.parameters = list(self.bindings)
         self._groups: dict[int, GroupBindings] = {}
         self._epoch = -1
+        self._owned: set[int] = set()
+        self._stepped = False
 
     @property
     def complete(self) -> bool:
@@ -60,6 +62,10 @@ class Membership:
 
     def of(self, group: Options, param_groups: list[ParamGroup]) -> GroupBindings:
         """Those of one of the param groups, looked up again if it was edited or a constraint has come or gone."""
+        if not self._stepped and any(p.grad is not None for p in group["params"]):
+            self.look_up(param_groups)
+            registry.check(self, self._owned, stepping=True)
+            self._stepped = True
         epoch, found, params = registry.epoch(), self._groups.get(id(group)), group["params"]
         current = found is not None and self._epoch == epoch and len(params) == len(found.params)
         if found is None or not current or not all(map(operator.is_, params, found.params)):
@@ -71,10 +77,14 @@ class Membership:
         """Ask the registry again; parameters that it no longer knows keep the constraint they had.
 
         Raises:
-            ValueError: if a parameter is a factor of explicit mode, cannot be stepped under its constraint, or shares
-                it with one that is in no param group or another.
+            ValueError: if a parameter is a factor of explicit mode, cannot be stepped under its constraint, has two,
+                has lost it with its module, or shares it with one that is in no param group or another.
         """
-        known, factors = registry.bindings(), registry.factors()
+        param_groups = list(param_groups)
+        mine = {id(p) for group in param_groups for p in group["params"]}
+        if mine != self._owned:
+            registry.check(self, mine, stepping=False)
+        known, factors = registry.bindings(mine), registry.factors()
         found: dict[Tensor, Binding] = {}
         groups: dict[int, GroupBindings] = {}
         for group in param_groups:
@@ -99,6 +109,7 @@ class Membership:
             groups[id(group)] = GroupBindings(self.owner, tuple(group["params"]), bound, rest)
         self.bindings, self._groups, self._epoch = found, groups, registry.epoch()
         self.parameters = list(found)
+        self._owned = mine
 
     def _binding(self, p: Tensor, name: str, now: Binding | None) -> Binding:
         """``now`` is what the registry knows; the binding of before if that is the same, with what it has cached."""

@@ -1,14 +1,16 @@
 """Which constraint binds a parameter now, which parameters are factors, which optimizers exist.
 
 Knows tensors and constraints, no modules.  What writes a constraint down is a :class:`Source`; every look-up asks it
-anew, because modules replace their Parameter objects (``deepcopy``, ``.to()``, sharding).
+anew, because modules replace their Parameter objects (``deepcopy``, ``.to()``, sharding).  What knows of constraints
+that have lost their module is a :class:`Memory`; optimizers ask it when they are built and in their first step.
 """
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Container, Iterable, Set
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -16,17 +18,24 @@ from symopt.optim.binding import Binding
 
 __all__ = [
     "FactorSource",
+    "Holder",
+    "Memory",
     "Owner",
     "Source",
+    "Stepper",
     "add",
     "add_factors",
     "bindings",
+    "check",
     "epoch",
     "factors",
     "forget",
+    "memories",
     "owners",
     "register_owner",
+    "remember",
     "remove",
+    "retire",
 ]
 
 
@@ -50,9 +59,30 @@ class Owner(Protocol):
     def forget(self, param: Tensor) -> None: ...
 
 
+@runtime_checkable
+class Stepper(Owner, Protocol):
+    """An owner that says under which constraint it steps a parameter."""
+
+    def binding(self, p: Tensor) -> Binding: ...
+
+
+class Holder(Protocol):
+    """What an optimizer is while it asks."""
+
+    owner: str
+    """Its name, for messages."""
+
+
+class Memory(Protocol):
+    """What was once said about the parameters of a network, wherever they are now."""
+
+    def check(self, holder: Holder, owned: Set[int], *, stepping: bool) -> None: ...
+
+
 _sources: weakref.WeakSet[Source] = weakref.WeakSet()
 _factor_sources: weakref.WeakSet[FactorSource] = weakref.WeakSet()
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
+_memories: weakref.WeakSet[Memory] = weakref.WeakSet()
 _epoch = 0
 
 
@@ -70,6 +100,13 @@ def remove(source: Source) -> None:
         forget(param)
 
 
+def retire(source: Source) -> None:
+    """Nothing is to be looked up in ``source`` any more."""
+    global _epoch
+    _epoch += 1
+    _sources.discard(source)
+
+
 def add_factors(source: FactorSource) -> None:
     """Count the parameters of ``source`` as factors, while that exists."""
     _factor_sources.add(source)
@@ -80,9 +117,64 @@ def register_owner(owner: Owner) -> None:
     _owners.add(owner)
 
 
-def bindings() -> dict[int, Binding]:
-    """``id(parameter)`` -> what binds it, for every constrained parameter."""
-    return {id(param): row for row in [source.binding() for source in _sources] for param in row.parameters}
+def remember(memory: Memory) -> None:
+    """Let every optimizer ask ``memory``, while that exists."""
+    _memories.add(memory)
+
+
+def memories() -> list[Memory]:
+    """All that exist."""
+    return list(_memories)
+
+
+def check(holder: Holder, owned: Set[int], *, stepping: bool) -> None:
+    """Let every memory look at what an optimizer holds: the ``id`` of its parameters.
+
+    Constraints whose module was replaced bind the new one from then on.  ``stepping``: in the first step, from which on
+    nothing that is missing will come.
+
+    Raises:
+        ValueError: if a constrained parameter would be trained without its constraint, or a part of a shared budget.
+    """
+    for memory in memories():
+        memory.check(holder, owned, stepping=stepping)
+
+
+def bindings(checked: Container[int] = ()) -> dict[int, Binding]:
+    """``id(parameter)`` -> what binds it, for every constrained parameter.
+
+    Raises:
+        ValueError: if two constraints bind one of the ``checked`` parameters.
+    """
+    found, clash = _bindings(checked)
+    if clash:
+        gc.collect()  # a module that was given up may be waiting for this
+        found, clash = _bindings(checked)
+    if clash:
+        raise ValueError(clash)
+    return found
+
+
+def _bindings(checked: Container[int]) -> tuple[dict[int, Binding], str]:
+    """What binds each parameter, and what is wrong with it."""
+    found: dict[int, Binding] = {}
+    clash = ""
+    for row in [source.binding() for source in _sources]:
+        for name, param in zip(row.names, row.parameters, strict=True):
+            before = found.setdefault(id(param), row)
+            if id(param) not in checked:
+                continue
+            if row.name(param) != name:
+                clash = (
+                    f"{row.name(param)} and {name}, which {row.constraint} binds, are one tensor now; untie them, or "
+                    "release them (symopt.release) and name one of them"
+                )
+            elif before is not row and (before.constraint != row.constraint or before.several or row.several):
+                clash = (
+                    f"{before.name(param)} and {name} are one tensor now but have different constraints, "
+                    f"{before.constraint} and {row.constraint}; release one of them, symopt.release(its module)"
+                )
+    return found, clash
 
 
 def factors() -> set[int]:
