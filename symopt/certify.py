@@ -37,8 +37,9 @@ class Certificate:
     """The verdict and its reason, as a sentence."""
     residual: float
     """Relative distance from the structure; 0 (of a :class:`symopt.Mirror`, rounding) where it is exact."""
-    critical: float
-    """Critical strength kappa*: above it the structure holds against the loss's gradient."""
+    critical: float | None
+    """Critical strength kappa*: above it the structure holds against the loss's gradient.  None where that is of units
+    that are zero and none is."""
     interval: tuple[float, float] | None
     """95 % confidence interval of ``critical``; None from a single evaluation."""
     strength: float
@@ -315,28 +316,18 @@ def _certificate(
     w, state = binding.weight(), opt.state.get(binding.parameters[0], {})
     sizes = constraint.size(w)
     now, on_plane = ([_seen(binding, direction, group, state, g) for g in grads] for grads in (now, on_plane))
-    critical, error = _jackknife(constraint, on_plane, sizes)
-    interval = None if len(on_plane) == 1 else (max(0.0, critical - 1.96 * error), critical + 1.96 * error)
     residual, strength = float(constraint.violation(w)), float(binding.strength(direction, group, state))
-    on = residual <= constraint.rounding(w) and (constraint.is_plane or bool((sizes == 0).any()))
-    most = critical if interval is None else interval[1]
     steps = collapse_steps(binding, direction, group, state)
+    critical = interval = None
+    if constraint.is_plane or bool((sizes == 0).any()):
+        critical, error = _jackknife(constraint, on_plane, sizes)
+        interval = None if len(on_plane) == 1 else (max(0.0, critical - 1.96 * error), critical + 1.96 * error)
+    on = critical is not None and residual <= constraint.rounding(w)
     if on and constraint.is_plane:
         steps = 0.0
-    elif steps is not None:
+    elif steps is not None and critical is not None:
         steps = steps * strength / (strength - critical) if strength > critical else math.inf
-    verdict = "not reached" if not strength > most else "exact" if on else "attracting"
-    bound = f"{critical:.3g}" if interval is None else f"{critical:.3g} (at most {most:.3g}, 95 %)"
-    where = "it is exact, but " if on else ""
-    words = {
-        "exact": f"the strength {strength:.3g} is above the critical {bound}, so it stays",
-        "attracting": f"the strength {strength:.3g} is above the critical {bound}; about "
-        f"{'an unknown number of' if steps is None else f'{steps:.0f}'} steps to go, {residual:.1e} away",
-        "not reached": f"{where}the strength {strength:.3g} is not above the critical {bound}; raise it"
-        + (", or take more samples" if interval is not None and strength > interval[0] else ""),
-    }[verdict]
-    if math.isnan(strength):
-        words = f"the strength is automatic and unknown before the first step; the critical one is {bound}"
+    verdict, words = _verdict(strength, critical, interval, on, residual, steps)
     scale = state.get("metric_scale")
     return Certificate(
         names=row.names,
@@ -352,6 +343,37 @@ def _certificate(
         balance=None if scale is None else float(state["imbalance"] / scale),
         steps=steps,
     )
+
+
+def _verdict(
+    strength: float,
+    critical: float | None,
+    interval: tuple[float, float] | None,
+    on: bool,
+    residual: float,
+    steps: float | None,
+) -> tuple[str, str]:
+    """The verdict and its reason; ``on``: whether the structure is exact now."""
+    to_go = f"about {'an unknown number of' if steps is None else f'{steps:.0f}'} steps"
+    if critical is None:
+        when = "its strength is 0" if strength == 0 else f"{to_go} until the median unit is, if no gradient holds it"
+        return "not reached", f"no unit is zero yet, so no gradient can be compared with the strength; {when}"
+    most = critical if interval is None else interval[1]
+    verdict = "not reached" if not strength > most else "exact" if on else "attracting"
+    if most == 0 and strength > 0:
+        ends = "so it stays" if on else f"so it attracts; {to_go} to go, {residual:.1e} away"
+        return verdict, f"no gradient pulls at what the strength {strength:.3g} holds, {ends}"
+    bound = f"{critical:.3g}" if interval is None else f"{critical:.3g} (at most {most:.3g}, 95 %)"
+    if math.isnan(strength):
+        return verdict, f"the strength is automatic and unknown before the first step; the critical one is {bound}"
+    if verdict == "exact":
+        return verdict, f"the strength {strength:.3g} is above the critical {bound}, so it stays"
+    if verdict == "attracting":
+        above = f"the strength {strength:.3g} is above the critical {bound}"
+        return verdict, f"{above}; {to_go} to go, {residual:.1e} away"
+    where = "it is exact, but " if on else ""
+    fix = "raise it" + (", or take more samples" if interval is not None and strength > interval[0] else "")
+    return verdict, f"{where}the strength {strength:.3g} is not above the critical {bound}; {fix}"
 
 
 def _seen(binding: Binding, direction: Direction, options: Options, state: State, grad: Tensor) -> Tensor:

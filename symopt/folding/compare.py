@@ -109,9 +109,8 @@ def deterministic_outputs(owner: str, module: nn.Module, examples: Examples) -> 
             state = (*module.named_parameters(), *module.named_buffers())
             if (name := next((name for name, x in state if x.is_meta), None)) is not None:
                 fix = f"{name} is on the meta device: load its values first, or give inputs on that device"
-            raise ValueError(
-                f"{owner}: model(*example_inputs, **example_kwargs) failed: {error}; {fix}"
-            ) from error
+            call = "model(*example_inputs, **example_kwargs)" if examples.kwargs else "model(*example_inputs)"
+            raise ValueError(f"{owner}: {call} failed: {error}; {fix}") from error
     if any(out.is_meta for out in one):
         return "outputs are on the meta device"
     return one if all(map(_close, one, two)) else "outputs are random even in eval mode"

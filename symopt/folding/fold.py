@@ -108,8 +108,8 @@ def fold(
 
 
 _ADVICE = (
-    "Train to the commit of the budget, and fold the weights that were trained: in an average of them (EMA, SWA) those "
-    "that die are never exactly zero."
+    "Train with a symopt optimizer, past the commit of the budget, and fold the weights that were trained: in an "
+    "average of them (EMA, SWA) those that die are never exactly zero."
 )
 
 
