@@ -117,6 +117,11 @@ def certify(model: nn.Module, opt: ConstrainedOptimizer, closure: Closure, sampl
     rows = _bound("certify", model)
     owners = {p: (group, binding) for group, binding in opt.bindings() for p in binding.parameters}
     for row in rows:
+        if row.constrained_by.is_matrix:
+            raise ValueError(
+                f"certify: {row.label} is bound by {row.constrained_by}, for whose singular values certify has no "
+                "certificate; pass a submodule without it"
+            )
         if any(p not in owners for p in row.parameters):
             raise ValueError(
                 f"certify: {', '.join(row.names)} is in no group of opt; pass the optimizer that trains it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -39,9 +40,10 @@ class Excess:
     """Of the squared weight: what was in them."""
 
     def __str__(self) -> str:
+        constraint = textwrap.shorten(self.constraint, 80, placeholder=" ...")  # an index tensor has many lines
         single = f" ({self.weights:,} weights)" if self.kind == "units" else ""
         return (
-            f"{self.name}: {self.live:,} {self.kind} live, the budget is {self.budget} ({self.constraint}): "
+            f"{self.name}: {self.live:,} {self.kind} live, the budget is {self.budget} ({constraint}): "
             f"{self.cut:,}{single} cut, {_percent(self.share)} of the squared weight"
         )
 

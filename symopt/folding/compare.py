@@ -28,6 +28,10 @@ class Examples:
     args: Inputs
     kwargs: Mapping[str, object]
 
+    def __str__(self) -> str:
+        """The call, for messages."""
+        return "model(*example_inputs, **example_kwargs)" if self.kwargs else "model(*example_inputs)"
+
     def run(self, module: nn.Module) -> object:
         """What ``module`` returns for clones of them, because a ``forward`` may write to its arguments."""
         args, kwargs = _copied((self.args, dict(self.kwargs)))
@@ -81,7 +85,7 @@ def examples_of(
         inputs = ()
     if not isinstance(inputs, tuple):
         raise TypeError(
-            f"{owner}: example_inputs must be a tensor, a dict or a tuple of the arguments of forward, got "
+            f"{owner}: example_inputs must be a tensor or a tuple of the arguments of forward, or a dict, got "
             f"{type(inputs).__name__}"
         )
     return Examples(inputs, named) if inputs or named else None
@@ -109,8 +113,7 @@ def deterministic_outputs(owner: str, module: nn.Module, examples: Examples) -> 
             state = (*module.named_parameters(), *module.named_buffers())
             if (name := next((name for name, x in state if x.is_meta), None)) is not None:
                 fix = f"{name} is on the meta device: load its values first, or give inputs on that device"
-            call = "model(*example_inputs, **example_kwargs)" if examples.kwargs else "model(*example_inputs)"
-            raise ValueError(f"{owner}: {call} failed: {error}; {fix}") from error
+            raise ValueError(f"{owner}: {examples} failed: {error}; {fix}") from error
     if any(out.is_meta for out in one):
         return "outputs are on the meta device"
     return one if all(map(_close, one, two)) else "outputs are random even in eval mode"

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor
 
 from symopt.budgets.pools import BudgetedWeight, pools
@@ -109,7 +108,11 @@ def rows_of(
     """A row per parameter of one constraint; ``stepped`` is by ``id`` how each is stepped, if it is."""
     w = flat(weights)
     size = constraint.size(w)
-    live, penalty, violation = int(size.bool().count_nonzero()), float(constraint.penalty(w)), float(constraint.violation(w))
+    live, penalty, violation = (
+        int(size.bool().count_nonzero()),
+        float(constraint.penalty(w)),
+        float(constraint.violation(w)),
+    )
     rows = []
     for name, p in zip(names, weights, strict=True):
         strength = imbalance = steps = step = total = None

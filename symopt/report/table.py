@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Protocol, final
@@ -72,7 +73,7 @@ class Report:
         return [
             [
                 row.name,
-                row.constraint,
+                textwrap.shorten(row.constraint, 80, placeholder=" ..."),  # an index tensor has many lines
                 "x".join(map(str, row.shape)),
                 f"{row.zeros / math.prod(row.shape):.2%}",
                 row.lives,
@@ -90,7 +91,8 @@ class Report:
         share = f" ({self.zeros / self.constrained:.2%})" if self.constrained else ""
         left = "" if self.parameters_folded is None else f"; {self.parameters_folded:,} left when folded"
         lines = [
-            f"{self.parameters:,} parameters, {self.constrained:,} constrained, {self.zeros:,} of these zero{share}{left}"
+            f"{self.parameters:,} parameters, {self.constrained:,} constrained, {self.zeros:,} of these zero"
+            f"{share}{left}"
         ]
         if progress := self._progress():
             lines.insert(0, progress)
