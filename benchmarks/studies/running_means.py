@@ -2,9 +2,9 @@
 
     python -m benchmarks.studies.running_means        some minutes on one core; the table in docs/folding.md
 
-Two convolutions with biases, each before a BatchNorm, on MNIST-5k; GroupSparse("out", keep=0.5) kills half of the
-filters under AdamW, whose biases move on.  Accuracy on 1 000 images: of the same weights by running statistics, by those of a batch of all
-images, and folded, by running statistics.
+Two convolutions with biases, each before a BatchNorm, on MNIST-5k; GroupSparse("out", keep=0.5) kills half of their
+filters under AdamW, whose biases move on.  Accuracy on 1 000 images: of the same weights by running statistics, by
+those of a batch of all images, and folded, by running statistics.
 """
 
 from __future__ import annotations

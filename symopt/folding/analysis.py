@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import textwrap
 from collections import Counter
 from collections.abc import Callable
@@ -121,10 +123,12 @@ def shapes_of(traced: Traced, examples: Examples | None) -> Shapes:
     for name, value in given.items():
         inputs += value if name.startswith("*") and isinstance(value, tuple) else [value]
     try:
-        with torch.no_grad():
+        # torch prints the traceback of what fails.
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
             ShapeProp(ran).run(*inputs, enable_io_processing=False)
     except Exception as error:
-        raise Opaque(f"its torch.fx trace does not run ({error})") from error
+        reason = textwrap.shorten(str(error.__cause__ or error), 120, placeholder=" ...")
+        raise Opaque(f"its torch.fx trace does not run ({reason})") from error
     metas = [(n, m.meta.get("tensor_meta")) for n, m in zip(traced[1].nodes, ran.graph.nodes, strict=True)]
     return {node: tuple(meta.shape) for node, meta in metas if hasattr(meta, "shape")}
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from symopt.budgets.pools import BudgetedWeight, Pool, pools
 from symopt.constraints import Constraint, LowRank
 from symopt.constraints.planes.plane import flat, parts
+from symopt_kernels.groups import Groups
 
-__all__ = ["Excess", "described", "excess_rank", "meet_budgets"]
+__all__ = ["Excess", "described", "excess_rank", "living", "meet_budgets"]
 
 Bound = Sequence[tuple[tuple[str, ...], Constraint]]
 
@@ -60,6 +61,18 @@ def _percent(share: float) -> str:
     return f"{percent:.1f} %" if 1 <= percent < 99.95 or percent in (0, 100) else f"{percent:.3g} %"
 
 
+def living(constraint: Constraint, w: Tensor, groups: Groups | None) -> Tensor:
+    """Which units are not exactly zero, flat; of a plane, which are off it.
+
+    The square of a small weight underflows, so a unit of such weights has size 0 and lives.
+    """
+    if constraint.is_plane or constraint.is_matrix:
+        return constraint.size(w, groups).bool()
+    if groups is None and constraint.spanning_units is None:
+        return w.bool().flatten()
+    return constraint.size(w.bool().to(w.dtype), groups).bool()
+
+
 def excess_rank(name: str, constraint: LowRank, w: Tensor) -> Excess | None:
     """Of a weight of low rank; None if its rank has no bound."""
     if constraint.most is None:
@@ -84,7 +97,7 @@ def meet_budgets(module: nn.Module, bound: Bound) -> list[Excess]:
             candidates.append(BudgetedWeight(name, w, constraint, constraint.partition(w)))
     found = []
     for pool in pools(candidates):
-        live = [m.sizes().abs().flatten() > 0 for m in pool.weights]
+        live = [living(m.constraint, m.w, m.groups) for m in pool.weights]
         # Of weights that are zero everywhere a selection keeps a unit, which must not cost the others one.
         fits = pool.pattern is None and _taken(pool, live) <= pool.count
         over = [torch.zeros_like(x) for x in live] if fits else pool.pruned()

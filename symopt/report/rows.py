@@ -12,6 +12,7 @@ from symopt.budgets.pools import BudgetedWeight, pools
 from symopt.budgets.state import BUDGET, BudgetState, is_committed
 from symopt.constraints import Constraint
 from symopt.constraints.planes.plane import flat
+from symopt.folding.budgets import living
 from symopt.optim import ConstrainedOptimizer
 from symopt.optim.binding import Binding
 from symopt.optim.collapse import collapse_steps
@@ -83,8 +84,8 @@ def shares_of(found: Sequence[tuple[str, tuple[Tensor, ...], Constraint]]) -> di
             continue
         w = flat(weights)
         if constraint.is_matrix:
-            size = constraint.size(w)
-            shares[label] = int(size.bool().count_nonzero()) / len(size), budget.count(len(size)) / len(size)
+            alive = living(constraint, w, None)
+            shares[label] = int(alive.count_nonzero()) / len(alive), budget.count(len(alive)) / len(alive)
         else:
             pooled.append(BudgetedWeight(label, w, constraint, constraint.partition(w)))
     try:
@@ -92,7 +93,7 @@ def shares_of(found: Sequence[tuple[str, tuple[Tensor, ...], Constraint]]) -> di
     except ValueError:  # a budget of less than its tensors need, which training refuses
         joined = []
     for pool in joined:
-        live = sum(int(m.sizes().bool().count_nonzero()) * m.cost for m in pool.weights)
+        live = sum(int(living(m.constraint, m.w, m.groups).count_nonzero()) * m.cost for m in pool.weights)
         shares |= dict.fromkeys((m.name for m in pool.weights), (live / pool.total, pool.share))
     return shares
 
@@ -107,12 +108,8 @@ def rows_of(
 ) -> list[Row]:
     """A row per parameter of one constraint; ``stepped`` is by ``id`` how each is stepped, if it is."""
     w = flat(weights)
-    size = constraint.size(w)
-    live, penalty, violation = (
-        int(size.bool().count_nonzero()),
-        float(constraint.penalty(w)),
-        float(constraint.violation(w)),
-    )
+    alive = living(constraint, w, constraint.partition(w))
+    live, penalty, violation = int(alive.count_nonzero()), float(constraint.penalty(w)), float(constraint.violation(w))
     rows = []
     for name, p in zip(names, weights, strict=True):
         strength = imbalance = steps = step = total = None
@@ -136,7 +133,7 @@ def rows_of(
                 shape=tuple(p.shape),
                 zeros=p.numel() - int(p.bool().count_nonzero()),
                 live=live,
-                units=size.numel(),
+                units=alive.numel(),
                 is_plane=constraint.is_plane,
                 penalty=penalty,
                 violation=violation,

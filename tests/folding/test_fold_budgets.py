@@ -149,3 +149,23 @@ def test_numbers_alone_decide_of_weights_that_were_loaded():
 def test_what_has_no_budget_is_silent():
     net = symopt.constrain(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)), {"*.weight": symopt.Sparse()})
     assert told(net, strict=True)[0] == []
+
+
+@cases(kind=["rows", "columns", "blocks", "map", "spanning"], size=[1e-25, 1e-38])
+def test_units_whose_squares_underflow_live(kind, size):
+    """As in a long average: each weight of such a unit is a number, its size is none."""
+    net = made(kind).float()
+    with torch.no_grad():
+        for name in symopt.constraints(net):
+            net.get_parameter(name).fill_(size)
+    rows = symopt.report(net).rows
+    assert all(row.live == row.units and row.zeros == 0 for row in rows)
+    lines, small = told(net)
+    name = ", ".join(symopt.constraints(net)) if kind == "spanning" else "0.weight"
+    assert lines and small.fold_config["cut"][name] > 0 and told(small)[0] == []
+
+
+def test_a_model_inside_of_an_average_is_found():
+    averaged = torch.optim.swa_utils.AveragedModel(made("rows"))
+    lines, _ = told(averaged)
+    assert "module.0.weight: 12 units live, the budget is 3" in lines[1]

@@ -239,3 +239,30 @@ def test_a_part_without_values_is_kept_or_named():
     assert fold(net)[0].out_features == 6
     with pytest.raises(ValueError, match=r"1\.running_mean is on the meta device: load its values"):
         fold(net, X)
+
+
+def test_a_forward_that_cannot_be_run_on_its_trace_is_copied_in_silence(capfd):
+    class Scaled(Branches):
+        def forward(self, x, **options):
+            return super().forward(x) * options.get("scale", 1.0)
+
+    net = Scaled().double()
+    for keywords in (None, {"scale": 2.0}):
+        small = fold(net, X, keywords)
+        assert small.a.out_features == 6 and "nothing removed" in small.fold_config["kept"][0]
+        assert len(small.fold_config["kept"][0]) < 250
+    assert capfd.readouterr().err == ""
+
+
+def test_what_is_fixed_in_a_fold_is_what_the_examples_fix():
+    net = Branches().double()
+    assert fold(net, X, {"other": None, "scale": 3.0}).a.out_features == 5
+    assert fold(net, (X, None)).a.out_features == 5
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_script_module_is_copied():
+    net = torch.jit.script(mlp())
+    small = fold(net, X)
+    assert small.fold_config["kept"] == ["model: a ScriptModule cannot be traced, nothing removed"]
+    assert symopt.report(net).rows == ()
