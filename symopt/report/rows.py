@@ -120,10 +120,10 @@ def rows_of(
             committed = bool(group.get("committed", False))
             strength = float(binding.strength(optimizer.direction, group, state))
             imbalance = float(state["imbalance"]) if "imbalance" in state else None
-            if BUDGET in state:  # the strength of what is kept, and no collapse to wait for
+            if BUDGET in state:  # the strength of what is kept
                 strength = float(BudgetState.read(state, state[BUDGET]).strength_kept)
                 committed = is_committed(state)
-            else:
+            if constraint.budget is None:  # no collapse to wait for
                 steps = collapse_steps(binding, optimizer.direction, group, state)
             step, total = _progress(group, state)
         rows.append(
