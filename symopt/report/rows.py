@@ -16,7 +16,8 @@ from symopt.folding.budgets import living
 from symopt.optim import ConstrainedOptimizer
 from symopt.optim.binding import Binding
 from symopt.optim.collapse import collapse_steps
-from symopt.optim.direction import Options, State
+from symopt.optim.direction import Options
+from symopt.report.progress import options_now, progress
 
 __all__ = ["Row", "Shares", "rows_of", "shares_of"]
 
@@ -117,7 +118,9 @@ def rows_of(
         if optimizer is not None and id(p) in stepped:
             group, binding = stepped[id(p)]
             state = optimizer.state.get(p, {})
-            committed = bool(group.get("committed", False))
+            step, total = progress(group, state)
+            group = options_now(group, state)
+            committed = bool(group["committed"])
             strength = float(binding.strength(optimizer.direction, group, state))
             imbalance = float(state["imbalance"]) if "imbalance" in state else None
             if BUDGET in state:  # the strength of what is kept
@@ -125,7 +128,6 @@ def rows_of(
                 committed = is_committed(state)
             if constraint.budget is None:  # no collapse to wait for
                 steps = collapse_steps(binding, optimizer.direction, group, state)
-            step, total = _progress(group, state)
         rows.append(
             Row(
                 name=name,
@@ -148,10 +150,3 @@ def rows_of(
             )
         )
     return rows
-
-
-def _progress(group: Options, state: State) -> tuple[int | None, int | None]:
-    """Steps counted and their number in all, as the optimizer's schedule writes them down."""
-    counted, total = state.get("progress"), group.get("total_steps")
-    step = int(counted) if isinstance(counted, (int, float, Tensor)) else 0 if total is not None else None
-    return step, None if total is None else int(total)
