@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import symopt
+from support.cases import cases
 from support.tolerances import tolerance
 
 TARGET = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
@@ -162,6 +163,7 @@ def test_errors():
         return value
 
     sparse = symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Sparse()})
+    lowrank = symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.LowRank()})
     explicit = symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Symmetric(1.0)}, mode="explicit")
     for error, match, call in [
         (TypeError, "opt must be a symopt optimizer", lambda: symopt.certify(net, None, loss)),
@@ -174,7 +176,40 @@ def test_errors():
         (TypeError, "samples must be an integer", lambda: symopt.certify(net, opt, loss, samples=2.0)),
         (ValueError, "no group of opt", lambda: symopt.certify(sparse, opt, loss)),
         (ValueError, "explicit mode", lambda: symopt.certify(explicit, opt, loss)),
+        (
+            ValueError,
+            "weight is bound by LowRank.*pass a submodule",
+            lambda: symopt.certify(lowrank, symopt.SGD(lowrank), loss),
+        ),
         (ValueError, "no fixed plane", lambda: symopt.critical_strength(sparse, loss)),
     ]:
         with pytest.raises(error, match=match):
             call()
+
+
+@cases(made=[lambda: symopt.Sparse(0.5), lambda: symopt.GroupSparse("out", 0.5), lambda: symopt.GroupBridge("in", 0.5)])
+def test_where_nothing_is_zero_there_is_no_critical_strength(made):
+    net = torch.nn.Linear(3, 3, bias=False, dtype=torch.float64)
+    symopt.constrain(net, {"weight": made()})
+    with torch.no_grad():
+        net.weight.copy_(torch.eye(3) + 0.5)
+    opt = symopt.SGD(net, lr=0.1)
+    train(net, opt, 1)
+    (row,) = symopt.certify(net, opt, loss_of(net)).rows
+    assert row.verdict == "not reached" and row.critical is row.interval is None and 0 < row.steps < 1e4
+    assert "no unit is zero yet" in row.words and "above" not in row.words
+    json.dumps(symopt.certify(net, opt, loss_of(net), samples=3).to_dict())
+    opt.param_groups[0]["strength"] = 0.0
+    assert "its strength is 0" in str(symopt.certify(net, opt, loss_of(net)))
+
+
+def test_what_no_gradient_pulls_at_stays_without_a_critical_strength():
+    net = torch.nn.Linear(3, 2, bias=False, dtype=torch.float64)
+    symopt.constrain(net, {"weight": symopt.Sparse(0.5)})
+    with torch.no_grad():
+        net.weight[:, 0] = 0
+    x = torch.ones(1, 3, dtype=torch.float64)
+    x[:, 0] = 0  # an input that is never seen
+    opt = symopt.SGD(net, lr=0.1)
+    (row,) = symopt.certify(net, opt, lambda: net(x).sum()).rows
+    assert row.critical == 0 and row.verdict == "exact" and row.words.startswith("no gradient pulls")

@@ -230,12 +230,14 @@ class Constraint(ABC):
     def violation(self, w: Tensor) -> Tensor:
         """Relative change of ``w`` if units below 1e-3 of the typical live one were rounded to zero."""
         size = self.size(w.detach()).to(_real(w))
-        total = size.square().sum()
-        live = size[size > 0]
-        if live.numel() == 0:
+        square = size.square()
+        total, live = square.sum(), size.bool().count_nonzero()
+        if live == 0:
             return total
-        small = live[live <= 1e-3 * live.square().mean().sqrt()]
-        return (small.square().sum() / total).sqrt()
+        small = size <= 1e-3 * (total / live).sqrt()
+        if small.count_nonzero() == size.numel() - live:  # the zeros alone, which is quick to see
+            return total * 0
+        return (square[small].sum() / total).sqrt()
 
     def imbalance(self, w: Tensor, relative: float, groups: Groups | None = None) -> Tensor:
         """Initial imbalance c of factors, ``relative * rms(size)**(2/depth)``.

@@ -169,7 +169,8 @@ class Sparse(Constraint):
         return elementwise.sparse_free(factors, delta, decay, metric_scale, saturated=saturated)
 
     def penalty(self, w: Tensor) -> Tensor:
-        return self.depth / 2 * (w.abs() ** (2 / self.depth)).sum()
+        size = w.abs()
+        return size.sum() if self.depth == 2 else self.depth / 2 * (size ** (2 / self.depth)).sum()
 
     def size(self, w: Tensor, groups: Groups | None = None) -> Tensor:
         return w.abs().flatten()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import textwrap
 from collections import Counter
 from collections.abc import Callable
@@ -13,10 +15,22 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.parametrize import is_parametrized
 
+from symopt.folding.compare import Examples
 from symopt.folding.rules import IN_PLACE, SIZED, SOURCES, VIEWS, rule_of, rule_of_module
 from symopt.folding.units import Axis, Call, KeepShape, Layer
 
-__all__ = ["FoldPlan", "Opaque", "Traced", "analyse", "obstacles_of", "same_graph", "shapes_of", "trace"]
+__all__ = [
+    "FoldPlan",
+    "Opaque",
+    "Shapes",
+    "Traced",
+    "analyse",
+    "is_hooked",
+    "obstacles_of",
+    "same_graph",
+    "shapes_of",
+    "trace",
+]
 
 Traced = tuple[nn.Module, fx.Graph]
 Shapes = dict[fx.Node, tuple[int, ...]]
@@ -37,7 +51,8 @@ class FoldPlan:
 # -- tracing -----------------------------------------------------------------------------------------------------------
 
 
-def _hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling it runs other code than its class's ``forward``."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
 
@@ -60,20 +75,29 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Hooks are code that must not run on proxies: the module becomes a leaf of which nothing is known.
-        return _hooked(m) or rule_of_module(m) is not None or super().is_leaf_module(m, module_qualified_name)
+        return is_hooked(m) or rule_of_module(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(model: nn.Module, *, training: bool = False) -> Traced:
-    """A copy of ``model`` that shares its parameters, and the graph of its forward: user code runs on the copy."""
+def trace(model: nn.Module, examples: Examples | None = None, *, training: bool = False) -> Traced:
+    """A copy of ``model`` that shares its parameters, and the graph of its forward: user code runs on the copy.
+
+    What ``examples`` give (or leave at its default) that is a number, a string or None is fixed in the graph.
+    """
     if isinstance(model, torch.jit.ScriptModule):
         raise Opaque("a ScriptModule cannot be traced")
     copied = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     copied.train(training)
     try:
-        return copied, _Tracer().trace(copied)
+        return copied, _Tracer().trace(copied, _fixed(copied, examples))
     except Exception as error:
         reason = textwrap.shorten(str(error), 120, placeholder=" ...") or type(error).__name__
         raise Opaque(f"torch.fx cannot trace forward ({reason})") from error
+
+
+def _fixed(model: nn.Module, examples: Examples | None) -> dict[str, object] | None:
+    given = None if examples is None else examples.arguments(model)
+    plain = (bool, int, float, str)
+    return {name: x for name, x in given.items() if x is None or type(x) in plain} if given else None
 
 
 def same_graph(one: Traced, two: Traced, *, values: bool) -> bool:
@@ -87,14 +111,24 @@ def same_graph(one: Traced, two: Traced, *, values: bool) -> bool:
     return described(*one) == described(*two)
 
 
-def shapes_of(traced: Traced, inputs: tuple[object, ...]) -> Shapes:
-    """The shape of every tensor in the graph, from running it once."""
+def shapes_of(traced: Traced, examples: Examples | None) -> Shapes:
+    """The shape of every tensor in the graph, from running it once; of no tensor without examples."""
+    if examples is None:
+        return {}
     ran = fx.GraphModule(*traced)
+    given = examples.arguments(traced[0])
+    if given is None:
+        raise Opaque("forward takes any keyword arguments")
+    inputs: list[object] = []
+    for name, value in given.items():
+        inputs += value if name.startswith("*") and isinstance(value, tuple) else [value]
     try:
-        with torch.no_grad():
-            ShapeProp(ran).propagate(*inputs)
+        # torch prints the traceback of what fails.
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+            ShapeProp(ran).run(*inputs, enable_io_processing=False)
     except Exception as error:
-        raise Opaque(f"its torch.fx trace does not run ({error})") from error
+        reason = textwrap.shorten(str(error.__cause__ or error), 120, placeholder=" ...")
+        raise Opaque(f"its torch.fx trace does not run ({reason})") from error
     metas = [(n, m.meta.get("tensor_meta")) for n, m in zip(traced[1].nodes, ran.graph.nodes, strict=True)]
     return {node: tuple(meta.shape) for node, meta in metas if hasattr(meta, "shape")}
 
@@ -201,8 +235,9 @@ def _reads_kind(node: fx.Node) -> bool:
 
 def _obstacle(module: nn.Module, calls: int, touched: bool, owners: Counter[int]) -> str | None:
     parameters = [p for p in module._parameters.values() if p is not None]
+    buffers = [b for b in module._buffers.values() if b is not None]
     plain = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-    if _hooked(module):
+    if is_hooked(module):
         return "has hooks or a replaced forward"
     if rule_of_module(module) not in SIZED:
         return None
@@ -216,7 +251,9 @@ def _obstacle(module: nn.Module, calls: int, touched: bool, owners: Counter[int]
         return "shares a parameter with another module"
     if not plain.issuperset([*module._parameters, *module._buffers]) or next(module.children(), None) is not None:
         return "has state of its own"
-    if not all(type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta for p in parameters):
+    if not all(type(p) is nn.Parameter and p.is_floating_point() for p in parameters) or any(
+        x.is_meta for x in parameters + buffers
+    ):
         return "has a weight that is not a plain floating point Parameter with data"
     if getattr(module, "groups", 1) not in (1, getattr(module, "in_channels", 1)):
         return "is a grouped convolution that is not depthwise"

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar, final
 
 from torch import Tensor, nn
 
-from symopt.folding.analysis import Opaque, Traced, analyse, same_graph, shapes_of, trace
-from symopt.folding.compare import Inputs, check_equal, copied, deterministic_outputs, outputs_of
+from symopt.folding.analysis import Opaque, Shapes, Traced, analyse, same_graph, shapes_of, trace
+from symopt.folding.budgets import Excess, described
+from symopt.folding.compare import Examples, Inputs, check_equal, deterministic_outputs, examples_of
 from symopt.folding.enforce import enforce
 from symopt.folding.resize import config_of
+from symopt.folding.statistics import settle_means
 from symopt.folding.surgery import carry_out, sizes_of
 from symopt.folding.thin import split_layers
 
-__all__ = ["fold"]
+__all__ = ["Folded", "fold", "folded"]
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def fold(model: M, example_inputs: Tensor | Inputs | None = None) -> M:
+def fold(
+    model: M,
+    example_inputs: Tensor | Inputs | Mapping[str, object] | None = (),
+    example_kwargs: Mapping[str, object] | None = None,
+    strict: bool = False,
+) -> M:
     """A new, plain, physically smaller module that computes what ``model.eval()`` computes.
 
-    Constraints are enforced exactly and removed; tied weights become one shared Parameter.  Then fold removes every
+    Constraints are enforced exactly and removed; tied weights become one shared Parameter.  Where more lives than a
+    budget allows (training stopped before the commit, or the weights are an average), the smallest live units become
+    zero, and one warning says of how many weights, how many units and which share of the squared weight.  Then fold
+    removes every
     unit (output feature of a linear layer, channel of a convolution) that is *constant*, because all its incoming
     weights or its BatchNorm scale are zero, or *unused*, because all its outgoing weights are zero.  It removes the
     unit's bias, its BatchNorm channels and the matching inputs of the layers that read it, and adds the constant to the
@@ -35,23 +48,34 @@ def fold(model: M, example_inputs: Tensor | Inputs | None = None) -> M:
     tell (residual sums, concatenation, layers that are shared, hooked or parametrized, sizes written into ``forward``,
     ...), at the model's outputs, and everywhere if ``forward`` cannot be traced.
 
+    Weights that ``torch.nn.utils.prune`` or the hooks of the old ``weight_norm`` and ``spectral_norm`` compute anew in
+    every forward, and constrained ones that were parametrized later, become plain Parameters of the present value.
+    A dead channel of a constrained layer in front of a BatchNorm is its bias, which the running mean follows late: fold
+    sets the running mean to it, so that eval mode gives what the statistics of a batch give.
+
     The original is not touched.  Training mode, ``requires_grad``, dtypes and devices carry over; parameters are new
     objects, so the result needs a new optimizer.  No symopt class remains in it: it can be pickled, exported and
     trained where symopt is not installed.  Its attribute ``fold_config``, a dict fit for JSON, lists under ``"layers"``
     the type and sizes of each layer before and after, under ``"parameters"`` their number, under ``"cut"`` how many
-    nonzero weights (singular values) were over each budget (0 once :class:`symopt.Anneal` has committed), under
-    ``"ranks"`` the layers that became two and their rank, and under ``"kept"`` the layers that kept their shape and
-    why; :func:`resize` and a ``state_dict`` rebuild the result with it.
+    nonzero weights (singular values) were over each budget (0 where it was met), under ``"running_mean"`` the
+    BatchNorms whose running mean was behind and in how many channels, under ``"ranks"`` the layers that became two and
+    their rank, and under ``"kept"`` the layers that kept their shape and why; :func:`resize` and a ``state_dict``
+    rebuild the result with it.
 
     Args:
         model: any module.
-        example_inputs: a tensor or a tuple of positional arguments.  If given, shapes come from running the model, and
+        example_inputs: a tensor, or a tuple of positional arguments.  If given, shapes come from running the model, and
             the outputs of the result are compared with those of ``model``.  Otherwise the inputs are taken to have a
-            batch dimension, and a BatchNorm1d after a linear layer of its size to normalise features.
+            batch dimension, and a BatchNorm1d after a linear layer of its size to normalise features.  A dict is the
+            keyword arguments if all of its keys are names of arguments of ``forward``, else the one argument.
+        example_kwargs: keyword arguments of ``forward``.  Of both, numbers, strings and None count as fixed: the
+            result is right for calls that repeat them.
+        strict: raise where a budget is not met, instead of meeting it with a warning.
 
     Raises:
-        TypeError: if ``model`` is no Module, or ``example_inputs`` neither a tensor nor a tuple.
-        ValueError: if ``model`` cannot run on ``example_inputs``, or has uninitialised lazy parameters.
+        TypeError: if ``model`` is no Module, or ``example_inputs`` or ``example_kwargs`` are no arguments.
+        ValueError: if ``model`` cannot run on ``example_inputs``, has uninitialised lazy parameters, a constrained one
+            that is gone, or a budget for one on the meta device; with ``strict``, if a budget is not met.
         RuntimeError: if the comparison of outputs fails; a wrong network is never returned.
 
     Limits: equality holds in eval mode (in training mode, a BatchNorm maps a constant channel to its bias, and dropout
@@ -74,61 +98,94 @@ def fold(model: M, example_inputs: Tensor | Inputs | None = None) -> M:
         >>> small.fold_config["parameters"], small.fold_config["kept"]
         ({'before': 23, 'after': 16}, ["2: is the model's output, shape kept"])
     """
+    made = folded("fold", model, example_inputs, example_kwargs)
+    if made.missed:
+        message = described(made.missed)
+        if strict:
+            raise ValueError(f"fold: {message}\nWith strict=True nothing is folded.  {_ADVICE}")
+        warnings.warn(f"fold: {message}\n{_ADVICE}  fold(..., strict=True) raises instead.", stacklevel=2)
+    return made.module
+
+
+_ADVICE = (
+    "Train with a symopt optimizer, past the commit of the budget, and fold the weights that were trained: in an "
+    "average of them (EMA, SWA) those that die are never exactly zero."
+)
+
+
+@final
+@dataclass(frozen=True)
+class Folded(Generic[M]):
+    """What :func:`folded` returns."""
+
+    module: M
+    missed: list[Excess]
+    """The budgets that were not met."""
+
+
+def folded(
+    owner: str,
+    model: M,
+    example_inputs: Tensor | Inputs | Mapping[str, object] | None,
+    example_kwargs: Mapping[str, object] | None,
+) -> Folded[M]:
+    """:func:`fold` for a caller of ``owner``, which says itself what is over budget."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"fold: model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{owner}: model must be a torch.nn.Module, got {type(model).__name__}")
     if any(map(nn.parameter.is_lazy, model.parameters())):
-        raise ValueError("fold: model has parameters that are not initialised; run the lazy modules once first")
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    if example_inputs is not None and not isinstance(example_inputs, tuple):
-        raise TypeError(
-            f"fold: example_inputs must be a tensor or a tuple of the arguments of forward, got "
-            f"{type(example_inputs).__name__}"
-        )
+        raise ValueError(f"{owner}: model has parameters that are not initialised; run the lazy modules once first")
+    examples = examples_of(owner, model, example_inputs, example_kwargs)
     made = enforce(model)
     plain = made.module
-    expected = None if example_inputs is None else deterministic_outputs(plain, example_inputs)
+    expected = None if examples is None else deterministic_outputs(owner, plain, examples)
+    settled: dict[str, int] = {}
     try:
-        small, kept = _smaller(plain, example_inputs)
+        traced = trace(plain, examples)
+        if not same_graph(traced, trace(plain, examples, training=True), values=False):
+            raise Opaque("forward differs between training and evaluation")
+        shapes = shapes_of(traced, examples)
+        settled = settle_means(plain, traced, shapes, made.constrained)
+        small, kept = _smaller(plain, examples, traced, shapes)
     except Opaque as why:
         small, kept = plain, [f"model: {why}, nothing removed"]
     config = config_of(plain, small, made.parameters, vars(model).get("fold_config"))
     config |= {"kept": kept, "cut": made.cut}
+    if settled:
+        config["running_mean"] = settled
     if made.thin:
         config["ranks"], whole = split_layers(small, made.thin)
         kept += whole
         config["parameters"]["after"] = sum(p.numel() for p in small.parameters())
-    if example_inputs is not None and expected is not None:
-        check_equal(expected, outputs_of(small, example_inputs))
-    elif example_inputs is not None:
-        kept.append("model: outputs are random even in eval mode, so they were not compared")
+    if examples is not None and expected is not None:
+        if settled:
+            expected = deterministic_outputs(owner, plain, examples)
+        if isinstance(expected, str):
+            kept.append(f"model: {expected}, so they were not compared")
+        else:
+            check_equal(expected, small, examples)
     vars(small)["fold_config"] = config
-    return small
+    return Folded(small, made.missed)
 
 
-def _smaller(plain: M, inputs: Inputs | None) -> tuple[M, list[str]]:
-    traced = trace(plain)
-    if not same_graph(traced, trace(plain, training=True), values=False):
-        raise Opaque("forward differs between training and evaluation")
-    shapes = {} if inputs is None else shapes_of(traced, copied(inputs))
+def _smaller(plain: M, examples: Examples | None, traced: Traced, shapes: Shapes) -> tuple[M, list[str]]:
     fixed: dict[str, str] = {}
     while True:
         plan = analyse(traced, shapes, fixed)
         small = copy.deepcopy(plain)
         carry_out(plan, small)
         # A forward that computes with the size of a layer would now compute something else.
-        suspects = _readers_of_sizes(plain, small, traced)
+        suspects = _readers_of_sizes(plain, small, traced, examples)
         if not suspects:
             return small, [f"{name}: {note}" for name, note in plan.notes.items()]
         fixed |= dict.fromkeys(suspects, "has a size that forward reads")
 
 
-def _readers_of_sizes(plain: nn.Module, small: nn.Module, traced: Traced) -> list[str]:
+def _readers_of_sizes(plain: nn.Module, small: nn.Module, traced: Traced, examples: Examples | None) -> list[str]:
     """Names of resized modules whose size changes the trace."""
 
     def changed(candidate: nn.Module) -> bool:
         try:
-            return not same_graph(trace(candidate), traced, values=True)
+            return not same_graph(trace(candidate, examples), traced, values=True)
         except Opaque:
             return True
 

@@ -32,6 +32,7 @@ class FoldConfig(TypedDict, total=False):
     parameters: dict[str, int]
     kept: list[str]
     cut: dict[str, int]
+    running_mean: dict[str, int]
     ranks: dict[str, int]
 
 

@@ -185,7 +185,7 @@ def detach(module: nn.Module) -> None:
 
 def _holders(module: nn.Module) -> dict[str, nn.Module]:
     """By name of the parameter, what holds the factors of each parametrized one of ``module`` itself."""
-    holders = module._modules.get("parametrizations")
+    holders = dict(module._modules.items()).get("parametrizations")  # what a ScriptModule has instead has no `get`
     return dict(holders.items()) if isinstance(holders, nn.ModuleDict) else {}
 
 

@@ -161,7 +161,10 @@ def test_fold_meets_it_whenever_training_stops(kind: str) -> None:
     assert not met(net, kind) or kind == "density-full"
     plain = copy.deepcopy(net)
     symopt.release(plain)
-    small = symopt.fold(net)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        small = symopt.fold(net)
+    assert [str(w.message).startswith("fold: ") for w in caught] == [True] * (kind != "density-full")
     if small[0].weight.shape == net[0].weight.shape and small[2].weight.shape == net[2].weight.shape:
         assert met(small, kind)
     assert all(n > 0 for n in small.fold_config["cut"].values()) or kind in ("density-full", "global")
