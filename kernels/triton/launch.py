@@ -175,10 +175,10 @@ def step(
     ``combine`` is called for every :class:`UnitsEntry` between survey and move, with the fp32 tensor ``(4, count)`` of
     the sums ``gg, mm, mw, ww`` on the device, to reduce it in place over other processes.
     """
-    from symopt_kernels.triton.constants import LaunchSettings
-
     if direction in SETTINGS:  # what is not listed is refused with its retraction, below
         check_settings("triton", direction, settings)
+    from symopt_kernels.triton.constants import LaunchSettings
+
     beta1, beta2, momentum, dampening = (
         float(settings.get(name, 0.0)) for name in ("beta1", "beta2", "momentum", "dampening")
     )

@@ -35,7 +35,7 @@ from support.runs import (
     stepped,
     tensors,
 )
-from support.table import ANY_SHAPE, ConstraintRow, OptimizerRow, available, constrained_parameter
+from support.table import ANY_SHAPE, ConstraintRow, OptimizerRow, available, claimed, constrained_parameter
 from support.tolerances import tolerance
 
 
@@ -131,7 +131,7 @@ def plain_module(dtype: torch.dtype) -> nn.Module:
     return module
 
 
-@cases(opt_row=ANY_SHAPE, dtype=[torch.float32, torch.float64], weight_decay=[0.0, 0.1])
+@cases(claimed, opt_row=ANY_SHAPE, dtype=[torch.float32, torch.float64], weight_decay=[0.0, 0.1])
 def test_native_steps_unconstrained_tensors_like_torch(
     opt_row: OptimizerRow, dtype: torch.dtype, weight_decay: float
 ) -> None:
@@ -146,7 +146,7 @@ def test_native_steps_unconstrained_tensors_like_torch(
         close((ours, opt), (theirs, torch_opt), kind)
 
 
-@cases(opt_row=ANY_SHAPE, dtype=HALF)
+@cases(claimed, opt_row=ANY_SHAPE, dtype=HALF)
 def test_native_steps_unconstrained_halves_with_fp32_moments(opt_row: OptimizerRow, dtype: torch.dtype) -> None:
     ours, theirs = plain_module(dtype), plain_module(torch.float32)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -170,7 +170,7 @@ def test_native_steps_unconstrained_halves_with_fp32_moments(opt_row: OptimizerR
                     torch.testing.assert_close(opt.state[p][key], value, rtol=tol, atol=tol)
 
 
-@cases(opt_row=ANY_SHAPE)
+@cases(claimed, opt_row=ANY_SHAPE)
 def test_unconstrained_tensors_may_change_backends(opt_row: OptimizerRow) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         module = plain_module(dtype)
@@ -253,7 +253,7 @@ def test_copies_and_pickles_continue(row: ConstraintRow, opt_row: OptimizerRow) 
 
 def test_unstepped_copies_have_first_steps() -> None:
     """A copy made between construction and the first step, when there is no momentum yet."""
-    for opt_row in ANY_SHAPE:
+    for opt_row in filter(claimed, ANY_SHAPE):
         original = start(ROWS[0], opt_row, backend="native")
         twin = copy.deepcopy(original)
         assert equal(stepped(twin), stepped(original))
