@@ -57,10 +57,11 @@ __all__ = [
 
 DTYPES = tuple(FORMATS.values())
 
+_ALL = "plain sparse nm sparse_free group units orbit centred basis"
 _HAS = {
-    "sgd": "plain sparse nm sparse_free group units orbit centred basis",
-    "adam": "plain sparse nm sparse_free group units orbit centred basis",
-    "adamw": "plain sparse nm sparse_free group units orbit centred basis",
+    "sgd": _ALL,
+    "adam": _ALL,
+    "adamw": _ALL,
     "lion": "plain sparse nm",
 }
 ROWS = frozenset((direction, retraction) for direction, has in _HAS.items() for retraction in has.split())
@@ -301,7 +302,7 @@ def _check(entries: Sequence[Entry | PlaneEntry | UnitsEntry], direction: str) -
     """Raise for a direction that would run as another one."""
     if direction not in _HAS:
         raise ValueError(f"native: no direction {direction!r}; it has {', '.join(_HAS)}")
-    if direction != "lion":  # all others have all
+    if _HAS[direction] == _ALL:
         return
     for entry in entries:
         name = RETRACTIONS[entry.retraction] if isinstance(entry, Entry) else type(entry).__name__

@@ -75,7 +75,7 @@ def test_twenty_steps_in_lower_precision(row: ConstraintRow, opt_row: OptimizerR
     assert moved(ours, row)
 
 
-@cases(row=ROWS, opt_row=FEW)
+@cases(native_too, row=ROWS, opt_row=FEW)
 def test_a_schedule_of_the_imbalance(row: ConstraintRow, opt_row: OptimizerRow) -> None:
     """As Anneal sets it, commit included."""
     ours, theirs = both(row, opt_row, strength=20.0 * opt_row.lr)
@@ -88,7 +88,7 @@ def test_a_schedule_of_the_imbalance(row: ConstraintRow, opt_row: OptimizerRow) 
         assert float(ours[1].state[ours[0].weight]["imbalance"]) == 0
 
 
-@cases(row=ROWS, opt_row=FEW)
+@cases(native_too, row=ROWS, opt_row=FEW)
 def test_numbers_that_schedules_change(row: ConstraintRow, opt_row: OptimizerRow) -> None:
     ours, theirs = both(row, opt_row)
     for t in range(STEPS):
@@ -101,7 +101,7 @@ def test_numbers_that_schedules_change(row: ConstraintRow, opt_row: OptimizerRow
         close(ours, theirs, kind_of(row))
 
 
-@cases(row=ROWS)
+@cases(lambda row: native_too(row, FEW[2]), row=ROWS)
 def test_tensor_settings(row: ConstraintRow) -> None:
     def number(x: float) -> Tensor:
         return torch.tensor(x, dtype=torch.float64)
@@ -262,7 +262,7 @@ def test_unstepped_copies_have_first_steps() -> None:
 # -- the comparison itself -------------------------------------------------------------------------------------------
 
 
-@cases(row=ROWS, opt_row=FEW, dtype=[torch.float64, torch.float32])
+@cases(native_too, row=ROWS, opt_row=FEW, dtype=[torch.float64, torch.float32])
 def test_the_comparison_notices_a_wrong_learning_rate(
     row: ConstraintRow, opt_row: OptimizerRow, dtype: torch.dtype
 ) -> None:

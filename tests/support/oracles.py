@@ -1,7 +1,7 @@
 """The step on explicit factors, written out without the library: the oracle of the reference.
 
-Units are found by a loop over indices, sums run through a 0/1 matrix, directions are the formulas of the rows, and the step is
-the plain simultaneous gradient step on a gate and a direction,
+Units are found by a loop over indices, sums run through a 0/1 matrix, directions are the formulas of the rows, and the
+step is the plain simultaneous gradient step on a gate and a direction,
 
     s' = rho s - <delta, d>,        d' = rho d - delta s,        w' = s' d',
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,31 +30,40 @@ STRENGTH = 0.3
 SNAP = 1e-6
 
 
-def labels(constraint: Constraint, shape: tuple[int, ...]) -> Tensor:
+def labels(row: ConstraintRow) -> Tensor:
     """Unit of every weight, flat; units are numbered in the order of their names."""
-    names = [_unit(constraint, index, shape) for index in itertools.product(*map(range, shape))]
+    return _numbered(row.unit or _unit(row.make(None), row.shape), row.shape)
+
+
+def labels_of(constraint: Constraint, shape: tuple[int, ...]) -> Tensor:
+    """The same of ``Sparse`` or ``GroupSparse`` on a weight of this shape."""
+    return _numbered(_unit(constraint, shape), shape)
+
+
+def _numbered(unit: Callable[[tuple[int, ...]], Any], shape: tuple[int, ...]) -> Tensor:
+    names = [unit(place) for place in itertools.product(*map(range, shape))]
     number = {name: i for i, name in enumerate(sorted(set(names)))}
     return torch.tensor([number[name] for name in names])
 
 
-def _unit(constraint: Constraint, index: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+def _unit(constraint: Constraint, shape: tuple[int, ...]) -> Callable[[tuple[int, ...]], Any]:
     if isinstance(constraint, symopt.Sparse):
-        return index
-    if not isinstance(constraint, (symopt.GroupSparse, symopt.GroupBridge)):
-        raise NotImplementedError(f"{type(constraint).__name__} needs an oracle of its own")
+        return lambda place: place
+    if not isinstance(constraint, symopt.GroupSparse):
+        raise NotImplementedError(f"{type(constraint).__name__}: its row needs unit=, which names the unit of a weight")
     kind = constraint.groups
     if callable(kind):
         kind = kind(torch.zeros(shape))
     if isinstance(kind, Tensor):
-        return (int(kind[index] if kind.shape == shape else kind[index[0]]),)
+        return lambda place: int(kind[place] if kind.shape == shape else kind[place[0]])
     if kind in ("out", "in"):
-        return (index[0 if kind == "out" else 1],)
+        return lambda place: place[0 if kind == "out" else 1]
     numbers = [int(n) for n in re.findall(r"\d+", kind)]
     if kind.startswith("head:"):
         packed = len(shape) == 2 and shape[0] == 3 * shape[1]
         rows = shape[0] // 3 if packed else shape[0]  # rows of q, of k and of v, each cut into heads by itself
-        return (index[0] % rows // (rows // numbers[0]),)
-    return (index[0] // numbers[0], index[1] // numbers[1])
+        return lambda place: place[0] % rows // (rows // numbers[0])
+    return lambda place: (place[0] // numbers[0], place[1] // numbers[1])
 
 
 class Explicit:
@@ -70,7 +80,7 @@ class Explicit:
         imbalance: float = 1.0,
         time_scale: str = "saturated",
     ):
-        label = labels(row.make(None), row.shape)
+        label = labels(row)
         self.member = torch.nn.functional.one_hot(label).to(w.dtype)  # weights x units
         self.count = self.member.sum(0)
         self.w, self.shape = w.detach().flatten().clone(), row.shape

@@ -28,6 +28,8 @@ class ConstraintRow:
     make: Callable[[float | None], Constraint]
     """strength -> constraint"""
     shape: tuple[int, ...]
+    unit: Callable[[tuple[int, ...]], object] | None = None
+    """Place of a weight -> name of its unit, said without the library; ``Sparse`` and ``GroupSparse`` need none."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,15 @@ class OptimizerRow:
     """Ids of the constraints' rows that it takes; None: all.  The others it refuses by name."""
 
     @property
+    def plain_cls(self) -> type[torch.optim.Optimizer]:
+        """What steps its unconstrained parameters with the same bits."""
+        return self.torch_cls if issubclass(self.cls, self.torch_cls) else self.cls
+
+    def moments(self, role: str) -> set[str]:
+        """Names of moments, by what :class:`symopt.optim.direction.Moment` calls their role."""
+        return {moment.key for moment in self.cls.direction.table if moment.role == role}
+
+    @property
     def settings(self) -> dict[str, Any]:
         """All of its options, defaults included, as its counterpart has them."""
         p = torch.nn.Parameter(torch.zeros(1, 1))
@@ -117,6 +128,7 @@ CONSTRAINTS = [
     ConstraintRow("group-index", lambda k: symopt.GroupSparse(torch.tensor([0, 2, 2, 0, 5, 5]), k), (6, 5)),
     ConstraintRow("group-callable", lambda k: symopt.GroupSparse(_checkerboard, k), (6, 5)),
 ]
+"""Two factors: each unit, a weight or a group of weights, is one gate times one direction."""
 
 
 DEEP = [
@@ -264,14 +276,15 @@ UNITS = [
     UnitsRow("units-alone", ((6, 5),), (1,), ((3, -1, 0, 3, 7),), (0.25,)),
 ]
 
-BRIDGES = [
-    ConstraintRow("bridge-out", lambda k: symopt.GroupBridge("out", k), (6, 5)),
-    ConstraintRow("bridge-in-conv", lambda k: symopt.GroupBridge("in", k), (4, 3, 3, 2)),
-    ConstraintRow("bridge-head", lambda k: symopt.GroupBridge("head:2", k), (8, 3)),
+OWN_FACTORS = [
+    ConstraintRow("bridge-out", lambda k: symopt.GroupBridge("out", k), (6, 5), lambda place: place[0]),
+    ConstraintRow("bridge-in-conv", lambda k: symopt.GroupBridge("in", k), (4, 3, 3, 2), lambda place: place[1]),
+    ConstraintRow("bridge-head", lambda k: symopt.GroupBridge("head:2", k), (8, 3), lambda place: place[0] // 4),
 ]
-"""One gate for a group, and two factors for each of its weights (test_bridge.py)."""
+"""Constraints whose factors are not one gate and one direction per unit: each needs an oracle of its own.  The row of
+such a constraint stands here (``CONSTRAINTS`` has the others)."""
 
-EVERY: list[Row] = [*CONSTRAINTS, *DEEP, *FREE, *PLANES, *MATRICES, *UNITS, *BRIDGES]
+EVERY: list[Row] = [*CONSTRAINTS, *DEEP, *FREE, *PLANES, *MATRICES, *UNITS, *OWN_FACTORS]
 
 _BOTH = ("native", "triton")
 _SGD: dict[str, Any] = {"formula": directions.sgd, "decoupled": False, "fused": _BOTH}
