@@ -10,7 +10,7 @@ from support import cases
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exhaustive", action="store_true", help="run all cases, not only some of each kind")
-    parser.addoption("--case", default="", help="run only the cases with this in their name, of tests that loop")
+    parser.addoption("--case", default="", help="run only the cases with this in their name")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,7 +20,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("exhaustive"):
-        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+    exhaustive, only = config.getoption("exhaustive"), config.getoption("case")
+
+    def runs(item: pytest.Item) -> bool:
+        if not exhaustive and item.get_closest_marker("exhaustive"):
+            return False
+        parameters = item.name.partition("[")[2]
+        return only in parameters or cases.has(getattr(item, "obj", None), only)
+
+    left_out = [item for item in items if not runs(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]

@@ -35,6 +35,7 @@ from symopt_kernels.native.library import (
 from symopt_kernels.native.library import Segment as _Segment
 from symopt_kernels.orbits import Segment
 from symopt_kernels.reference.directions import amplification
+from symopt_kernels.settings import check_settings
 from symopt_kernels.units import Units
 
 __all__ = [
@@ -56,10 +57,11 @@ __all__ = [
 
 DTYPES = tuple(FORMATS.values())
 
+_ALL = "plain sparse nm sparse_free group units orbit centred basis"
 _HAS = {
-    "sgd": "plain sparse nm sparse_free group units orbit centred basis",
-    "adam": "plain sparse nm sparse_free group units orbit centred basis",
-    "adamw": "plain sparse nm sparse_free group units orbit centred basis",
+    "sgd": _ALL,
+    "adam": _ALL,
+    "adamw": _ALL,
     "lion": "plain sparse nm",
 }
 ROWS = frozenset((direction, retraction) for direction, has in _HAS.items() for retraction in has.split())
@@ -248,12 +250,6 @@ def step(
     direction: str,
     *,
     lr: float,
-    beta1: float = 0.0,
-    beta2: float = 0.0,
-    eps: float = 0.0,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    nesterov: bool = False,
     weight_decay: float = 0.0,
     maximize: bool = False,
     saturated: bool = True,
@@ -262,53 +258,51 @@ def step(
     found_inf: Tensor | None = None,
     combine: Callable[[Tensor], None] | None = None,
     instructions: str = INSTRUCTIONS[-1],
+    **settings: float,
 ) -> None:
     """Step every entry: the reference's direction, then each entry's retraction and the law of its imbalance, in place.
 
-    A counter ``step`` is advanced first.  Gradients are divided by ``grad_scale``; a nonzero ``found_inf`` skips
+    ``settings`` are those of the direction (:data:`~symopt_kernels.settings.SETTINGS`), all of them and no others.  A
+    counter ``step`` is advanced first.  Gradients are divided by ``grad_scale``; a nonzero ``found_inf`` skips
     everything (both fp32 tensors).  ``weight_decay`` is torch's and acts on ``plain`` entries only.  ``combine`` gets,
     for every :class:`UnitsEntry`, the sums ``gg, mm, mw, ww`` of its units over its parameters, ``(4, count)`` in
     fp64, to reduce them in place over other processes before anything moves.
     """
     _check(entries, direction)
-    settings = Settings(
+    check_settings("native", direction, settings)
+    given = Settings(
         lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        momentum=momentum,
-        dampening=dampening,
-        amplification=amplification(momentum, dampening) if momentum else 1.0,
+        amplification=amplification(settings.get("momentum", 0.0), settings.get("dampening", 0.0)),
         weight_decay=weight_decay,
         imbalance_factor=-1.0 if imbalance_factor is None else imbalance_factor,
         grad_scale=None if grad_scale is None else grad_scale.data_ptr(),
         found_inf=None if found_inf is None else found_inf.data_ptr(),
         direction=DIRECTIONS.index(direction),
-        nesterov=nesterov,
         maximize=maximize,
         saturated=saturated,
         threads=torch.get_num_threads(),
         instructions=INSTRUCTIONS.index(instructions),
         parallel=_parallel,
+        **settings,
     )
     if set(map(type, entries)) <= {Entry}:
-        _call(LIBRARY.symopt_step_tensors, entries, settings)
+        _call(LIBRARY.symopt_step_tensors, entries, given)
         return
-    _call(LIBRARY.symopt_step_tensors, [entry for entry in entries if isinstance(entry, Entry)], settings)
-    _call(LIBRARY.symopt_step_planes, [entry for entry in entries if isinstance(entry, PlaneEntry)], settings)
+    _call(LIBRARY.symopt_step_tensors, [entry for entry in entries if isinstance(entry, Entry)], given)
+    _call(LIBRARY.symopt_step_planes, [entry for entry in entries if isinstance(entry, PlaneEntry)], given)
     units = [entry for entry in entries if isinstance(entry, UnitsEntry)]
-    _call(LIBRARY.symopt_survey_units, units, settings)
+    _call(LIBRARY.symopt_survey_units, units, given)
     if combine is not None and (found_inf is None or not bool(found_inf)):
         for entry in units:
             combine(entry.unit_sums)
-    _call(LIBRARY.symopt_move_units, units, settings)
+    _call(LIBRARY.symopt_move_units, units, given)
 
 
 def _check(entries: Sequence[Entry | PlaneEntry | UnitsEntry], direction: str) -> None:
     """Raise for a direction that would run as another one."""
     if direction not in _HAS:
         raise ValueError(f"native: no direction {direction!r}; it has {', '.join(_HAS)}")
-    if direction != "lion":  # all others have all
+    if _HAS[direction] == _ALL:
         return
     for entry in entries:
         name = RETRACTIONS[entry.retraction] if isinstance(entry, Entry) else type(entry).__name__

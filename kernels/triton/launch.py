@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from symopt_kernels.reference.directions import amplification
+from symopt_kernels.settings import SETTINGS, check_settings
 from symopt_kernels.triton import table
 from symopt_kernels.triton.backend import BACKEND, DIRECTIONS, DTYPES, PATTERNS, ROWS, why_not
 from symopt_kernels.triton.launch_plan import Bucket, LaunchPlan
@@ -154,12 +155,6 @@ def step(
     direction: str,
     *,
     lr: float | Tensor,
-    beta1: float = 0.0,
-    beta2: float = 0.0,
-    eps: float = 0.0,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    nesterov: bool = False,
     weight_decay: float = 0.0,
     maximize: bool = False,
     saturated: bool = True,
@@ -168,8 +163,11 @@ def step(
     found_inf: Tensor | None = None,
     seed: int | None = None,
     combine: Callable[[Tensor], None] | None = None,
+    **settings: float,
 ) -> None:
     """``native.step`` on the device: one launch per bucket, or one per phase, and the host waits for nothing.
+
+    ``settings`` are those of the direction (:data:`~symopt_kernels.settings.SETTINGS`), all of them and no others.
 
     ``lr`` and an entry's strength (``strength_kept``) may be fp32 tensors on the device, read when the kernel runs.
     With a ``seed``, bf16 weights without an fp32 copy are rounded stochastically; give every step another one.
@@ -177,8 +175,13 @@ def step(
     ``combine`` is called for every :class:`UnitsEntry` between survey and move, with the fp32 tensor ``(4, count)`` of
     the sums ``gg, mm, mw, ww`` on the device, to reduce it in place over other processes.
     """
+    if direction in SETTINGS:  # what is not listed is refused with its retraction, below
+        check_settings("triton", direction, settings)
     from symopt_kernels.triton.constants import LaunchSettings
 
+    beta1, beta2, momentum, dampening = (
+        float(settings.get(name, 0.0)) for name in ("beta1", "beta2", "momentum", "dampening")
+    )
     plan = entries[0].plan
     if not (isinstance(plan, LaunchPlan) and plan.holds(entries)):
         plan = entries[0].plan = LaunchPlan(entries)
@@ -188,28 +191,29 @@ def step(
         found_inf=found_inf,
         grad_scale=grad_scale,
         lr=0.0 if lr_at is not None else float(lr),
-        beta1=float(beta1),
-        one_minus_beta1=float(1 - beta1),
-        beta2=float(beta2),
-        one_minus_beta2=float(1 - beta2),
+        beta1=beta1,
+        one_minus_beta1=1 - beta1,
+        beta2=beta2,
+        one_minus_beta2=1 - beta2,
         log_beta1=math.log(beta1) if beta1 else -math.inf,
         log_beta2=math.log(beta2) if beta2 else -math.inf,
-        eps=float(eps),
-        momentum=float(momentum),
-        one_minus_dampening=float(1 - dampening),
+        eps=float(settings.get("eps", 0.0)),
+        momentum=momentum,
+        one_minus_dampening=1 - dampening,
         amplify=1.0,
         weight_decay=float(weight_decay),
         imbalance_factor=-1.0 if imbalance_factor is None else float(imbalance_factor),
     )
-    amplified = given._replace(amplify=float(amplification(momentum, dampening)))
-    options = {"nesterov": nesterov, "maximize": maximize, "saturated": saturated, "weight_decay": weight_decay != 0}
+    amplified = given._replace(amplify=amplification(momentum, dampening))
+    options = {"maximize": maximize, "saturated": saturated, "weight_decay": weight_decay != 0}
+    options |= {"nesterov": bool(settings.get("nesterov", False))}
     options |= {"stochastic": seed is not None, "hooked": combine is not None}
     found = [(key, bucket, launches(key, direction, **options)) for key, bucket in plan.buckets]
     for key, bucket, kernels in found:
         bucket.send()
-        settings = amplified if DIRECTIONS[direction].buffer and key[4] else given
+        sent = amplified if DIRECTIONS[direction].buffer and key[4] else given
         for launch in kernels:
-            _run(launch, bucket, settings, 0 if seed is None else seed)
+            _run(launch, bucket, sent, 0 if seed is None else seed)
             if combine is not None and launch.fixed.get("DECIDE") is False:
                 for entry in bucket.entries:
                     combine(bucket.unit_sums(entry))

@@ -1,6 +1,6 @@
 """What a constraint is: factors of the weight, the symmetry between them, and the step that symmetry induces.
 
-A new constraint is one file with one final subclass of :class:`Constraint`, and one line in ``constraints/__init__``.
+A new constraint is one file with one final subclass of :class:`Constraint`; ``CONTRIBUTING.md`` has the recipe.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import symopt
 from support.cases import cases, pairs, some
+from support.kernel_cases import GRADIENT
 from support.roles import roles
 from support.tolerances import tolerance
 from symopt.budgets import schedule, selection
@@ -589,7 +590,7 @@ def test_the_native_pattern_is_the_references(
     entry = native.Entry()
     native.fill(entry, w, roles(state), "sparse")
     entry.grad, entry.pattern_n, entry.pattern_m = g.data_ptr(), keep, of
-    native.step([entry], "sgd", lr=0.01, saturated=saturated, instructions=instructions)
+    native.step([entry], "sgd", lr=0.01, **GRADIENT, saturated=saturated, instructions=instructions)
     close = torch.finfo(dtype).eps * tolerance("native weight, fp64")
     torch.testing.assert_close(w.double(), want, rtol=close, atol=close * float(want.abs().max()))
 

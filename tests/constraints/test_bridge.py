@@ -8,12 +8,14 @@ import torch
 import symopt
 from support.cases import cases
 from support.runs import gradient
-from support.table import BRIDGES, constrained_parameter
+from support.table import OWN_FACTORS, constrained_parameter
 from support.tolerances import tolerance
 from symopt.constraints.group_bridge import GroupBridge
 from symopt_kernels.reference.gauge import SNAP
 
 STRENGTH, LR = 0.3, 0.01
+
+BRIDGES = [row for row in OWN_FACTORS if isinstance(row.make(None), GroupBridge)]
 
 
 def explicit_step(constraint, w, grad):

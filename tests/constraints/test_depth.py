@@ -95,7 +95,7 @@ class Balanced(Explicit):
 def test_the_balanced_step_is_the_factor_step(row, opt_row, time_scale):
     module = constrained_parameter(row, strength=STRENGTH)
     p = module.weight
-    p.data[labels(row.make(None), row.shape).reshape(row.shape) == 1] = 0
+    p.data[labels(row).reshape(row.shape) == 1] = 0
     opt = optimizer(module, opt_row, time_scale=time_scale)
     oracle = Balanced(row, opt_row, p, time_scale=time_scale)
     for g in gradients(row.shape, 6):
@@ -115,7 +115,7 @@ def test_the_balanced_step_is_the_factor_step(row, opt_row, time_scale):
 def test_signs_are_locked_and_zeros_absorb(row, opt_row, time_scale):
     """Under gradients that push every unit straight through zero, along itself (a group may walk around its zero)."""
     module = constrained_parameter(row, strength=1e-3)
-    p, dead = module.weight, (labels(row.make(None), row.shape) == 1).reshape(row.shape)
+    p, dead = module.weight, (labels(row) == 1).reshape(row.shape)
     p.data[dead] = 0
     start, was_dead = p.detach().clone(), dead.clone()
     opt = optimizer(module, opt_row, time_scale=time_scale, lr=0.3)
@@ -320,7 +320,7 @@ def test_snapping_in_the_fixed_gauge(row):
     """Below the threshold while ``|delta| a**(depth - 2) < decay``, whichever way delta points."""
     constraint, decay = row.make(None), 1e-2
     scale, depth = torch.tensor(2.0, dtype=torch.float64), constraint.depth
-    label = labels(constraint, row.shape)
+    label = labels(row)
     member = torch.nn.functional.one_hot(label).double()
     w = randn(row.shape).flatten()
     unit = (w / (member @ (w * w @ member).sqrt())).reshape(row.shape)

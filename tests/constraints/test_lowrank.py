@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import symopt
 from support.cases import cases
+from support.directions import Units
 from support.runs import gradients, optimizer
 from support.table import EVERY_OPTIMIZER, MATRICES, OPTIMIZERS, constrained_parameter, taken
 from support.tolerances import tolerance
@@ -81,42 +82,21 @@ def test_alignment_changes_the_gauge_and_nothing_else():
 
 
 class Explicit:
-    """The step written out with the factors of the state as they are, torch's formulas, and no code of the library."""
+    """The step written out with the factors of the state as they are, the row's formula, and no code of the library."""
 
     def __init__(self, opt_row, opt, p, strength, lr):
         self.row, self.opt, self.p, self.strength, self.lr = opt_row, opt, p, strength, lr
         self.moments = ({}, {})
-        self.count = 0
 
     def direction(self, g, state):
-        options = self.row.options
-        if self.row.torch_cls is torch.optim.SGD:
-            momentum, dampening = options.get("momentum", 0.0), options.get("dampening", 0.0)
-            if momentum == 0:
-                return g, 1.0
-            state["b"] = g if "b" not in state else momentum * state["b"] + (1 - dampening) * g
-            return g + momentum * state["b"] if options.get("nesterov") else state["b"], (1 - dampening) / (
-                1 - momentum
-            )
-        m, n = self.p.shape[0], self.p[0].numel()
-        per_coordinate = (math.sqrt(m) + math.sqrt(n)) / 2
-        if self.row.cls is symopt.Lion:
-            beta1, beta2 = options.get("betas", (0.9, 0.99))
-            lead = beta1 * state.get("m", 0 * g) + (1 - beta1) * g
-            state["m"] = beta2 * state.get("m", 0 * g) + (1 - beta2) * g
-            return lead / lead.square().mean(1, keepdim=True).sqrt(), per_coordinate
-        beta1, beta2 = options.get("betas", (0.9, 0.999))
-        state["m"] = beta1 * state.get("m", 0 * g) + (1 - beta1) * g
-        state["v"] = beta2 * state.get("v", 0 * g[:, :1]) + (1 - beta2) * (g * g).mean(1, keepdim=True)
-        state["top"] = torch.maximum(state.get("top", state["v"]), state["v"])
-        peak = state["top"] if options.get("amsgrad") else state["v"]
-        pre = 1 / ((peak / (1 - beta2**self.count)).sqrt() + 1e-8)
-        own = pre if self.row.torch_cls is torch.optim.Adam else per_coordinate
-        return pre * state["m"] / (1 - beta1**self.count), own
+        """Rows are units; a decoupled strength is one per coordinate of the matrix."""
+        rows = Units(tuple(g.shape), lambda x: x.mean(1, keepdim=True))
+        update, number = self.row.direction(g, state, rows)
+        per_coordinate = (math.sqrt(self.p.shape[0]) + math.sqrt(self.p[0].numel())) / 2
+        return update, number * per_coordinate if self.row.decoupled else number
 
     def step(self, grad, factors, scale, saturated):
-        self.count += 1
-        g = (-grad if self.row.options.get("maximize") else grad).flatten(1)
+        g = grad.flatten(1)
         u, v = factors
         metric = u.square().sum(0) + v.square().sum(0)
         a, b = (f.norm() / f.shape[1] ** 0.5 for f in (u, v))

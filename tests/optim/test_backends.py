@@ -35,7 +35,7 @@ from support.runs import (
     stepped,
     tensors,
 )
-from support.table import ANY_SHAPE, ConstraintRow, OptimizerRow, available, constrained_parameter
+from support.table import ANY_SHAPE, ConstraintRow, OptimizerRow, available, claimed, constrained_parameter
 from support.tolerances import tolerance
 
 
@@ -76,7 +76,7 @@ def test_twenty_steps_in_lower_precision(row: ConstraintRow, opt_row: OptimizerR
 
 
 @pytest.mark.filterwarnings("ignore:.* steps before the commit .* are too few")
-@cases(row=ROWS, opt_row=FEW)
+@cases(native_too, row=ROWS, opt_row=FEW)
 def test_a_schedule_of_the_imbalance(row: ConstraintRow, opt_row: OptimizerRow) -> None:
     """Commit included."""
     ours, theirs = both(row, opt_row, strength=20.0 * opt_row.lr)
@@ -90,7 +90,7 @@ def test_a_schedule_of_the_imbalance(row: ConstraintRow, opt_row: OptimizerRow) 
         assert float(ours[1].state[ours[0].weight]["imbalance"]) == 0
 
 
-@cases(row=ROWS, opt_row=FEW)
+@cases(native_too, row=ROWS, opt_row=FEW)
 def test_numbers_that_schedules_change(row: ConstraintRow, opt_row: OptimizerRow) -> None:
     ours, theirs = both(row, opt_row)
     for t in range(STEPS):
@@ -103,7 +103,7 @@ def test_numbers_that_schedules_change(row: ConstraintRow, opt_row: OptimizerRow
         close(ours, theirs, kind_of(row))
 
 
-@cases(row=ROWS)
+@cases(lambda row: native_too(row, FEW[2]), row=ROWS)
 def test_tensor_settings(row: ConstraintRow) -> None:
     def number(x: float) -> Tensor:
         return torch.tensor(x, dtype=torch.float64)
@@ -133,7 +133,7 @@ def plain_module(dtype: torch.dtype) -> nn.Module:
     return module
 
 
-@cases(opt_row=ANY_SHAPE, dtype=[torch.float32, torch.float64], weight_decay=[0.0, 0.1])
+@cases(claimed, opt_row=ANY_SHAPE, dtype=[torch.float32, torch.float64], weight_decay=[0.0, 0.1])
 def test_native_steps_unconstrained_tensors_like_torch(
     opt_row: OptimizerRow, dtype: torch.dtype, weight_decay: float
 ) -> None:
@@ -148,7 +148,7 @@ def test_native_steps_unconstrained_tensors_like_torch(
         close((ours, opt), (theirs, torch_opt), kind)
 
 
-@cases(opt_row=ANY_SHAPE, dtype=HALF)
+@cases(claimed, opt_row=ANY_SHAPE, dtype=HALF)
 def test_native_steps_unconstrained_halves_with_fp32_moments(opt_row: OptimizerRow, dtype: torch.dtype) -> None:
     ours, theirs = plain_module(dtype), plain_module(torch.float32)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -172,7 +172,7 @@ def test_native_steps_unconstrained_halves_with_fp32_moments(opt_row: OptimizerR
                     torch.testing.assert_close(opt.state[p][key], value, rtol=tol, atol=tol)
 
 
-@cases(opt_row=ANY_SHAPE)
+@cases(claimed, opt_row=ANY_SHAPE)
 def test_unconstrained_tensors_may_change_backends(opt_row: OptimizerRow) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         module = plain_module(dtype)
@@ -255,7 +255,7 @@ def test_copies_and_pickles_continue(row: ConstraintRow, opt_row: OptimizerRow) 
 
 def test_unstepped_copies_have_first_steps() -> None:
     """A copy made between construction and the first step, when there is no momentum yet."""
-    for opt_row in ANY_SHAPE:
+    for opt_row in filter(claimed, ANY_SHAPE):
         original = start(ROWS[0], opt_row, backend="native")
         twin = copy.deepcopy(original)
         assert equal(stepped(twin), stepped(original))
@@ -264,7 +264,7 @@ def test_unstepped_copies_have_first_steps() -> None:
 # -- the comparison itself -------------------------------------------------------------------------------------------
 
 
-@cases(row=ROWS, opt_row=FEW, dtype=[torch.float64, torch.float32])
+@cases(native_too, row=ROWS, opt_row=FEW, dtype=[torch.float64, torch.float32])
 def test_the_comparison_notices_a_wrong_learning_rate(
     row: ConstraintRow, opt_row: OptimizerRow, dtype: torch.dtype
 ) -> None:

@@ -199,7 +199,7 @@ def test_loading_copies(row: OptimizerRow) -> None:
 )
 def test_a_torch_checkpoint_loads(row: OptimizerRow, bound: ConstraintRow, dtype: torch.dtype) -> None:
     plain = symopt.release(build(bound, dtype=dtype))
-    theirs = (plain, optimizer(row, plain, row.torch_cls))
+    theirs = (plain, optimizer(row, plain, row.plain_cls))
     steps(theirs, 0, 10)
     module = build(bound, seed=1, dtype=dtype)
     ours = (module, optimizer(row, module))
@@ -216,8 +216,8 @@ def test_a_torch_checkpoint_loads(row: OptimizerRow, bound: ConstraintRow, dtype
     for key, value in theirs[1].state.get(plain.weight, {}).items():
         if key == "step":
             assert state[key] == value
-        elif dtype == torch.float64 and key != "max_exp_avg_sq":
-            if key == "exp_avg_sq" and groups is not None:
+        elif dtype == torch.float64 and key not in row.moments("peak"):
+            if key in row.moments("second") and groups is not None:
                 value = groups.sum(value) / groups.size(value)  # linear: the shared moment is the mean of the group's
             assert (state[key] - value).abs().max() <= tolerance("identity") * value.abs().max(), key
     steps(ours, 11, 20)
@@ -232,15 +232,15 @@ def test_torch_goes_on_from_a_symopt_checkpoint(row: OptimizerRow, bound: Constr
     theirs = (plain, optimizer(row, plain, row.torch_cls))
     load(theirs, saved(*ours))
     loaded = theirs[1].state.get(plain.weight, {})
-    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"):
+    for key in row.moments("first") | row.moments("second") | row.moments("peak"):
         assert (key in loaded) == (key in ours[1].state[module.weight])
         if key in loaded:
             assert loaded[key].shape == plain.weight.shape
     groups = ours[1].binding(module.weight).groups(ours[1].state[module.weight])
-    if "exp_avg_sq" in loaded and groups is not None:
-        shared = ours[1].state[module.weight]["exp_avg_sq"]
+    for key in row.moments("second") if groups is not None else ():
+        shared = ours[1].state[module.weight][key]
         assert shared.shape == (groups.count,)
-        assert torch.equal(groups.first(loaded["exp_avg_sq"]), shared)
+        assert torch.equal(groups.first(loaded[key]), shared)
     steps(theirs, 10, 20)
     steps(ours, 10, 20)
     assert torch.equal(plain.bias, module.bias) and not torch.equal(plain.weight, module.weight)
@@ -282,8 +282,8 @@ def test_partial_state_is_completed(row: OptimizerRow, missing: str) -> None:
     own = {"imbalance", "metric_scale"}
     drop = {
         "both": own,
-        "moments": {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"},
-        "all but momentum": set(loaded["state"][0]) - {"momentum_buffer"},
+        "moments": row.moments("first") | row.moments("second") | row.moments("peak"),
+        "all but momentum": set(loaded["state"][0]) - row.moments("first"),
     }.get(missing, {missing})
     loaded["state"][0] = {k: v for k, v in loaded["state"][0].items() if k not in drop}
     twin = copy.deepcopy(module)

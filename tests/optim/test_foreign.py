@@ -17,6 +17,7 @@ from torch import Tensor
 
 import symopt
 from support.cases import cases
+from support.directions import Units, plain
 from support.oracles import STRENGTH, Explicit
 from support.runs import gradients, optimizer
 from support.table import (
@@ -159,23 +160,22 @@ class RowMax(Constraint):
 
 # -- the foreign direction with everything that the library has ------------------------------------------------------
 
-DRIFT = OptimizerRow("drift", Drift, Drift, 0.01)
-DECOUPLED = OptimizerRow("drift-decoupled", Drift, Drift, 0.01, {"decoupled": True})
+
+def drift(g: Tensor, state: dict[str, Any], options: Any, units: Units) -> tuple[Tensor, Tensor | float]:
+    """The direction, written out once more."""
+    state["exp_avg"] = 0.9 * state.get("exp_avg", 0 * g) + 0.1 * g
+    square = units.mean(g * g)
+    state["exp_avg_sq"] = 0.99 * state.get("exp_avg_sq", 0 * square) + 0.01 * square
+    scale = 1 / state["exp_avg_sq"].sqrt()
+    return state["exp_avg"] * units.spread(scale), 1.0 if options["decoupled"] else scale
+
+
+PLAIN = plain(drift, decoupled=False)
+DRIFT = OptimizerRow("drift", Drift, PLAIN, 0.01, formula=drift, decoupled=False)
+DECOUPLED = OptimizerRow("drift-decoupled", Drift, PLAIN, 0.01, {"decoupled": True}, formula=drift, decoupled=True)
 ROW_MAX = ConstraintRow("row-max", RowMax, (6, 5))
 
 BACKENDS = [None, "reference"]
-
-
-class ExplicitDrift(Explicit):
-    """Explicit factors under the foreign direction, written out once more."""
-
-    def direction(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        g, state = grad.flatten(), self.state
-        state["exp_avg"] = 0.9 * state.get("exp_avg", torch.zeros_like(g)) + 0.1 * g
-        square = (g * g @ self.member) / self.count
-        state["exp_avg_sq"] = 0.99 * state.get("exp_avg_sq", torch.zeros_like(square)) + 0.01 * square
-        scale = 1 / state["exp_avg_sq"].sqrt()
-        return state["exp_avg"] * (self.member @ scale), self.count.sqrt() if self.options else scale
 
 
 @cases(row=CONSTRAINTS, opt_row=[DRIFT, DECOUPLED], time_scale=["none", "saturated"], backend=BACKENDS)
@@ -184,7 +184,7 @@ def test_the_direction_under_every_constraint_is_the_factor_step(
 ) -> None:
     p = (module := constrained_parameter(row)).weight
     opt = optimizer(module, opt_row, strength=STRENGTH, time_scale=time_scale, backend=backend)
-    oracle = ExplicitDrift(row, opt_row, p, time_scale=time_scale)
+    oracle = Explicit(row, opt_row, p, time_scale=time_scale)
     for g in gradients(row.shape, 6):
         p.grad = g
         opt.step()
@@ -255,8 +255,7 @@ OUT = next(row for row in CONSTRAINTS if row.id == "group-out")
 def test_the_constraint_under_every_optimizer(opt_row: OptimizerRow, backend: str | None, imbalance: float) -> None:
     p = (module := constrained_parameter(ROW_MAX)).weight
     opt = optimizer(module, opt_row, strength=5.0, backend=backend, imbalance=imbalance)
-    kind = ExplicitDrift.direction if opt_row.cls is Drift else Explicit.direction
-    oracle = type("Oracle", (ExplicitRowMax,), {"direction": kind})(OUT, opt_row, p, strength=5.0)
+    oracle = ExplicitRowMax(OUT, opt_row, p, strength=5.0)
     close = {"rtol": tolerance("factor step"), "atol": tolerance("factor step"), "check_dtype": False}
     for g in gradients(ROW_MAX.shape, 12):
         p.grad = g

@@ -193,8 +193,8 @@ def test_clipping_may_refuse_what_is_not_finite(row: OptimizerRow) -> None:
 
 @cases(steps_on, row=CLASSES, bound=ROWS, backend=["native", "reference"])
 def test_no_lr_and_no_strength_is_too_large(row: OptimizerRow, bound: Any, backend: str) -> None:
-    """Their product has to be a number of the weight's precision; nothing else is asked for."""
-    for lr, strength in ((1e30, 1e-3), (1e30, 1e8), (1e3, 1e30), (1e-3, 1e38)):
+    """Their product, times what the direction makes of it, has to be a number of the weight's precision."""
+    for lr, strength in ((1e30, 1e-3), (1e30, 1e6), (1e3, 1e30), (1e-3, 1e38)):
         module = constrained_parameter(bound, strength=strength, dtype=torch.float32)
         opt = row.cls(module, lr=lr, backend=backend)
         for sign in (1, -1, 1, 1):

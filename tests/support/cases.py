@@ -3,7 +3,8 @@
 :func:`cases` runs all combinations of the values of some arguments; :func:`pairs`, for arguments that are independent,
 so many that any two values of two arguments meet; :func:`some` so many that every value occurs.  With ``--exhaustive``
 (``make test-all``) these two run all combinations too, or, where those are very many, so that any three values meet.
-A failure names the cases that failed, and ``--case TEXT`` runs only those whose name has the text in it.
+A failure names the cases that failed, and ``--case TEXT`` runs only those whose name has the text in it, in these
+tests and in parametrised ones.
 """
 
 from __future__ import annotations
@@ -121,6 +122,12 @@ def name_of(case: dict[str, Any], axes: dict[str, Sequence[Any]]) -> str:
     return "-".join(itertools.starmap(text, case.items()))
 
 
+def has(test: object, text: str) -> bool:
+    """Whether a test loops over a case with ``text`` in its name."""
+    names: Callable[[], Iterator[str]] = getattr(test, "names", lambda: iter(()))
+    return any(text in name for name in names())
+
+
 def _loop(test: Test, axes: dict[str, Sequence[Any]], where: Where | None, strength: int) -> Test:
     axes = {name: list(values) for name, values in axes.items()}
 
@@ -139,6 +146,10 @@ def _loop(test: Test, axes: dict[str, Sequence[Any]], where: Where | None, stren
             listed = "".join(f"\n  {name}: {(str(error).splitlines() or [''])[0]}" for name, error in failures.items())
             raise AssertionError(f"failed for{listed}") from next(iter(failures.values()))
 
+    def names() -> Iterator[str]:
+        return (name_of(case, axes) for case in combinations(axes, where, strength))
+
+    loop.names = names  # type: ignore[attr-defined]
     signature = inspect.signature(test)
     assert axes.keys() <= signature.parameters.keys(), f"{test.__name__} has no argument {axes.keys()}"
     rest = [p for name, p in signature.parameters.items() if name not in axes]

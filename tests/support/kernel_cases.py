@@ -279,16 +279,23 @@ def guarded(x: Tensor, guards: list[tuple[Tensor, Tensor]]) -> Tensor:
     return inside
 
 
+GRADIENT: dict[str, Any] = {"momentum": 0.0, "dampening": 0.0, "nesterov": False}
+"""Settings of SGD that make it the gradient alone."""
+
+
+def own_settings(case: Any) -> dict[str, Any]:
+    """The direction's own settings; a fused step takes no others."""
+    if case.kind != "sgd":
+        return {"beta1": BETA1, "beta2": BETA2, "eps": EPS}
+    numbers = {name: case.option(name) for name in ("momentum", "dampening")}
+    return {**numbers, "nesterov": bool(case.option("nesterov"))}
+
+
 def arguments(case: Case) -> dict[str, Any]:
     scale = None if case.grad_scale is None else torch.tensor(case.grad_scale)
     return {
         "lr": case.lr,
-        "beta1": BETA1,
-        "beta2": BETA2,
-        "eps": EPS,
-        "momentum": case.option("momentum"),
-        "dampening": case.option("dampening"),
-        "nesterov": bool(case.option("nesterov")),
+        **own_settings(case),
         "weight_decay": case.weight_decay,
         "maximize": case.maximize,
         "saturated": case.saturated,

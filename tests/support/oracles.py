@@ -1,7 +1,7 @@
 """The step on explicit factors, written out without the library: the oracle of the reference.
 
-Units are found by a loop over indices, sums run through a 0/1 matrix, directions are torch's formulas, and the step is
-the plain simultaneous gradient step on a gate and a direction,
+Units are found by a loop over indices, sums run through a 0/1 matrix, directions are the formulas of the rows, and the
+step is the plain simultaneous gradient step on a gate and a direction,
 
     s' = rho s - <delta, d>,        d' = rho d - delta s,        w' = s' d',
 
@@ -11,14 +11,15 @@ in the gauge ``s**2 - ||d||**2 = c``.  A single weight is a group of one: ``s = 
 from __future__ import annotations
 
 import itertools
-import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import symopt
+from support.directions import Units
 from support.table import ConstraintRow, OptimizerRow
 from support.tolerances import tolerance
 from symopt.constraints import Constraint
@@ -29,54 +30,40 @@ STRENGTH = 0.3
 SNAP = 1e-6
 
 
-def labels(constraint: Constraint, shape: tuple[int, ...]) -> Tensor:
+def labels(row: ConstraintRow) -> Tensor:
     """Unit of every weight, flat; units are numbered in the order of their names."""
-    names = [_unit(constraint, index, shape) for index in itertools.product(*map(range, shape))]
+    return _numbered(row.unit or _unit(row.make(None), row.shape), row.shape)
+
+
+def labels_of(constraint: Constraint, shape: tuple[int, ...]) -> Tensor:
+    """The same of ``Sparse`` or ``GroupSparse`` on a weight of this shape."""
+    return _numbered(_unit(constraint, shape), shape)
+
+
+def _numbered(unit: Callable[[tuple[int, ...]], Any], shape: tuple[int, ...]) -> Tensor:
+    names = [unit(place) for place in itertools.product(*map(range, shape))]
     number = {name: i for i, name in enumerate(sorted(set(names)))}
     return torch.tensor([number[name] for name in names])
 
 
-def _unit(constraint: Constraint, index: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+def _unit(constraint: Constraint, shape: tuple[int, ...]) -> Callable[[tuple[int, ...]], Any]:
     if isinstance(constraint, symopt.Sparse):
-        return index
-    if not isinstance(constraint, (symopt.GroupSparse, symopt.GroupBridge)):
-        raise NotImplementedError(f"{type(constraint).__name__} needs an oracle of its own")
+        return lambda place: place
+    if not isinstance(constraint, symopt.GroupSparse):
+        raise NotImplementedError(f"{type(constraint).__name__}: its row needs unit=, which names the unit of a weight")
     kind = constraint.groups
     if callable(kind):
         kind = kind(torch.zeros(shape))
     if isinstance(kind, Tensor):
-        return (int(kind[index] if kind.shape == shape else kind[index[0]]),)
+        return lambda place: int(kind[place] if kind.shape == shape else kind[place[0]])
     if kind in ("out", "in"):
-        return (index[0 if kind == "out" else 1],)
+        return lambda place: place[0 if kind == "out" else 1]
     numbers = [int(n) for n in re.findall(r"\d+", kind)]
     if kind.startswith("head:"):
         packed = len(shape) == 2 and shape[0] == 3 * shape[1]
         rows = shape[0] // 3 if packed else shape[0]  # rows of q, of k and of v, each cut into heads by itself
-        return (index[0] % rows // (rows // numbers[0]),)
-    return (index[0] // numbers[0], index[1] // numbers[1])
-
-
-class Orthogonal:
-    """What torch's Muon subtracts at lr 1 from a matrix that it holds at zero."""
-
-    def __init__(self, shape: tuple[int, ...], options: dict[str, Any]) -> None:
-        self.p = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
-        self.opt = torch.optim.Muon([self.p], lr=1.0, weight_decay=0.0, **options)
-        rows, columns = shape
-        adjusted = {None: math.sqrt(max(1, rows / columns)), "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns))}
-        self.rms = adjusted[options.get("adjust_lr_fn")] * math.sqrt(min(rows, columns) / (rows * columns))
-        """Its root mean square with min(m, n) singular values of 1 on m n weights."""
-
-    @property
-    def momentum_buffer(self) -> Tensor:
-        found: Tensor = self.opt.state[self.p]["momentum_buffer"]
-        return found
-
-    def __call__(self, grad: Tensor) -> Tensor:
-        self.p.data.zero_()
-        self.p.grad = grad.clone()
-        self.opt.step()
-        return -self.p.detach()
+        return lambda place: place[0] % rows // (rows // numbers[0])
+    return lambda place: (place[0] // numbers[0], place[1] // numbers[1])
 
 
 class Explicit:
@@ -93,14 +80,13 @@ class Explicit:
         imbalance: float = 1.0,
         time_scale: str = "saturated",
     ):
-        label = labels(row.make(None), row.shape)
+        label = labels(row)
         self.member = torch.nn.functional.one_hot(label).to(w.dtype)  # weights x units
         self.count = self.member.sum(0)
         self.w, self.shape = w.detach().flatten().clone(), row.shape
-        self.orthogonal: Orthogonal | None = None
         self.lr, self.strength, self.saturated = lr or opt_row.lr, strength, time_scale == "saturated"
-        self.name = opt_row.torch_cls.__name__
-        self.options = opt_row.options
+        self.row = opt_row
+        self.units = Units(row.shape, lambda x: (x @ self.member) / self.count, lambda x: self.member @ x)
         rms = self.size().square().mean().sqrt()
         c = imbalance * (rms if rms > 0 else (self.count.mean() * w.shape[0] / w.numel()).sqrt())
         self.state = {"imbalance": c, "metric_scale": self.metric(c).square().mean().sqrt()}
@@ -115,42 +101,9 @@ class Explicit:
         return (c * c + 4 * self.size() ** 2).sqrt()
 
     def direction(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """What torch subtracts at lr = 1, and what multiplies the strength of each unit."""
-        options, state = self.options, self.state
-        g = -grad.flatten() if options.get("maximize") else grad.flatten()
-        ones = torch.ones_like(self.count)
-        if self.name == "SGD":
-            momentum, dampening = options.get("momentum", 0.0), options.get("dampening", 0.0)
-            if momentum == 0:
-                return g, ones
-            buffer = state.get("momentum_buffer")
-            buffer = g.clone() if buffer is None else momentum * buffer + (1 - dampening) * g
-            state["momentum_buffer"] = buffer
-            d = g + momentum * buffer if options.get("nesterov") else buffer
-            return d, ones * (1 - dampening) / (1 - momentum)
-        if self.name == "Muon":
-            self.orthogonal = self.orthogonal or Orthogonal(self.shape, options)
-            update = self.orthogonal(g.reshape(self.shape)).flatten()
-            state["momentum_buffer"] = self.orthogonal.momentum_buffer
-            return update, self.orthogonal.rms * self.count.sqrt()
-        zero = torch.zeros_like(g)
-        if self.name == "Lion":
-            beta1, beta2 = options.get("betas", (0.9, 0.99))
-            mean = beta1 * state.get("exp_avg", zero) + (1 - beta1) * g
-            state["exp_avg"] = beta2 * state.get("exp_avg", zero) + (1 - beta2) * g
-            rms = ((mean * mean @ self.member) / self.count).sqrt()
-            return mean / (self.member @ torch.where(rms > 0, rms, 1.0)), self.count.sqrt()
-        beta1, beta2 = options.get("betas", (0.9, 0.999))
-        step = state["step"] = state.get("step", torch.tensor(0.0)) + 1
-        state["exp_avg"] = beta1 * state.get("exp_avg", zero) + (1 - beta1) * g
-        square = (g * g @ self.member) / self.count  # one second moment per unit
-        peak = state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", 0 * square) + (1 - beta2) * square
-        if options.get("amsgrad"):
-            peak = state["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", peak), peak)
-        k = int(step)
-        preconditioner = 1 / (peak.sqrt() / math.sqrt(1 - beta2**k) + 1e-8)
-        d = state["exp_avg"] / (1 - beta1**k) * (self.member @ preconditioner)
-        return d, self.count.sqrt() if self.name == "AdamW" else preconditioner
+        """What is subtracted at lr = 1, and what multiplies the strength of each unit."""
+        update, number = self.row.direction(grad.flatten(), self.state, self.units)
+        return update, self.row.gain(number, self.count)
 
     def step(self, grad: Tensor) -> None:
         c, scale, member = self.state["imbalance"], self.state["metric_scale"], self.member

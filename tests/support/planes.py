@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import symopt
-from support.oracles import Orthogonal
+from support.directions import Units
 from support.runs import Run, gradient
 from support.table import OPTIMIZERS, PLANES, OptimizerRow, PlaneRow, plane_module
 from support.tolerances import tolerance
@@ -205,55 +205,25 @@ class ExplicitPlane:
     """One step on factors, from a weight in the gauge of the optimizer's imbalance."""
 
     def __init__(self, row, constraint, opt_row):
-        self.off, self.options, self.name = matrix(row), opt_row.options, opt_row.torch_cls.__name__
-        self.decoupled, self.typical, self.shape = self.name in ("AdamW", "Lion", "Muon"), 1.0, row.shapes[0]
+        self.off, self.row, self.decoupled = matrix(row), opt_row, opt_row.decoupled
         self.label = orbits(self.off)
         self.coordinates = getattr(constraint, "form", "gate") == "coordinates"
         gate = self.label if getattr(constraint, "mode", "joint") == "elementwise" else torch.zeros_like(self.label)
         self.gate = torch.nn.functional.one_hot(torch.unique(gate, return_inverse=True)[1]).double()
         self.member = torch.nn.functional.one_hot(torch.unique(self.label, return_inverse=True)[1]).double()
         self.state = {}
-
-    def direction(self, g):
-        """What is subtracted at lr 1, and the preconditioner of every weight."""
-        g = -g if self.options.get("maximize") else g
-        s = self.state
-        if self.name == "SGD":
-            momentum, dampening = self.options.get("momentum", 0.0), self.options.get("dampening", 0.0)
-            if not momentum:
-                return g, torch.ones_like(g)
-            s["m"] = momentum * s["m"] + (1 - dampening) * g if "m" in s else g
-            update = g + momentum * s["m"] if self.options.get("nesterov") else s["m"]
-            return update, torch.full_like(g, (1 - dampening) / (1 - momentum))
-        if self.name == "Muon":
-            self.orthogonal = getattr(self, "orthogonal", None) or Orthogonal(self.shape, self.options)
-            self.typical = self.orthogonal.rms
-            return self.orthogonal(g.reshape(self.shape)).flatten(), torch.ones_like(g)
-        if self.name == "Lion":
-            b1, b2 = self.options.get("betas", (0.9, 0.99))
-            mean = b1 * s.get("m", 0) + (1 - b1) * g
-            s["m"] = b2 * s.get("m", 0) + (1 - b2) * g
-            return mean / (self.member @ ((mean * mean @ self.member) / self.member.sum(0))).sqrt(), torch.ones_like(g)
-        b1, b2 = self.options.get("betas", (0.9, 0.999))
-        k = s["k"] = s.get("k", 0) + 1
-        s["m"] = b1 * s.get("m", 0) + (1 - b1) * g
-        square = self.member @ ((g * g @ self.member) / self.member.sum(0))
-        v = s["v"] = b2 * s.get("v", 0) + (1 - b2) * square
-        if self.options.get("amsgrad"):
-            v = s["peak"] = torch.maximum(s.get("peak", v), v)
-        p = 1 / (v.sqrt() / (1 - b2**k) ** 0.5 + 1e-8)
-        return p * s["m"] / (1 - b1**k), p
+        sizes = self.member.sum(0)
+        self.units = Units(row.shapes[0], lambda x: (x @ self.member) / sizes, lambda x: self.member @ x)
 
     def step(self, w, g, c, scale, lr, strength, saturated):
-        update, p = self.direction(g)
+        update, number = self.row.direction(g, self.state, self.units)
         delta, on = lr * update, w - self.off @ w
         sizes = self.gate.sum(0)
         if self.decoupled:
             spread = (self.off.trace() if len(sizes) == 1 else (sizes - 1).clamp(min=1)) ** 0.5
-            decay = self.typical * lr * strength * (self.gate @ torch.as_tensor(spread).expand(len(sizes)).double())
-            p = torch.ones_like(p)
+            decay = number * lr * strength * (self.gate @ torch.as_tensor(spread).expand(len(sizes)).double())
         else:
-            decay = lr * strength * p
+            decay = lr * strength * self.units.spread(number * torch.ones(self.member.shape[1], **F64))
         off, pull = self.off @ w, self.off @ delta
         if self.coordinates:
             q = self.basis

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 import symopt
-from support.lion import Lion
+from support import directions
+from support.directions import Formula, State, Units
 from symopt.constraints import Constraint
 from symopt.optim import ConstrainedOptimizer
 
@@ -27,6 +28,8 @@ class ConstraintRow:
     make: Callable[[float | None], Constraint]
     """strength -> constraint"""
     shape: tuple[int, ...]
+    unit: Callable[[tuple[int, ...]], object] | None = None
+    """Place of a weight -> name of its unit, said without the library; ``Sparse`` and ``GroupSparse`` need none."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,40 @@ class OptimizerRow:
     id: str
     cls: type[ConstrainedOptimizer]
     torch_cls: type[torch.optim.Optimizer]
+    """torch's own, or, where torch has none, :func:`support.directions.plain` of the formula."""
     lr: float
     options: dict[str, Any] = field(default_factory=dict)
+    formula: Formula = field(kw_only=True)
+    """Its direction, written out without the library; every oracle steps with it."""
+    decoupled: bool = field(kw_only=True)
+    """Whether the strength is dimensionless, so that the formula's number is a typical update (AdamW, Lion, Muon)."""
+    fused: tuple[str, ...] = field(default=(), kw_only=True)
+    """The fused backends that step its unconstrained parameters, and at least some of its constraints."""
+    takes: frozenset[str] | None = field(default=None, kw_only=True)
+    """Ids of the constraints' rows that it takes; None: all.  The others it refuses by name."""
+
+    @property
+    def plain_cls(self) -> type[torch.optim.Optimizer]:
+        """What steps its unconstrained parameters with the same bits."""
+        return self.torch_cls if issubclass(self.cls, self.torch_cls) else self.cls
+
+    def moments(self, role: str) -> set[str]:
+        """Names of moments, by what :class:`symopt.optim.direction.Moment` calls their role."""
+        return {moment.key for moment in self.cls.direction.table if moment.role == role}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All of its options, defaults included, as its counterpart has them."""
+        p = torch.nn.Parameter(torch.zeros(1, 1))
+        return {**self.torch_cls([p], lr=self.lr).defaults, **self.options}
+
+    def direction(self, g: torch.Tensor, state: State, units: Units) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """The formula's update and number."""
+        return self.formula(-g if self.settings.get("maximize") else g, state, self.settings, units)
+
+    def gain(self, number: torch.Tensor | float, size: torch.Tensor) -> torch.Tensor:
+        """What multiplies the strength of units of these sizes, by the formula's ``number``."""
+        return number * size.sqrt() if self.decoupled else number * torch.ones_like(size)
 
     @property
     def one_by_one(self) -> dict[str, Any]:
@@ -93,6 +128,7 @@ CONSTRAINTS = [
     ConstraintRow("group-index", lambda k: symopt.GroupSparse(torch.tensor([0, 2, 2, 0, 5, 5]), k), (6, 5)),
     ConstraintRow("group-callable", lambda k: symopt.GroupSparse(_checkerboard, k), (6, 5)),
 ]
+"""Two factors: each unit, a weight or a group of weights, is one gate times one direction."""
 
 
 DEEP = [
@@ -240,46 +276,60 @@ UNITS = [
     UnitsRow("units-alone", ((6, 5),), (1,), ((3, -1, 0, 3, 7),), (0.25,)),
 ]
 
-BRIDGES = [
-    ConstraintRow("bridge-out", lambda k: symopt.GroupBridge("out", k), (6, 5)),
-    ConstraintRow("bridge-in-conv", lambda k: symopt.GroupBridge("in", k), (4, 3, 3, 2)),
-    ConstraintRow("bridge-head", lambda k: symopt.GroupBridge("head:2", k), (8, 3)),
+OWN_FACTORS = [
+    ConstraintRow("bridge-out", lambda k: symopt.GroupBridge("out", k), (6, 5), lambda place: place[0]),
+    ConstraintRow("bridge-in-conv", lambda k: symopt.GroupBridge("in", k), (4, 3, 3, 2), lambda place: place[1]),
+    ConstraintRow("bridge-head", lambda k: symopt.GroupBridge("head:2", k), (8, 3), lambda place: place[0] // 4),
 ]
-"""One gate for a group, and two factors for each of its weights (test_bridge.py)."""
+"""Constraints whose factors are not one gate and one direction per unit: each needs an oracle of its own.  The row of
+such a constraint stands here (``CONSTRAINTS`` has the others)."""
 
-EVERY: list[Row] = [*CONSTRAINTS, *DEEP, *FREE, *PLANES, *MATRICES, *UNITS, *BRIDGES]
+EVERY: list[Row] = [*CONSTRAINTS, *DEEP, *FREE, *PLANES, *MATRICES, *UNITS, *OWN_FACTORS]
+
+_BOTH = ("native", "triton")
+_SGD: dict[str, Any] = {"formula": directions.sgd, "decoupled": False, "fused": _BOTH}
+_ADAM: dict[str, Any] = {"formula": directions.adam, "decoupled": False, "fused": _BOTH}
+_ADAMW: dict[str, Any] = {"formula": directions.adamw, "decoupled": True, "fused": _BOTH}
 
 OPTIMIZERS = [
-    OptimizerRow("sgd", symopt.SGD, torch.optim.SGD, 0.05),
-    OptimizerRow("sgd-momentum", symopt.SGD, torch.optim.SGD, 0.01, {"momentum": 0.9}),
-    OptimizerRow("sgd-nesterov", symopt.SGD, torch.optim.SGD, 0.01, {"momentum": 0.9, "nesterov": True}),
-    OptimizerRow("sgd-dampening", symopt.SGD, torch.optim.SGD, 0.02, {"momentum": 0.8, "dampening": 0.3}),
-    OptimizerRow("sgd-maximize", symopt.SGD, torch.optim.SGD, 0.05, {"maximize": True}),
-    OptimizerRow("adam", symopt.Adam, torch.optim.Adam, 0.01),
-    OptimizerRow("adam-amsgrad", symopt.Adam, torch.optim.Adam, 0.01, {"amsgrad": True}),
-    OptimizerRow("adamw", symopt.AdamW, torch.optim.AdamW, 0.01),
-    OptimizerRow("adamw-amsgrad", symopt.AdamW, torch.optim.AdamW, 0.01, {"amsgrad": True, "betas": (0.8, 0.95)}),
-    OptimizerRow("adamw-maximize", symopt.AdamW, torch.optim.AdamW, 0.01, {"maximize": True}),
+    OptimizerRow("sgd", symopt.SGD, torch.optim.SGD, 0.05, **_SGD),
+    OptimizerRow("sgd-momentum", symopt.SGD, torch.optim.SGD, 0.01, {"momentum": 0.9}, **_SGD),
+    OptimizerRow("sgd-nesterov", symopt.SGD, torch.optim.SGD, 0.01, {"momentum": 0.9, "nesterov": True}, **_SGD),
+    OptimizerRow("sgd-dampening", symopt.SGD, torch.optim.SGD, 0.02, {"momentum": 0.8, "dampening": 0.3}, **_SGD),
+    OptimizerRow("sgd-maximize", symopt.SGD, torch.optim.SGD, 0.05, {"maximize": True}, **_SGD),
+    OptimizerRow("adam", symopt.Adam, torch.optim.Adam, 0.01, **_ADAM),
+    OptimizerRow("adam-amsgrad", symopt.Adam, torch.optim.Adam, 0.01, {"amsgrad": True}, **_ADAM),
+    OptimizerRow("adamw", symopt.AdamW, torch.optim.AdamW, 0.01, **_ADAMW),
+    OptimizerRow(
+        "adamw-amsgrad", symopt.AdamW, torch.optim.AdamW, 0.01, {"amsgrad": True, "betas": (0.8, 0.95)}, **_ADAMW
+    ),
+    OptimizerRow("adamw-maximize", symopt.AdamW, torch.optim.AdamW, 0.01, {"maximize": True}, **_ADAMW),
 ]
-"""torch's, with all of its switches; they take every constraint."""
+"""torch's SGD, Adam and AdamW with all of their switches (``foreach``, ``fused``, ``capturable``, ...)."""
 
-LIONS = [
-    OptimizerRow("lion", symopt.Lion, Lion, 3e-3),
-    OptimizerRow("lion-maximize", symopt.Lion, Lion, 3e-3, {"maximize": True, "betas": (0.8, 0.95)}),
+Lion = directions.plain(directions.lion, betas=(0.9, 0.99))
+_LION: dict[str, Any] = {"formula": directions.lion, "decoupled": True, "fused": _BOTH}
+
+OTHERS = [
+    OptimizerRow("lion", symopt.Lion, Lion, 3e-3, **_LION),
+    OptimizerRow("lion-maximize", symopt.Lion, Lion, 3e-3, {"maximize": True, "betas": (0.8, 0.95)}, **_LION),
 ]
-"""Without a counterpart in torch, and without torch's switches (``foreach``, ``fused``, ``capturable``, ...)."""
+"""Optimizers without these switches; the row of a new optimizer stands here."""
+
+_ROTATABLE = "group-out group-in group-head group-head-packed group-depth-3 zero-mean-in"
+_MUON: dict[str, Any] = {"formula": directions.muon, "decoupled": True, "takes": frozenset(_ROTATABLE.split())}
 
 MUONS = [
-    OptimizerRow("muon", symopt.Muon, torch.optim.Muon, 0.01),
-    OptimizerRow("muon-rms", symopt.Muon, torch.optim.Muon, 0.01, {"adjust_lr_fn": "match_rms_adamw"}),
-    OptimizerRow("muon-plain", symopt.Muon, torch.optim.Muon, 0.01, {"nesterov": False, "momentum": 0.8}),
+    OptimizerRow("muon", symopt.Muon, torch.optim.Muon, 0.01, **_MUON),
+    OptimizerRow("muon-rms", symopt.Muon, torch.optim.Muon, 0.01, {"adjust_lr_fn": "match_rms_adamw"}, **_MUON),
+    OptimizerRow("muon-plain", symopt.Muon, torch.optim.Muon, 0.01, {"nesterov": False, "momentum": 0.8}, **_MUON),
 ]
-"""For matrices, and not under every constraint (:func:`taken`)."""
+"""For matrices, and not under every constraint: where mirrors multiply the matrix from one side."""
 
-ANY_SHAPE = [*OPTIMIZERS, *LIONS]
+ANY_SHAPE = [*OPTIMIZERS, *OTHERS]
 """They take every constraint and tensors of every shape."""
 
-EVERY_OPTIMIZER = [*OPTIMIZERS, *LIONS, *MUONS]
+EVERY_OPTIMIZER = [*ANY_SHAPE, *MUONS]
 
 
 def ids(row: Any) -> str:
@@ -314,28 +364,27 @@ def bound_module(row: Row, strength: float | None = 0.3, *, dtype: torch.dtype =
     return constrained_parameter(row, strength=strength, dtype=dtype)
 
 
-_reasons: dict[tuple[str, str], dict[str, str | None] | None] = {}
+_reasons: dict[tuple[str, str], dict[str, str | None]] = {}
 
 
-def _found(opt_row: OptimizerRow, row: Row) -> dict[str, str | None] | None:
-    """Per backend why it cannot step a constraint, or None; None in all if the optimizer does not take it."""
+def _found(opt_row: OptimizerRow, row: Row) -> dict[str, str | None]:
+    """Per backend why it cannot step a constraint, or None."""
     if (key := (opt_row.id, row.id)) not in _reasons:
-        module = bound_module(row)
-        bound = zip(symopt.constraints(module).values(), module.parameters(), strict=True)
-        if opt_row.cls.direction.sided and not all(constraint.one_sided(p) for constraint, p in bound):
-            _reasons[key] = None
-        else:
-            opt = opt_row.cls(module, lr=opt_row.lr, **opt_row.options)
-            _reasons[key] = next(found for _, _, found in opt.backends())
+        opt = opt_row.cls(bound_module(row), lr=opt_row.lr, **opt_row.options)
+        _reasons[key] = next(found for _, _, found in opt.backends())
     return _reasons[key]
 
 
 def taken(row: Row, opt_row: OptimizerRow, **_: Any) -> bool:
-    """Whether the optimizer takes the constraint, as the library has it; what it does not is refused by name."""
-    return _found(opt_row, row) is not None
+    """Whether the optimizer takes the constraint; what it does not is refused by name (test_table.py)."""
+    return opt_row.takes is None or row.id in opt_row.takes
 
 
 def available(row: Row, opt_row: OptimizerRow, backend: str | None, **_: Any) -> bool:
     """The same on a backend, which may lack the pair; what it lacks is refused by name."""
-    found = _found(opt_row, row)
-    return found is not None and (backend is None or found[backend] is None)
+    return taken(row, opt_row) and (backend is None or _found(opt_row, row)[backend] is None)
+
+
+def claimed(opt_row: OptimizerRow, backend: str = "native", **_: Any) -> bool:
+    """Whether a fused backend steps parameters of this optimizer that have no constraint."""
+    return backend in opt_row.fused

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from support.directions import Units
 from support.oracles import SNAP, STRENGTH
 from support.table import OptimizerRow, UnitsRow
 from support.tolerances import tolerance
@@ -54,9 +55,11 @@ class ExplicitUnits:
         factors = [[a] * len(part) for part, a in zip(units, row.factors, strict=True)]
         self.a = torch.tensor([a for part in factors for a in part], dtype=torch.float64)
         self.v = torch.cat([p.detach().flatten() for p in module.parameters()]) / self.a
-        self.name, self.options, self.lr = opt_row.torch_cls.__name__, opt_row.options, opt_row.lr
+        self.row, self.lr = opt_row, opt_row.lr
         self.strength, self.saturated = strength, time_scale == "saturated"
         self.of = [(self.unit == u).nonzero().flatten() for u in range(int(self.unit.max()) + 1)]
+        self.counts = torch.tensor([len(of) for of in self.of]).double()
+        self.shared = Units(tuple(self.v.shape), self.means, lambda x: x[self.unit])
         sizes = self.sizes()
         c = imbalance * sizes.square().mean().sqrt()
         self.state: dict[str, Any] = {"imbalance": c, "metric_scale": (c * c + 4 * sizes.square()).mean().sqrt()}
@@ -67,36 +70,12 @@ class ExplicitUnits:
     def means(self, x: Tensor) -> Tensor:
         return torch.stack([x[of].mean() for of in self.of])
 
-    def direction(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Update at lr 1 of what a unit sees, and what multiplies its strength; a weight without one is its own."""
-        s, o = self.state, self.options
-        ones = torch.ones(len(self.of)).double()
-        count = torch.tensor([len(of) for of in self.of]).double()
-        if self.name == "SGD":
-            momentum, dampening = o.get("momentum", 0.0), o.get("dampening", 0.0)
-            if not momentum:
-                return g, ones
-            buffer = s.get("momentum_buffer")
-            s["momentum_buffer"] = buffer = g if buffer is None else momentum * buffer + (1 - dampening) * g
-            return g + momentum * buffer if o.get("nesterov") else buffer, ones * (1 - dampening) / (1 - momentum)
-        if self.name == "Lion":
-            b1, b2 = o.get("betas", (0.9, 0.99))
-            m = s.get("exp_avg", torch.zeros_like(g))
-            lead, s["exp_avg"] = b1 * m + (1 - b1) * g, b2 * m + (1 - b2) * g
-            return lead / self.means(lead * lead).sqrt()[self.unit], count.sqrt()
-        b1, b2 = o.get("betas", (0.9, 0.999))
-        k = s["step"] = s.get("step", 0) + 1
-        s["exp_avg"] = b1 * s.get("exp_avg", torch.zeros_like(g)) + (1 - b1) * g
-        v = s["exp_avg_sq"] = b2 * s.get("exp_avg_sq", 0 * ones) + (1 - b2) * self.means(g * g)
-        if o.get("amsgrad"):
-            v = s["max_exp_avg_sq"] = torch.maximum(s.get("max_exp_avg_sq", v), v)
-        p = 1 / (v.sqrt() / (1 - b2**k) ** 0.5 + 1e-8)
-        return p[self.unit] * s["exp_avg"] / (1 - b1**k), count.sqrt() if self.name == "AdamW" else p
-
     def step(self, grads: list[Tensor]) -> None:
-        g = torch.cat([x.flatten() for x in grads]) * (-1 if self.options.get("maximize") else 1)
+        g = torch.cat([x.flatten() for x in grads])
         bound = self.unit < self.count
-        update, gain = self.direction(torch.where(bound, self.a * g, g))
+        # A weight without a unit is its own.
+        update, number = self.row.direction(torch.where(bound, self.a * g, g), self.state, self.shared)
+        gain = self.row.gain(number, self.counts)
         c, scale = self.state["imbalance"], self.state["metric_scale"]
         decays = self.lr * self.strength * gain[: self.count]
         self.v = torch.where(bound, self.v, self.v - self.lr * update / self.a)
@@ -130,7 +109,7 @@ class ExplicitUnits:
             state = opt.state[p]
             assert set(state) - {"progress"} == set(self.state)
             for key, value in self.state.items():
-                if key in ("exp_avg", "momentum_buffer"):  # the library keeps that of the weight
+                if torch.as_tensor(value).shape == self.v.shape:  # the library keeps that of the weight
                     assert state[key].shape == p.shape
                     value = value.split(sizes)[i] / a[i]
                 else:

@@ -28,6 +28,7 @@ from support.kernel_cases import (
     DIRECTIONS,
     EPS,
     FORMATS,
+    GRADIENT,
     GROUPS,
     LR,
     OUTSIDE,
@@ -196,7 +197,7 @@ def test_a_group_whose_terms_nearly_cancel_is_not_taken_for_zero(instructions: s
     entry = native.Entry()
     native.fill(entry, w, roles(state), "group", groups)
     entry.grad, entry.strength_kept, entry.strength_pruned = g.data_ptr(), decay, decay
-    native.step([entry], "sgd", lr=lr, instructions=instructions)
+    native.step([entry], "sgd", lr=lr, **GRADIENT, instructions=instructions)
     assert entry.zeros == int((w == 0).sum()) == 0
 
 
@@ -457,7 +458,7 @@ def test_gradients_that_overflowed_change_nothing(direction: str, retraction: st
 
 
 def test_no_tensors_and_empty_tensors() -> None:
-    native.step([], "adamw", lr=LR)
+    native.step([], "adamw", lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS)
     problem = make(case := Case("adamw", "plain", (5,)))
     empty, nothing = native.Entry(), torch.empty(0)
     state = {"exp_avg": nothing, "exp_avg_sq": nothing, "step": torch.tensor(STEP)}
@@ -582,7 +583,7 @@ def test_every_half_precision_number_is_read_and_written_as_torch_does(dtype: to
         entry = native.Entry()
         native.fill(entry, w, {"first": buffer}, "plain", fresh=True)
         entry.grad = g.data_ptr()
-        native.step([entry], "sgd", lr=0.0, momentum=0.9, instructions=instructions)
+        native.step([entry], "sgd", lr=0.0, **{**GRADIENT, "momentum": 0.9}, instructions=instructions)
         finite = g.isfinite()  # 0 * infinity
         assert same((w + 0.0)[finite & ~w.isnan()], (every[shift:] + 0.0)[finite & ~w.isnan()])  # -0.0 - -0.0 is 0.0
         assert torch.equal(buffer[~g.isnan()], g[~g.isnan()].float()) and bool(buffer[g.isnan()].isnan().all())
@@ -596,7 +597,7 @@ def test_every_half_precision_number_is_read_and_written_as_torch_does(dtype: to
         entry = native.Entry()
         native.fill(entry, w, {"master": master}, "plain")
         entry.grad = (zero := torch.zeros_like(w)).data_ptr()
-        native.step([entry], "sgd", lr=LR, instructions=instructions)
+        native.step([entry], "sgd", lr=LR, **GRADIENT, instructions=instructions)
         assert same(w, x.to(dtype)) and zero.eq(0).all()
         # Had the kernel rounded otherwise it would have taken the master for stale, and with it the weight's value.
         assert same(master, x)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from support.kernel_cases import own_settings
 from support.tolerances import tolerance
 from symopt_kernels.groups import Groups
 from symopt_kernels.native import binding as native
@@ -233,11 +234,7 @@ def run(case: Case, problem: Problem, **changes: Any) -> native.UnitsEntry:
 def arguments(case: Case) -> dict[str, Any]:
     return {
         "lr": case.lr,
-        "beta1": BETA1,
-        "beta2": BETA2,
-        "eps": EPS,
-        **{name: case.option(name) for name in ("momentum", "dampening")},
-        "nesterov": bool(case.option("nesterov")),
+        **own_settings(case),
         "maximize": case.maximize,
         "saturated": case.saturated,
         "imbalance_factor": case.imbalance_factor,

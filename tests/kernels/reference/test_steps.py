@@ -57,15 +57,15 @@ def test_moments_are_torchs(row, opt_row):
         p.grad, q.grad = g, g.clone()
         opt.step()
         theirs.step()
-    member = torch.nn.functional.one_hot(labels(row.make(None), row.shape)).double()
+    member = torch.nn.functional.one_hot(labels(row)).double()
     tol = tolerance("factor step")
     for key, value in theirs.state[q].items():
         if value is None:  # SGD without momentum
             assert key not in opt.state[p]
-        elif key == "exp_avg_sq":  # one number per unit: the mean
+        elif key in opt_row.moments("second"):  # one number per unit: the mean
             mean = (value.flatten() @ member) / member.sum(0)
             torch.testing.assert_close(opt.state[p][key].flatten(), mean, rtol=tol, atol=tol)
-        elif key == "max_exp_avg_sq" and member.shape[1] < len(member):
+        elif key in opt_row.moments("peak") and member.shape[1] < len(member):
             continue  # a maximum of means is not a mean of maxima; the explicit factors above cover it
         else:
             torch.testing.assert_close(opt.state[p][key], value, rtol=tol, atol=tol)
@@ -74,7 +74,7 @@ def test_moments_are_torchs(row, opt_row):
 @cases(row=CONSTRAINTS, decoupled=[True, False])
 def test_the_strength_is_amplified_like_the_gradient(row, decoupled):
     """A step at zero gradient multiplies by (1 - lr kappa gain)**2, gain: SGD's amplification, AdamW's root size."""
-    label = labels(row.make(None), row.shape)
+    label = labels(row)
     lr, momentum, dampening = 0.01, 0.8, 0.3
     p = (module := constrained_parameter(row, strength=STRENGTH)).weight
     before = p.detach().clone().flatten()
@@ -104,7 +104,7 @@ def test_a_huge_strength_never_turns_a_weight_over(row, opt_row, time_scale):
         opt.step()
         assert bool((size(p.detach()) <= size(before)).all())  # rho < 0 multiplies by rho**2 > 1
     p.grad = torch.zeros_like(p)
-    for key in {"momentum_buffer", "exp_avg"} & set(opt.state[p]):  # so that nothing but decay is left
+    for key in opt_row.moments("first") & set(opt.state[p]):  # so that nothing but decay is left
         opt.state[p][key].zero_()
     opt.step()
     assert int(p.count_nonzero()) == 0
@@ -115,7 +115,7 @@ def test_units_without_any_gradient_stay_finite_under_adam(row, options, time_sc
     """Their preconditioner is 1 / eps, which multiplies the strength: unbounded, rho would be about -lr kappa / eps."""
     p = (module := constrained_parameter(row)).weight
     opt = symopt.Adam(module, lr=1e-3, strength=1e-3, time_scale=time_scale, **options)
-    label = labels(row.make(None), row.shape)
+    label = labels(row)
     dead = (label % 2 == 1).reshape(row.shape)
     start = p.detach().clone()
     for g in gradients(row.shape, 20):
@@ -135,7 +135,7 @@ def snap(row, *, size, pull, decay, saturated, imbalance=0.0, scale=2.0):
     """Retract units of norm ``size`` that are pushed outwards by ``pull``; also returns the units of norm 1."""
     constraint = row.make(None)
     w = torch.randn(row.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    member = torch.nn.functional.one_hot(labels(constraint, row.shape)).double()
+    member = torch.nn.functional.one_hot(labels(row)).double()
     unit = (w.flatten() / (member @ (w.flatten() ** 2 @ member).sqrt())).reshape(row.shape)
     c, scale = (torch.tensor(x, dtype=torch.float64) for x in (imbalance, scale))
     new = constraint.retract(size * unit, -pull * unit, decay, c, scale, constraint.partition(w), saturated=saturated)
@@ -199,7 +199,7 @@ def test_units_above_the_metric_scale_move_as_under_the_plain_optimizer(row):
     opt.step()  # fixes metric_scale
     p.data *= 1e5
     w = p.detach().clone().flatten()
-    member = torch.nn.functional.one_hot(labels(row.make(None), row.shape)).double()
+    member = torch.nn.functional.one_hot(labels(row)).double()
     for lr in (1e-3, 1e-2):
         p.data.copy_(w.reshape(row.shape))
         opt.param_groups[0]["lr"] = lr
@@ -228,7 +228,7 @@ def test_an_all_zero_tensor_can_train(row, opt_row):
     sign = -1.0 if opt_row.options.get("maximize") else 1.0
     target = torch.randn(row.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     fan_in = max(1, math.prod(row.shape[1:]))
-    units = labels(row.make(None), row.shape).max() + 1
+    units = labels(row).max() + 1
     start = None
     for _ in range(30):
         p.grad = sign * (p.detach() - target)
@@ -262,7 +262,7 @@ def half(row, opt_row, dtype):
     module.weight.data = torch.where(module.weight.data < 0, -1.0, 1.0).to(dtype)
     p = module.weight
     p.grad = torch.zeros_like(p)
-    label = labels(row.make(None), row.shape)
+    label = labels(row)
     gain = math.sqrt(int(torch.bincount(label).max())) if opt_row.torch_cls is torch.optim.AdamW else 1.0
     opt = optimizer(module, opt_row, lr=RATE / (2 * 0.2 * gain), time_scale="none", imbalance=8e5)
     return p, opt

@@ -24,6 +24,7 @@ from support.interpreter import DEVICE, poisoned, pytestmark
 from support.kernel_cases import (
     DIRECTIONS,
     FORMATS,
+    GRADIENT,
     OUTSIDE,
     RETRACTIONS,
     STEP,
@@ -182,7 +183,7 @@ def one_step(w: Tensor, g: Tensor, retraction: str, *, lr: Any = 0.01, inside: A
     own = {k: options.pop(k) for k in ("depth", "pattern") if k in options}
     triton_launch.fill(entry, w, roles(state), retraction, None, **own)
     entry.grad, entry.strength_kept = g.data_ptr(), inside
-    triton_launch.step([entry], "sgd", lr=lr, **options)
+    triton_launch.step([entry], "sgd", lr=lr, **GRADIENT, **options)
     return w.cpu()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 import symopt
 from support.cases import cases
 from support.interpreter import DEVICE, poisoned, pytestmark
+from support.kernel_cases import own_settings
 from support.roles import roles
 from support.runs import Run, close, step_alike
 from support.table import OPTIMIZERS
@@ -170,10 +171,13 @@ def entry_of(case: Case, problem: Problem, **changes: Any) -> triton_launch.Unit
 def arguments(case: Case) -> dict[str, Any]:
     scale = None if case.grad_scale is None else torch.tensor(case.grad_scale, device=DEVICE)
     return {
-        "lr": LR, "beta1": BETA1, "beta2": BETA2, "eps": EPS, "saturated": case.saturated, "maximize": case.maximize,
-        "momentum": case.option("momentum"), "dampening": case.option("dampening"), "grad_scale": scale,
-        "nesterov": case.option("nesterov", False), "imbalance_factor": case.imbalance_factor,
-    }  # fmt: skip
+        "lr": LR,
+        **own_settings(case),
+        "saturated": case.saturated,
+        "maximize": case.maximize,
+        "grad_scale": scale,
+        "imbalance_factor": case.imbalance_factor,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- the oracle
