@@ -14,7 +14,7 @@ from symopt.optim import ConstrainedOptimizer
 from symopt.optim.binding import Binding
 from symopt.optim.collapse import collapse_steps
 from symopt.optim.direction import Direction, Options, State
-from symopt.report.progress import options_now
+from symopt.optim.schedule import in_force
 
 __all__ = ["Certificate", "Certificates", "certificate", "jackknife"]
 
@@ -73,7 +73,7 @@ def certificate(
     """``now`` and ``on_plane`` are gradients, one per sample: at the weights, and at their projection."""
     constraint, direction = row.constrained_by, opt.direction
     w, state = binding.weight(), opt.state.get(binding.parameters[0], {})
-    sizes, group = constraint.size(w), options_now(group, state)
+    sizes, group = constraint.size(w), in_force(group, opt.schedule.steps)
     now, on_plane = ([_seen(binding, direction, group, state, g) for g in grads] for grads in (now, on_plane))
     residual, strength = float(constraint.violation(w)), float(binding.strength(direction, group, state))
     steps = collapse_steps(binding, direction, group, state)

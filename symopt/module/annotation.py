@@ -183,13 +183,13 @@ class Guard:
         if torch.compiler.is_compiling() or not module.training or not torch.is_grad_enabled():
             return
         optimizers = registry.owners()
-        now = (registry.epoch(), *map(id, optimizers))
+        now = (registry.changes.count, *map(id, optimizers))
         if now == self.seen:
             return  # no constraint and no optimizer came or went since the last look
         memory: Finder | None = vars(module).get(REMEMBERED)
         if memory is not None:
             memory.find()
-        self.seen = registry.epoch(), *now[1:]
+        self.seen = registry.changes.count, *now[1:]
         unowned = []
         for prefix, sub in module.named_modules():
             for name, binding, i in annotated(sub):

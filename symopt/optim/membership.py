@@ -56,7 +56,7 @@ class Membership:
 
     def binding(self, p: Tensor, param_groups: list[ParamGroup]) -> Binding:
         """That of a parameter."""
-        if self._epoch != registry.epoch() or p not in self.bindings:
+        if self._epoch != registry.changes.count or p not in self.bindings:
             self.look_up(param_groups)
         return self.bindings[p]
 
@@ -66,7 +66,7 @@ class Membership:
             self.look_up(param_groups)
             registry.check(self, self._owned, stepping=True)
             self._stepped = True
-        epoch, found, params = registry.epoch(), self._groups.get(id(group)), group["params"]
+        epoch, found, params = registry.changes.count, self._groups.get(id(group)), group["params"]
         current = found is not None and self._epoch == epoch and len(params) == len(found.params)
         if found is None or not current or not all(map(operator.is_, params, found.params)):
             self.look_up(param_groups)
@@ -107,7 +107,7 @@ class Membership:
             bound = tuple(b for b in own.values() if b.constraint is not None)
             rest = tuple(b for b in own.values() if b.constraint is None)
             groups[id(group)] = GroupBindings(self.owner, tuple(group["params"]), bound, rest)
-        self.bindings, self._groups, self._epoch = found, groups, registry.epoch()
+        self.bindings, self._groups, self._epoch = found, groups, registry.changes.count
         self.parameters = list(found)
         self._owned = mine
 

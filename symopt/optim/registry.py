@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Container, Iterable, Set
-from typing import Protocol, runtime_checkable
+from typing import Protocol, final, runtime_checkable
 
 from torch import Tensor
 
@@ -26,8 +26,8 @@ __all__ = [
     "add",
     "add_factors",
     "bindings",
+    "changes",
     "check",
-    "epoch",
     "factors",
     "forget",
     "memories",
@@ -83,13 +83,21 @@ _sources: weakref.WeakSet[Source] = weakref.WeakSet()
 _factor_sources: weakref.WeakSet[FactorSource] = weakref.WeakSet()
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
 _memories: weakref.WeakSet[Memory] = weakref.WeakSet()
-_epoch = 0
+
+
+@final
+class Changes:
+    """``count`` rises whenever a constraint comes or goes; what was looked up stays right while it does not."""
+
+    count = 0
+
+
+changes = Changes()
 
 
 def add(source: Source) -> None:
     """Count the constraint of ``source``, while that exists or until :func:`remove`."""
-    global _epoch
-    _epoch += 1
+    changes.count += 1
     _sources.add(source)
 
 
@@ -102,8 +110,7 @@ def remove(source: Source) -> None:
 
 def retire(source: Source) -> None:
     """Nothing is to be looked up in ``source`` any more."""
-    global _epoch
-    _epoch += 1
+    changes.count += 1
     _sources.discard(source)
 
 
@@ -187,14 +194,8 @@ def owners() -> list[Owner]:
     return list(_owners)
 
 
-def epoch() -> int:
-    """Changes whenever a constraint comes or goes; what was looked up stays right while this number does."""
-    return _epoch
-
-
 def forget(param: Tensor) -> None:
     """Tell every optimizer that no constraint binds ``param`` any more."""
-    global _epoch
-    _epoch += 1
+    changes.count += 1
     for owner in owners():
         owner.forget(param)

@@ -17,7 +17,8 @@ from symopt.optim import ConstrainedOptimizer
 from symopt.optim.binding import Binding
 from symopt.optim.collapse import collapse_steps
 from symopt.optim.direction import Options
-from symopt.report.progress import options_now, progress
+from symopt.optim.schedule import in_force
+from symopt.report.progress import progress
 
 __all__ = ["Row", "Shares", "rows_of", "shares_of"]
 
@@ -119,7 +120,7 @@ def rows_of(
             group, binding = stepped[id(p)]
             state = optimizer.state.get(p, {})
             step, total = progress(group, state)
-            group = options_now(group, state)
+            group = in_force(group, optimizer.schedule.steps)
             committed = bool(group["committed"])
             strength = float(binding.strength(optimizer.direction, group, state))
             imbalance = float(state["imbalance"]) if "imbalance" in state else None
