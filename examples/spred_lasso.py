@@ -72,7 +72,7 @@ def main() -> None:
     show("spred (explicit factors), Adam", fit(net, opt, x, y, args.steps), time.perf_counter() - start)
 
     torch.manual_seed(args.seed)
-    plain = symopt.constrain(nn.Linear(WEIGHTS, 1, bias=False), {"weight": symopt.Sparse(DECAY)})
+    plain = symopt.constrain(nn.Linear(WEIGHTS, 1, bias=False), {"weight": symopt.Sparse(strength=DECAY)})
     start = time.perf_counter()
     adam = symopt.Adam(plain, lr=1e-2)
     show("fixed gauge, symopt.Adam", fit(plain, adam, x, y, args.steps), time.perf_counter() - start)

@@ -27,7 +27,7 @@ _BLOCK = re.compile(r"block:([1-9]\d*)x([1-9]\d*)")
 
 
 @final
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class GroupSparse(Constraint):
     """Exact zeros of whole groups, by the rescaling symmetry of a gate, ``w_g = s_g d_g`` (``s -> a s, d -> d / a``).
 
@@ -92,13 +92,13 @@ class GroupSparse(Constraint):
         """By depth."""
         return "group" if self.depth == 2 else "group_deep"
 
-    groups: str | Tensor | Callable[[Tensor], Tensor] | Mapping[str, tuple[int, Index]]
+    groups: str | Tensor | Callable[[Tensor], Tensor] | Mapping[str, tuple[int, Index]] = field(kw_only=False)
     strength: float | None = None
     keep: float | int | None = None
-    scope: str = field(default="tensor", kw_only=True)
-    positions: int | None = field(default=None, kw_only=True)
-    factors: Mapping[str, float] | None = field(default=None, kw_only=True)
-    depth: int = field(default=2, kw_only=True)
+    scope: str = "tensor"
+    positions: int | None = None
+    factors: Mapping[str, float] | None = None
+    depth: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,7 +172,7 @@ class GroupSparse(Constraint):
         units = spanning_units(self.groups, self.factors, names, weights)
         if isinstance(self.keep, int) and self.keep > units.count:
             raise ValueError(f"GroupSparse: keep={self.keep} of {units.count} units; give at most {units.count}")
-        return SpanningGroups(repr(self), units, self.strength, self.keep)
+        return SpanningGroups(repr(self), units_=units, strength=self.strength, keep=self.keep)
 
     @property
     def budget(self) -> Budget | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
@@ -18,7 +18,7 @@ __all__ = ["Sparse"]
 
 
 @final
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Sparse(Constraint):
     """Exact zeros, by the rescaling symmetry of ``w = u_1 * ... * u_D`` (``u_i -> a u_i, u_j -> u_j / a``).
 
@@ -67,10 +67,10 @@ class Sparse(Constraint):
 
     strength: float | None = None
     density: float | None = None
-    scope: str = field(default="tensor", kw_only=True)
-    depth: int = field(default=2, kw_only=True)
-    pattern: str | None = field(default=None, kw_only=True)
-    gauge: str = field(default="fixed", kw_only=True)
+    scope: str = "tensor"
+    depth: int = 2
+    pattern: str | None = None
+    gauge: str = "fixed"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,7 +21,7 @@ import symopt
 from support.cases import cases
 from support.table import ANY_SHAPE, CONSTRAINTS, ConstraintRow, OptimizerRow, constrained_parameter
 
-SPARSE, GROUP = symopt.Sparse(0.3), symopt.GroupSparse("out", 0.3)
+SPARSE, GROUP = symopt.Sparse(strength=0.3), symopt.GroupSparse("out", strength=0.3)
 LOOSE = "belong to no symopt optimizer"
 
 
@@ -149,8 +149,8 @@ def test_a_callable_for_groups_is_called_once() -> None:
         calls.append(w.shape)
         return torch.tensor([7, 7, -2])
 
-    net = symopt.constrain(nn.Linear(4, 3), {"weight": symopt.GroupSparse(rows, 0.3)})
-    indexed = symopt.constrain(nn.Linear(4, 3), {"weight": symopt.GroupSparse(torch.tensor([1, 1, 0]), 0.3)})
+    net = symopt.constrain(nn.Linear(4, 3), {"weight": symopt.GroupSparse(rows, strength=0.3)})
+    indexed = symopt.constrain(nn.Linear(4, 3), {"weight": symopt.GroupSparse(torch.tensor([1, 1, 0]), strength=0.3)})
     indexed.load_state_dict(net.state_dict())
     assert same(train(net, symopt.AdamW(net)), train(indexed, symopt.AdamW(indexed)))
     assert calls == [(3, 4)]
