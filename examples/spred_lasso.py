@@ -3,7 +3,8 @@
     python examples/spred_lasso.py        about two minutes; needs scikit-learn
 
 The setting of the paper's Lasso notebook (Ziyin & Wang, ICML 2023, arXiv 2210.01212): Adam lr 1e-2, coupled decay 2e-5,
-10 000 steps; the data are our own draw.  Then the same in the fixed gauge, where the weight is the only state.
+10 000 steps; the data are our own draw.  The loss is half the mean squared error, so the decay is scikit-learn's alpha.
+Then the same in the fixed gauge, where the weight is the only state.
 """
 
 import argparse

@@ -28,9 +28,10 @@ class Sparse(Constraint):
 
     Args:
         strength: kappa.  With :class:`symopt.SGD` and :class:`symopt.Adam` the optimum is that of
-            ``loss + strength * ||w||_1`` (units of a gradient; default 1e-4).  With :class:`symopt.AdamW` it is a
-            dimensionless signal-to-noise threshold: weights whose mean gradient stays below ``strength`` times its
-            root mean square die, those above live (default 0.1); it does *not* minimise loss + l1.
+            ``loss + strength * ||w||_1`` (units of a gradient; default 1e-4; scikit-learn's ``alpha`` of a Lasso if the
+            loss is half the mean squared error).  With :class:`symopt.AdamW` it is a dimensionless signal-to-noise
+            threshold: weights whose mean gradient stays below ``strength`` times its root mean square die, those above
+            live (default 0.1); it does *not* minimise loss + l1.
             A param group's ``strength`` overrides it.
         density: a budget instead of a strength: exactly ``round(density * numel)`` weights live in the end, in (0, 1].
             :class:`symopt.Anneal` ramps it in and commits it, and chooses the strengths; ``strength`` is then that of
