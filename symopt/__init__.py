@@ -16,9 +16,9 @@ Neurons that are really gone::
     ...
     small = symopt.fold(net)
 
-The Lasso, to its optimum.  With SGD and Adam ``Sparse(strength=alpha)`` under half the mean squared error is scikit-learn's
-``Lasso(alpha)``, which minimises ``mean((y - X w)**2) / 2 + alpha * ||w||_1``; under ``mse_loss`` itself the penalty counts
-half as much, ``alpha = strength / 2``.  Zeros take time: see ``steps left`` in :func:`report`.
+The Lasso, to its optimum.  With SGD and Adam, ``Sparse(strength=alpha)`` under *half* the mean squared error is
+scikit-learn's ``Lasso(alpha)``: the minimum of ``mean((y - X w)**2) / 2 + alpha * ||w||_1``.  Under ``mse_loss`` itself
+the penalty counts half as much, ``alpha = strength / 2``.  Zeros take time: :func:`report` says how many steps::
 
     >>> import torch, symopt
     >>> from sklearn.linear_model import Lasso

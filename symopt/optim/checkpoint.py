@@ -273,7 +273,7 @@ def _check_index(where: str, value: Tensor, p: Tensor) -> None:
         raise ValueError(f"{where}: group_index must number the groups of {p.numel()} weights from 0; {_ANEW}")
 
 
-def _is_alike(defaults: ParamGroup, saved: Mapping[str, Any]) -> bool:
+def _is_alike(defaults: ParamGroup, saved: Mapping[str, object]) -> bool:
     """Whether a group was saved by an optimizer with all hyperparameters of this one: such a one, or torch's twin."""
     return all(key in saved for key in defaults if key not in DEFAULTS and key not in _SWITCHES)
 
