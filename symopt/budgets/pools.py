@@ -62,6 +62,12 @@ class Pool:
     weights: tuple[BudgetedWeight, ...]
 
     def __post_init__(self) -> None:
+        if self.budget.scope != "tensor" and self.count > self.total:  # one tensor's is checked where it is bound
+            names = ", ".join(m.name for m in self.weights)
+            raise ValueError(
+                f"{self.weights[0].constraint!r}: {self.count:g} units shall live, but {names} have {self.total} in "
+                f"all; give at most {self.total}, or a share in (0, 1]; all that share it need one optimizer"
+            )
         if self.pattern is None and self.count < self._least:
             names = ", ".join(m.name for m in self.weights)
             raise ValueError(

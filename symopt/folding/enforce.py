@@ -75,10 +75,20 @@ def _meet_budgets(module: nn.Module, bound: list[tuple[tuple[str, ...], Constrai
             w = flat(weights[name])
             candidates.append(BudgetedWeight(name, w, constraint, constraint.partition(w)))
     cut: dict[str, int] = {}
-    for pool in pools(candidates):
+    for pool in pools(_over_budget(candidates)):
         for m, over in zip(pool.weights, pool.pruned(), strict=True):
             pruned = m.constraint.units(over, m.w, m.groups)
             cut[m.name] = int((pruned & (m.w != 0)).sum())
             for w, gone in zip(weights[m.name], parts(pruned, weights[m.name]), strict=True):
                 w.masked_fill_(gone, 0.0)
     return cut
+
+
+def _over_budget(candidates: list[BudgetedWeight]) -> list[BudgetedWeight]:
+    """Without those that share a count larger than what is left of them in this module, which may be a part of one."""
+    units: dict[Constraint, int] = {}
+    for m in candidates:
+        shared = m.constraint.shared_budget()
+        units[shared] = units.get(shared, 0) + m.units
+    left = [units[m.constraint.shared_budget()] for m in candidates]
+    return [m for m, count in zip(candidates, left, strict=True) if m.budget.count(count) <= count]
