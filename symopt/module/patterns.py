@@ -9,8 +9,10 @@ from typing import final
 import torch
 from torch import nn
 
-from symopt.constraints import Composed, Constraint, GroupSparse
+from symopt.constraints import Composed, Constraint
+from symopt.module import advice
 from symopt.module.annotation import Annotation
+from symopt.module.roles import Named, axes, is_matrix, unit_dims
 from symopt.optim import registry
 from symopt.optim.binding import Binding
 
@@ -18,8 +20,6 @@ __all__ = ["Patterns", "Rows", "checked", "match"]
 
 Patterns = Mapping[str | tuple[str, ...], Constraint | list[Constraint] | None]
 Rows = list[tuple[tuple[str, ...], Constraint | None]]
-Named = tuple[str, nn.Module, str, nn.Parameter]
-"""A parameter: qualified name, the module that owns it, its name there, itself."""
 
 
 def checked(patterns: object) -> Rows:
@@ -54,13 +54,18 @@ def match(module: nn.Module, rows: Rows) -> list[Annotation]:
     shared: dict[int, list[tuple[int, Named]]] = {}
     # Looked up once, because both go through every constraint.
     factors, known = registry.factors(), registry.bindings()
-    keys = [_Keys(*row) for row in rows]
+    roles = axes(module, parameters)
+    keys = [_Keys(*row, frozenset(p for p, dim in roles if dim in unit_dims(row[1]))) for row in rows]
+    spared: list[tuple[str, nn.Parameter, str]] = []
+    wild = dict[str, Constraint]()
     hits = [dict.fromkeys(row, 0) for row, _ in rows]
     for full, sub, name, p in parameters:
         row, place = next(((i, k) for i, row in enumerate(keys) if (k := row.first(full, p)) is not None), (-1, -1))
         if row < 0:
+            spared += [(full, p, roles[axis]) for axis in _spared(full, p, keys) if axis in roles]
             continue
         row_keys, constraint = rows[row]
+        told = row_keys[place] == full
         hits[row][row_keys[place]] += 1
         if id(p) in chosen and (chosen[id(p)][1] != constraint or (constraint is not None and constraint.binds_many)):
             other, before = chosen[id(p)]  # one tensor under two names
@@ -73,7 +78,10 @@ def match(module: nn.Module, rows: Rows) -> list[Annotation]:
         chosen[id(p)] = (full, constraint)
         if constraint is not None:
             _check_free(full, p, factors, known)
-            _check(full, sub, p, constraint)
+            _check(full, p)
+            advice.check_layout(full, sub, name, p, constraint, told=told)
+            if not told:
+                wild[full] = constraint
             if constraint.binds_many:
                 shared.setdefault(row, []).append((place, (full, sub, name, p)))
             else:
@@ -81,12 +89,27 @@ def match(module: nn.Module, rows: Rows) -> list[Annotation]:
     for (_, value), counts in zip(rows, hits, strict=True):
         for key, n in counts.items():
             if n == 0:
-                raise ValueError(_nothing(key, value, parameters))
+                raise ValueError(_nothing(key, value, parameters, {full: what for full, _, what in spared}))
     for row, ranked in shared.items():
         several = rows[row][1]
         assert several is not None
         found.append(_bind_all(several, [named for _, named in sorted(ranked, key=lambda r: r[0])]))
+    named = {full for full, *_ in parameters if any(_fits(full, key) for row, _ in rows for key in row)}
+    kept = {full: what for full, p, what in spared if id(p) not in chosen}
+    advice.warn(advice.notes(parameters, kept, wild, found, _open_keys(rows), named))
     return found
+
+
+def _spared(full: str, p: nn.Parameter, keys: list[_Keys]) -> list[tuple[int, int]]:
+    """Along which dimensions a wildcard that fits ``full`` would have made units of ``p``, had it been allowed to."""
+    fitting = (row for row in keys if id(p) in row.spared and any(fnmatchcase(full, key) for _, key in row.wild))
+    return [(id(p), dim) for row in fitting for dim in unit_dims(row.constraint)]
+
+
+def _open_keys(rows: Rows) -> list[str]:
+    """Wildcards that bind what is called ``weight``."""
+    own = [keys for keys, value in rows if value is not None and not value.binds_many]
+    return [key for keys in own for key in keys if _wild(key) and key.endswith("weight")]
 
 
 def _bind_all(constraint: Constraint, parameters: list[Named]) -> Annotation:
@@ -102,10 +125,6 @@ def _bind_all(constraint: Constraint, parameters: list[Named]) -> Annotation:
     return Annotation(constraint.bind_all(names, tuple(w.detach() for w in weights)), names, owners, attributes)
 
 
-def _matrix(p: nn.Parameter) -> bool:
-    return isinstance(p, nn.parameter.UninitializedParameter) or p.dim() >= 2
-
-
 def _wild(key: str) -> bool:
     return any(c in key for c in "*?[")
 
@@ -114,8 +133,8 @@ def _wild(key: str) -> bool:
 class _Keys:
     """The keys of one row, so that exact names are found at once."""
 
-    def __init__(self, keys: tuple[str, ...], constraint: Constraint | None) -> None:
-        self.keys, self.constraint = keys, constraint
+    def __init__(self, keys: tuple[str, ...], constraint: Constraint | None, spared: frozenset[int]) -> None:
+        self.keys, self.constraint, self.spared = keys, constraint, spared
         self.place = {key: i for i, key in reversed(list(enumerate(keys)))}
         self.wild = [(i, key) for i, key in enumerate(keys) if _wild(key)]
 
@@ -123,7 +142,8 @@ class _Keys:
         """The place of the first key that binds a parameter."""
         exact = self.place.get(name, len(self.keys))
         for i, key in self.wild:
-            if i < exact and fnmatchcase(name, key) and _selects(self.constraint, name, p, wild=True):
+            fits = i < exact and id(p) not in self.spared and fnmatchcase(name, key)
+            if fits and _selects(self.constraint, name, p, wild=True):
                 return i
         found = exact < len(self.keys) and _selects(self.constraint, name, p, wild=False)
         return exact if found else None
@@ -136,12 +156,12 @@ def _fits(name: str, key: str) -> bool:
 def _selects(constraint: Constraint | None, name: str, p: nn.Parameter, *, wild: bool) -> bool:
     """Whether a key that fits ``name`` binds ``p``; ``wild`` if it only fits as a pattern."""
     selected = None if constraint is None else constraint.selects(name)
-    return selected if selected is not None else constraint is None or not wild or _matrix(p)
+    return selected if selected is not None else constraint is None or not wild or is_matrix(p)
 
 
-def _nothing(key: str, value: Constraint | None, parameters: list[Named]) -> str:
+def _nothing(key: str, value: Constraint | None, parameters: list[Named], kept: dict[str, str]) -> str:
     matched = [full for full, *_ in parameters if _fits(full, key)]
-    small = [full for full, _, _, p in parameters if _fits(full, key) and not _matrix(p)]
+    small = [full for full, _, _, p in parameters if _fits(full, key) and not is_matrix(p)]
     if not matched:
         names = ", ".join(full for full, *_ in parameters[:8]) + (", ..." if len(parameters) > 8 else "")
         return f"constrain: pattern {key!r} matches no parameter; there are: {names or 'none'}"
@@ -151,6 +171,11 @@ def _nothing(key: str, value: Constraint | None, parameters: list[Named]) -> str
         return (
             f"constrain: pattern {key!r} matches only parameters of fewer than two dimensions "
             f"({', '.join(small[:4])}); a wildcard does not bind those, name them in full"
+        )
+    if free := [full for full in matched if full in kept]:
+        return (
+            f"constrain: pattern {key!r} binds nothing: {advice.listed(f'{full} ({kept[full]})' for full in free)} "
+            f"would lose units of that, which a wildcard does not decide; name it in full, {{{free[0]!r}: ...}}"
         )
     before = ", ".join(matched[:4])
     return f"constrain: pattern {key!r} binds nothing: earlier patterns already bind {before}; put it first"
@@ -169,7 +194,7 @@ def _check_free(full: str, p: nn.Parameter, factors: set[int], known: dict[int, 
         )
 
 
-def _check(full: str, sub: nn.Module, p: nn.Parameter, constraint: Constraint) -> None:
+def _check(full: str, p: nn.Parameter) -> None:
     if isinstance(p, nn.parameter.UninitializedParameter):
         raise ValueError(f"constrain: {full} is uninitialised; run the lazy module once before constraining it")
     if p.is_complex() or not p.is_floating_point():
@@ -183,10 +208,3 @@ def _check(full: str, sub: nn.Module, p: nn.Parameter, constraint: Constraint) -
         raise ValueError(f"constrain: {full} has shape {tuple(p.shape)}; there is nothing to constrain, leave it out")
     if p.device.type != "meta" and not bool(torch.isfinite(p).all()):
         raise ValueError(f"constrain: {full} contains NaN or infinite values; initialise it before constraining")
-    for part in constraint.parts if isinstance(constraint, Composed) else (constraint,):
-        named = isinstance(part, GroupSparse) and isinstance(part.groups, str)
-        if named and isinstance(sub, nn.modules.conv._ConvTransposeNd):
-            raise ValueError(
-                f"constrain: {full} belongs to a transposed convolution, whose weight is stored (in, out, ...), so "
-                f"the groups of {part} would be ambiguous; give GroupSparse an index tensor"
-            )

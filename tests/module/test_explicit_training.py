@@ -184,7 +184,7 @@ def test_decorators():
     class Block(nn.Linear):
         pass
 
-    @symopt.constrain({"*.weight": G("out", strength=0.3)}, mode="explicit", init=1.0)
+    @symopt.constrain({("0.weight", "1.weight"): G("out", strength=0.3)}, mode="explicit", init=1.0)
     def build(width: int) -> nn.Module:
         return nn.Sequential(nn.Linear(width, 2), nn.Linear(2, 2))
 
