@@ -49,6 +49,11 @@ class GroupSparse(Constraint):
               ``index[i]``, or to none (-1); ``index`` None numbers the slices from 0.  All parameters that the key of
               :func:`symopt.constrain` and the mapping match are bound as one: one gate, one second moment and one count
               per unit.  Weights in no unit take the plain step, without ``weight_decay``.
+
+            Strings count dimensions as a Linear or Conv stores them, (out, in, ...); a transposed convolution is
+            refused, and Hugging Face's Conv1D, which is (in, out), must be named in full.  A wildcard of
+            :func:`symopt.constrain` makes no units of what is the model's output or a vocabulary: that, too, has to be
+            named in full.
         strength: kappa, as in :class:`symopt.Sparse`.  With ``AdamW`` it counts per coordinate, whatever the group's
             size: a group dies while ``||E m / rms|| < strength * sqrt(size)``.  Defaults: 0.06 with AdamW, 1e-4 with
             SGD and Adam.

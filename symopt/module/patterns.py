@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import final
 
@@ -62,7 +62,9 @@ def match(module: nn.Module, rows: Rows) -> list[Annotation]:
     for full, sub, name, p in parameters:
         row, place = next(((i, k) for i, row in enumerate(keys) if (k := row.first(full, p)) is not None), (-1, -1))
         if row < 0:
-            spared += [(full, p, roles[axis]) for axis in _spared(full, p, keys) if axis in roles]
+            for constraint, axis in _spared(full, p, keys):
+                advice.check_layout(full, sub, name, p, constraint, told=False)
+                spared += [(full, p, roles[axis])] if axis in roles else []
             continue
         row_keys, constraint = rows[row]
         told = row_keys[place] == full
@@ -100,10 +102,11 @@ def match(module: nn.Module, rows: Rows) -> list[Annotation]:
     return found
 
 
-def _spared(full: str, p: nn.Parameter, keys: list[_Keys]) -> list[tuple[int, int]]:
-    """Along which dimensions a wildcard that fits ``full`` would have made units of ``p``, had it been allowed to."""
-    fitting = (row for row in keys if id(p) in row.spared and any(fnmatchcase(full, key) for _, key in row.wild))
-    return [(id(p), dim) for row in fitting for dim in unit_dims(row.constraint)]
+def _spared(full: str, p: nn.Parameter, keys: list[_Keys]) -> Iterator[tuple[Constraint, tuple[int, int]]]:
+    """Constraints whose wildcard fits ``full`` and would make units of ``p`` if it might, and along what."""
+    for row in keys:
+        if id(p) in row.spared and row.constraint is not None and any(fnmatchcase(full, key) for _, key in row.wild):
+            yield from ((row.constraint, (id(p), dim)) for dim in unit_dims(row.constraint))
 
 
 def _open_keys(rows: Rows) -> list[str]:
