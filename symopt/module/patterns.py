@@ -62,8 +62,8 @@ def match(module: nn.Module, rows: Rows) -> list[Annotation]:
     for full, sub, name, p in parameters:
         row, place = next(((i, k) for i, row in enumerate(keys) if (k := row.first(full, p)) is not None), (-1, -1))
         if row < 0:
-            for constraint, axis in _spared(full, p, keys):
-                advice.check_layout(full, sub, name, p, constraint, told=False)
+            for wanted, axis in _spared(full, p, keys):
+                advice.check_layout(full, sub, name, p, wanted, told=False)
                 spared += [(full, p, roles[axis])] if axis in roles else []
             continue
         row_keys, constraint = rows[row]

@@ -297,11 +297,11 @@ def test_heads_that_are_chosen_apart_are_warned_of_with_what_binds_them(
     assert all(f"layers.0.attn.{name}.weight" in text for name in names)
     fix = re.search(r"bind those of a layer as one, (\{.*\})$", text)
     assert fix is not None
-    joint = make()
+    bound = make()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        symopt.constrain(joint, eval(fix[1], {"torch": torch, "GroupSparse": G}))
-    units = {c.spanning_units.count for c in symopt.constraints(joint).values()}
+        symopt.constrain(bound, eval(fix[1], {"torch": torch, "GroupSparse": G}))
+    units = {c.spanning_units.count for c in symopt.constraints(bound).values()}
     assert units == {kv}
 
 
