@@ -40,7 +40,6 @@ the penalty counts half as much, ``alpha = strength / 2``.  Zeros take time: :fu
 Source: L. Ziyin, *Symmetry Induces Structure and Constraint of Learning*, ICML 2024, arXiv 2309.16932.
 """
 
-from symopt.anneal import Anneal
 from symopt.backends import explain
 from symopt.certify import certify, critical_strength
 from symopt.constraints import (
@@ -70,7 +69,6 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
-    "Anneal",
     "Circulant",
     "Constraint",
     "Equivariant",

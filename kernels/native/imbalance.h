@@ -46,12 +46,12 @@ StepConstants<double> step_constants(const Entry& e, const Settings& s) {
   k.grad_factor = (s.maximize ? -1.0 : 1.0) / (s.grad_scale ? double(*s.grad_scale) : 1.0);
   k.weight_decay = constrained || decoupled ? 0 : s.weight_decay;
   const double amplify = amplification(e, s);
-  const double given[4] = {e.strength_kept, e.strength_pruned, e.threshold, s.imbalance_factor};
+  const double given[5] = {e.strength_kept, e.strength_pruned, e.threshold, s.imbalance_factor, HUGE_VAL};
   const double* budget = e.budget ? e.budget : given;
   const bool pattern = e.pattern_m && budget[2] >= 0;
   k.pattern_n = pattern ? e.pattern_n : 0, k.pattern_m = pattern ? e.pattern_m : 0;
   k.decay_kept = constrained ? s.lr * budget[0] * amplify : decoupled ? s.lr * s.weight_decay : 0;
-  k.decay_pruned = s.lr * budget[1] * amplify;
+  k.decay_pruned = std::min(s.lr * budget[1], budget[4]) * amplify;
   k.threshold = budget[2], k.snap_limit = budget[2] < 0 && !e.budget ? HUGE_VAL : budget[2];
   k.imbalance_factor = budget[3];
   k.imbalance = e.imbalance ? read(e, e.imbalance) : 0;

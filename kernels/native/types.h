@@ -24,7 +24,7 @@ struct Entry {
   void* imbalance;
   const void* metric_scale;
   void* step;            // 0-dim counter, or null
-  const double* budget;  // strengths kept and pruned, threshold, imbalance factor; null: the numbers below
+  const double* budget;  // strengths kept, pruned, threshold, imbalance factor, largest decay; null: the numbers below
   const int64_t* index;  // group of every weight, or null where the five sizes below describe the groups
   int64_t numel;
   // Element ((band * rows + row) * groups + group) * run + i belongs to group band * groups + group.

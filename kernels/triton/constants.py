@@ -127,15 +127,17 @@ def prepare(
         given.beta2, given.one_minus_beta2, given.eps, unbias1, unbias2, step,
     )  # fmt: skip
     kept, pruned, threshold, imbalance_factor, imbalance, scale = 0.0, 0.0, -1.0, given.imbalance_factor, 0.0, 1.0
+    largest_decay = float("inf")
     if CONSTRAINED:
         imbalance, scale = scalar(table, row, IMBALANCE), scalar(table, row, METRIC_SCALE)
         if BUDGETED:
             budget = field(table, row, BUDGET)
             kept, pruned = load_f64_as_f32(budget), load_f64_as_f32(budget + 8)
             threshold, imbalance_factor = load_f64_as_f32(budget + 16), load_f64_as_f32(budget + 24)
+            largest_decay = load_f64_as_f32(budget + 32)
         else:
             kept = strength(per_step, row)
-        kept, pruned = lr * kept * given.amplify, lr * pruned * given.amplify
+        kept, pruned = lr * kept * given.amplify, tl.minimum(lr * pruned, largest_decay) * given.amplify
     elif DECOUPLED:
         kept = lr * given.weight_decay
     grad_factor = -1.0 if MAXIMIZE else 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,21 @@ class BudgetedWeight:
         return self.w.numel() if self.groups is None else self.groups.count
 
     @property
+    def live(self) -> int:
+        """How many units are not zero."""
+        return int(self.sizes().count_nonzero())
+
+    @property
+    def target(self) -> float:
+        """Its budget as a number that another budget does not have: units if it is its own, else the pool's amount."""
+        return self.budget.count(self.units) if self.budget.scope == "tensor" else float(self.budget.amount)
+
+    @property
+    def run(self) -> int:
+        """Neighbours that compete in its pattern, or 0."""
+        return 0 if self.budget.pattern is None else self.budget.pattern[1]
+
+    @property
     def budget(self) -> Budget:
         found = self.constraint.budget
         assert found is not None
@@ -60,6 +75,8 @@ class Pool:
     """Weights that share one budget: a single one, or all of a scope that is not ``"tensor"``."""
 
     weights: tuple[BudgetedWeight, ...]
+    settled: tuple[BudgetedWeight, ...] = ()
+    """Others that share it and whose support is committed: what lives of them is taken from it."""
 
     def __post_init__(self) -> None:
         if self.budget.scope != "tensor" and self.count > self.total:  # one tensor's is checked where it is bound
@@ -85,7 +102,7 @@ class Pool:
 
     @property
     def total(self) -> int:
-        """What all units take."""
+        """What all units take, without the settled ones."""
         return sum(m.units * m.cost for m in self.weights)
 
     @property
@@ -96,7 +113,28 @@ class Pool:
     @property
     def count(self) -> float:
         """What the units that live in the end may take: their number, or multiply-adds."""
-        return self.budget.count(self.total)
+        taken = sum(m.live * m.cost for m in self.settled)
+        whole = self.budget.count(self.total + sum(m.units * m.cost for m in self.settled))
+        return max(whole - taken, self._least) if self.settled else whole
+
+    @property
+    def live(self) -> int:
+        """What the units that live now take."""
+        return sum(m.live * m.cost for m in self.weights)
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether more lives than the budget has room for."""
+        if self.pattern is not None:
+            return any(bool((m.constraint.pruned(m.w, math.inf, m.groups) & (m.w.flatten() != 0)).any()) for m in self.weights)
+        return self.live > self.count
+
+    @property
+    def met(self) -> bool:
+        """Whether exactly the budget lives and something does not, as a commit leaves it."""
+        live = self.live
+        full = live == self.total or live <= self.count - max(m.cost for m in self.weights)
+        return not full and not self.exceeded
 
     @property
     def share(self) -> float:
@@ -150,14 +188,21 @@ class Pool:
         return [~x for x in kept]
 
 
-def pools(weights: Iterable[BudgetedWeight]) -> list[Pool]:
-    """Weights with equal constraints share a budget if its scope is not a tensor; every other has its own."""
+def pools(weights: Iterable[BudgetedWeight], settled: Container[BudgetedWeight] = ()) -> list[Pool]:
+    """Weights with equal constraints share a budget if its scope is not a tensor; every other has its own.
+
+    Those that are ``settled`` stay as they are; a pool of which all are is left out.
+    """
     shared: dict[Constraint, list[BudgetedWeight]] = {}
-    alone: list[Pool] = []
+    alone: list[list[BudgetedWeight]] = []
     for m in weights:
         budget = m.constraint.budget
         if budget is not None and budget.scope != "tensor":
             shared.setdefault(m.constraint.shared_budget(), []).append(m)
         elif budget is not None:
-            alone.append(Pool((m,)))
-    return alone + [Pool(tuple(found)) for found in shared.values()]
+            alone.append([m])
+    found = [
+        (tuple(m for m in members if m not in settled), tuple(m for m in members if m in settled))
+        for members in (*alone, *shared.values())
+    ]
+    return [Pool(open_, closed) for open_, closed in found if open_]

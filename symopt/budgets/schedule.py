@@ -1,6 +1,6 @@
 """The schedule of a budget: when units are selected, how strongly the pruned ones decay, when the support is final.
 
-Pure functions of the step: they decide, and whoever trains writes the decisions to the weights and their state.
+Pure functions of the step: they decide, and the optimizer writes the decisions to the weights and their state.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from symopt.budgets.pools import BudgetedWeight, Pool, pools
+from symopt.budgets.pools import BudgetedWeight, Pool
 from symopt.budgets.selection import Threshold
 from symopt.budgets.state import BudgetState
 from symopt.constraints import Constraint
 from symopt.constraints.budget import BudgetPlan
 
-__all__ = ["Decision", "Scheduled", "commit_step", "decide", "is_due", "largest_strength"]
+__all__ = ["Course", "Decision", "Scheduled", "commit", "committed", "largest_decay", "ramp"]
 
 MAX_RELATIVE_DECAY = 0.1
 """The largest decay of a pruned unit per step, relative to the metric, in a budget above LARGE_BUDGET: (1 - .1)**(2 *
@@ -27,6 +27,31 @@ MAX_RELATIVE_DECAY = 0.1
 
 LARGE_BUDGET = 0.05
 """Smaller budgets are met as they are, and half a percent of a ResNet lost 20 points by such a bound."""
+
+
+@final
+@dataclass(frozen=True)
+class Course:
+    """A plan over a training of known length, in steps."""
+
+    plan: BudgetPlan
+    total_steps: int
+    commit: float | None
+    """Share of training at which the support becomes final; None: the plan's."""
+
+    @property
+    def last(self) -> int:
+        """The step after which pruned units are set to zero."""
+        return max(1, round((self.plan.commit if self.commit is None else self.commit) * self.total_steps))
+
+    def is_due(self, step: int) -> bool:
+        """Whether units are selected after this step."""
+        return step % self.plan.every == 0 or step in (1, self.last)
+
+    def remaining(self, step: int) -> float:
+        """Of the units that are too many, the share that may still live: the cubic ramp (Zhu & Gupta, 2017)."""
+        first, full = (self.last * share / self.plan.commit for share in (self.plan.begin, self.plan.ramp))
+        return min(1.0, max(0.0, 1 - (step - first) / (full - first))) ** 3
 
 
 @final
@@ -39,8 +64,10 @@ class Scheduled:
     """What a strength of 1 means (:meth:`symopt.optim.direction.Direction.strength_unit`)."""
     strength: float | Tensor | None
     """Given for the units kept, or None."""
-    most: Tensor | None
-    """Bound on the strength of pruned units from :func:`largest_strength`; None: no bound."""
+    largest_decay: Tensor | None
+    """Bound from :func:`largest_decay`; None: no bound."""
+    before: BudgetState
+    """As the last selection left it."""
 
 
 @final
@@ -54,62 +81,54 @@ class Decision:
     """One truth value per unit, flat; None before the commit."""
 
 
-def commit_step(plan: BudgetPlan, total_steps: int, commit: float | None) -> int:
-    """The step after which pruned units are set to zero."""
-    return max(1, round((plan.commit if commit is None else commit) * total_steps))
-
-
-def is_due(plan: BudgetPlan, step: int, last: int) -> bool:
-    """Whether units are selected after this step."""
-    return step % plan.every == 0 or step in (1, last)
-
-
-def remaining(plan: BudgetPlan, step: int, last: int) -> float:
-    """Of the units that are too many, the share that may still live: the cubic ramp (Zhu & Gupta, 2017)."""
-    first, full = (last * share / plan.commit for share in (plan.begin, plan.ramp))
-    return min(1.0, max(0.0, 1 - (step - first) / (full - first))) ** 3
-
-
-def decide(
-    scheduled: Iterable[Scheduled], step: int, total_steps: int, commit: float | None, plan: BudgetPlan | None
-) -> Iterator[Decision]:
-    """The decisions of a step for the weights that are due; those that share a budget must come together.
-
-    ``plan`` replaces the constraints' own.
-    """
+def _of_pool(pool: Pool, scheduled: Iterable[Scheduled]) -> list[Scheduled]:
     by_weight = {item.weight: item for item in scheduled}
-    for pool in pools(by_weight):
-        own = plan or pool.weights[0].constraint.plan
-        last = commit_step(own, total_steps, commit)
-        if step >= last:
-            for weight, pruned in zip(pool.weights, pool.pruned(), strict=True):
-                yield Decision(by_weight[weight], BudgetState(imbalance_factor=0.0), pruned)
-            continue
-        left = remaining(own, step, last)
-        for weight, limit in zip(pool.weights, pool.thresholds(pool.at(left)), strict=True):
-            yield Decision(by_weight[weight], _strengths(by_weight[weight], pool, own, last, limit, left))
+    return [by_weight[weight] for weight in pool.weights]
 
 
-def _strengths(item: Scheduled, pool: Pool, plan: BudgetPlan, last: int, limit: Threshold, left: float) -> BudgetState:
+def ramp(pool: Pool, scheduled: Iterable[Scheduled], course: Course, step: int) -> Iterator[Decision]:
+    """What the weights of a pool, all of which are ``scheduled``, decay by until the next selection."""
+    left = course.remaining(step)
+    for item, limit in zip(_of_pool(pool, scheduled), pool.thresholds(pool.at(left)), strict=True):
+        yield Decision(item, _strengths(item, pool, course, limit, left))
+
+
+def commit(pool: Pool, scheduled: Iterable[Scheduled]) -> Iterator[Decision]:
+    """The support of a pool becomes final."""
+    for item, pruned in zip(_of_pool(pool, scheduled), pool.pruned(), strict=True):
+        yield Decision(item, committed(item.weight), pruned)
+
+
+def committed(weight: BudgetedWeight) -> BudgetState:
+    """The state from the commit on."""
+    return BudgetState(imbalance_factor=0.0, target=weight.target, run=weight.run)
+
+
+def _strengths(item: Scheduled, pool: Pool, course: Course, limit: Threshold, left: float) -> BudgetState:
+    plan = course.plan
     kept = plan.strength_kept * math.log(1 / pool.share) if item.strength is None else item.strength
-    pruned = plan.strength_pruned * item.unit
-    if not pool.pattern and item.most is not None and pool.share > LARGE_BUDGET:
-        # Units without a gradient fill a large budget, and do not come back: what drifts over the threshold must be
-        # alive when the next selection looks.
-        pruned = torch.as_tensor(pruned, device=item.most.device).minimum(item.most)
     # A pattern has no threshold that could prune one weight after the other: the strength grows instead.
-    pruned = pruned * (1 - left) if pool.pattern else pruned
-    return BudgetState(kept * item.unit, pruned, limit, math.exp(-plan.plasticity / last))
+    factor = plan.strength_pruned * (1 - left) if pool.pattern else plan.strength_pruned
+    kept, pruned = kept * item.unit, factor * item.unit
+    if isinstance(item.unit, Tensor):  # of a gradient that overflowed or is missing it says nothing
+        known = item.unit.isfinite() & (item.unit > 0)
+        kept, pruned = (
+            torch.where(known, now, torch.as_tensor(before, dtype=item.unit.dtype, device=item.unit.device))
+            for now, before in ((kept, item.before.strength_kept), (pruned, item.before.strength_pruned))
+        )
+    elif item.unit == 0:
+        kept, pruned = item.before.strength_kept, item.before.strength_pruned
+    # Units without a gradient fill a large budget, and do not come back: what drifts over the threshold must be alive
+    # when the next selection looks.
+    bounded = not pool.pattern and item.largest_decay is not None and pool.share > LARGE_BUDGET
+    most = item.largest_decay if bounded and item.largest_decay is not None else math.inf
+    factor = math.exp(-plan.plasticity / course.last)
+    return BudgetState(kept, pruned, limit, factor, most, item.weight.target, item.weight.run)
 
 
-def largest_strength(
-    constraint: Constraint, lr: float | Tensor, metric_scale: Tensor, weights: int, units: int
-) -> Tensor | None:
-    """The strength at which a pruned unit of ``weights / units`` weights decays by MAX_RELATIVE_DECAY per step.
+def largest_decay(constraint: Constraint, gain: float | Tensor, metric_scale: Tensor) -> Tensor | None:
+    """The ``lr * strength`` at which a pruned unit decays by MAX_RELATIVE_DECAY per step; None: without such a bound.
 
-    None where the step of the constraint has no such bound.
+    ``gain`` is what multiplies it in the step of such a unit.
     """
-    if constraint.is_matrix:
-        return None
-    rate = torch.as_tensor(lr) * math.sqrt(weights / units)
-    return (MAX_RELATIVE_DECAY * metric_scale / rate).to(metric_scale.device)
+    return None if constraint.is_matrix else MAX_RELATIVE_DECAY * metric_scale / gain

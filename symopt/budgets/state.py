@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, fields
 from typing import final
@@ -12,7 +13,7 @@ from torch import Tensor
 __all__ = ["BUDGET", "BudgetState", "is_committed"]
 
 BUDGET = "budget"
-"""Key of the state tensor, float64 of shape ``(4,)``."""
+"""Key of the state tensor, float64 of shape ``(7,)``; kernels read the first five numbers."""
 
 
 @final
@@ -31,7 +32,17 @@ class BudgetState:
     threshold: float | Tensor = -1.0
     """The size up to which a unit is pruned; negative: none is."""
     imbalance_factor: float | Tensor = 1.0
-    """What multiplies the imbalance in every step; 0: the support is final."""
+    """What multiplies the imbalance in every step; 0: the support is committed."""
+    largest_decay: float | Tensor = math.inf
+    """Bound on ``lr * strength`` of pruned units, whatever lr becomes: one that is pruned must outlive a selection."""
+    target: float = 0.0
+    """The budget as :attr:`~symopt.budgets.pools.BudgetedWeight.target` has it: another one starts anew."""
+    run: float = 0.0
+    """Neighbours that compete in an N:M pattern, else 0."""
+
+    def pruned_within(self, lr: float | Tensor) -> Tensor:
+        """``strength_pruned``, so that ``lr`` times it keeps to the bound."""
+        return torch.as_tensor(self.strength_pruned).minimum(torch.as_tensor(self.largest_decay) / lr)
 
     def tensor(self, device: torch.device) -> Tensor:
         """As the state keeps it; numbers that are tensors on ``device`` are not read back."""
@@ -56,4 +67,4 @@ class BudgetState:
 def is_committed(state: Mapping[str, object]) -> bool:
     """Whether the pruned units have been set to zero, so that the support is final; waits for the device."""
     stored = state.get(BUDGET)
-    return isinstance(stored, Tensor) and float(stored[-1]) == 0
+    return isinstance(stored, Tensor) and float(stored[3]) == 0

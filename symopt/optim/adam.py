@@ -135,7 +135,7 @@ class Adam(ConstrainedOptimizer, torch.optim.Adam):
         params: a module, or anything ``torch.optim.Adam`` takes.
         lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
             decoupled_weight_decay: as in torch; ``weight_decay`` applies to unconstrained parameters only.
-        strength, time_scale, imbalance, backend: see :class:`symopt.optim.ConstrainedOptimizer`.
+        strength, time_scale, imbalance, backend, total_steps, commit: see :class:`symopt.optim.ConstrainedOptimizer`.
 
     Raises:
         ValueError, TypeError: as torch's; also for a bad strength, time_scale or imbalance.
@@ -173,6 +173,8 @@ class Adam(ConstrainedOptimizer, torch.optim.Adam):
         time_scale: str = "saturated",
         imbalance: float = 1.0,
         backend: str | None = None,
+        total_steps: int | None = None,
+        commit: float | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -191,6 +193,8 @@ class Adam(ConstrainedOptimizer, torch.optim.Adam):
             time_scale=time_scale,
             imbalance=imbalance,
             backend=backend,
+            total_steps=total_steps,
+            commit=commit,
         )
 
     def _step_plain(self, group: ParamGroup) -> None:
@@ -212,7 +216,7 @@ class AdamW(ConstrainedOptimizer, torch.optim.AdamW):
         params: a module, or anything ``torch.optim.AdamW`` takes.
         lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as in torch;
             ``weight_decay`` applies to unconstrained parameters only.
-        strength, time_scale, imbalance, backend: see :class:`symopt.optim.ConstrainedOptimizer`.
+        strength, time_scale, imbalance, backend, total_steps, commit: see :class:`symopt.optim.ConstrainedOptimizer`.
 
     Raises:
         ValueError, TypeError: as torch's; also for a bad strength, time_scale or imbalance.
@@ -250,6 +254,8 @@ class AdamW(ConstrainedOptimizer, torch.optim.AdamW):
         time_scale: str = "saturated",
         imbalance: float = 1.0,
         backend: str | None = None,
+        total_steps: int | None = None,
+        commit: float | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -267,6 +273,8 @@ class AdamW(ConstrainedOptimizer, torch.optim.AdamW):
             time_scale=time_scale,
             imbalance=imbalance,
             backend=backend,
+            total_steps=total_steps,
+            commit=commit,
         )
 
     def _step_plain(self, group: ParamGroup) -> None:

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from symopt.constraints import Constraint
 from symopt.optim import checkpoint, compiled, dispatch, registry
 from symopt.optim.binding import Binding
 from symopt.optim.direction import Direction, Options, ParamGroup, State
 from symopt.optim.membership import Membership
-from symopt.optim.options import DEFAULTS, Params, check_group, parameters_of
+from symopt.optim.options import DEFAULTS, Params, check_group, check_length, parameters_of
+from symopt.optim.schedule import Schedule
 
 __all__ = ["ConstrainedOptimizer"]
 
@@ -35,10 +35,16 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         time_scale: ``"saturated"`` (a weight above its tensor's typical size moves as under the plain optimizer) or
             ``"none"`` (steps of the explicit factors to the letter; large weights move by a fixed factor per step).
         imbalance: initial plasticity c of each tensor, in units of its root mean square; 0 locks signs and makes zeros
-            permanent from the start.  It decays by itself (see :class:`symopt.Anneal` for a schedule).
+            permanent from the start.  It decays by itself, or with ``total_steps`` by a schedule.
         backend: which kernel steps the constrained tensors: None for the best that can (:func:`symopt.explain` lists
             them), ``"native"``, ``"triton"`` or ``"reference"``; a named one is used or an error says why not, and the
             first two then step unconstrained tensors too, with float32 moments for those in half precision.
+        total_steps: length of the whole training in optimizer steps; every call of :meth:`step` counts but one that
+            GradScaler skips.  The imbalance is multiplied by ``exp(-25 / total_steps)`` per step, and budgets, which
+            need it, are ramped in and committed (docs/budgets.md).
+        commit: share of training, in (0, 1), after which structure is final: strengths are 0 from then on, so zeros
+            stay and the rest trains without shrinkage.  None: a strength never ends, a budget is committed at 60 %
+            (``LowRank`` at 14 %).
 
     ``weight_decay`` keeps torch's meaning and applies to unconstrained parameters only.
     """
@@ -46,20 +52,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
     direction: ClassVar[Direction]
     """What it makes of a gradient."""
 
-    def __init__(
-        self,
-        params: Params,
-        *args: Any,
-        strength: float | Tensor | None = None,
-        time_scale: str = "saturated",
-        imbalance: float = 1.0,
-        backend: str | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, params: Params, *args: Any, **kwargs: Any) -> None:
         self.membership = Membership(type(self).__name__, self.direction)
+        self.schedule = Schedule(self.direction)
         self._slots: dispatch.Slots = {}
         self._loading: checkpoint.Loading | None = None
-        given = DEFAULTS | {"strength": strength, "time_scale": time_scale, "imbalance": imbalance, "backend": backend}
+        given = {key: kwargs.pop(key, value) for key, value in DEFAULTS.items()}
         check_group(given, type(self).__name__)
         super().__init__(parameters_of(params), *args, **kwargs)
         self.defaults.update(given)
@@ -90,13 +88,6 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
     def binding(self, p: Tensor) -> Binding:
         """What binds ``p``; without a constraint if nothing does."""
         return self.membership.binding(p, self.param_groups)
-
-    def constrained(self) -> Iterator[tuple[ParamGroup, Tensor, str, Constraint]]:
-        """Group, parameter, name and constraint of every constrained parameter."""
-        for group, binding in self.bindings():
-            for p, name in zip(binding.parameters, binding.names, strict=True):
-                assert binding.constraint is not None
-                yield group, p, name, binding.constraint
 
     def owns(self, param: Tensor) -> bool:
         """Whether ``param`` is in one of the groups."""
@@ -138,7 +129,19 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
     def take_step(self) -> None:
         """The step itself, in the caller's grad mode."""
         amp = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        dispatch.step_groups(self.param_groups, self.membership, self.state, self._slots, self._step_plain, *amp)
+        own = (self.param_groups, self.membership, self.schedule, self.state, self._slots)
+        dispatch.step_groups(*own, self._step_plain, *amp)
+
+    def reschedule(self, total_steps: int, commit: float | None = None) -> None:
+        """Change ``total_steps``, those taken included, and ``commit`` unless None; what is committed stays so."""
+        for group in self.param_groups:
+            share = group["commit"] if commit is None else commit
+            check_length(f"{type(self).__name__}.reschedule", total_steps, share)
+            group.update(total_steps=total_steps, commit=share)
+
+    def update_schedule(self) -> None:
+        """Select and commit outside of a captured CUDA graph, after every replay; elsewhere :meth:`step` does that."""
+        self.schedule.replayed()
 
     def backends(self) -> Iterator[tuple[str, str, dict[str, str | None]]]:
         """Name, backend and, per backend, why not that one, of every parameter (:func:`symopt.explain` prints it)."""
@@ -152,11 +155,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         The fused kernels count what they write, so it is free there; tensors that changed since, or that the reference
         steps, are counted now.  Values written in place past autograd (``p.data[0] = 0``) are not noticed.
         """
-        return {
-            name: dispatch.zeros(self._slots.get(binding.parameters[0]), p)
-            for _, binding in self.bindings()
-            for p, name in zip(binding.parameters, binding.names, strict=True)
-        }
+        return dispatch.zeros((binding for _, binding in self.bindings()), self._slots)
 
     def state_dict(self) -> ParamGroup:
         """As torch's; second moments shared by a unit are written out per weight, so torch.optim can load them."""
@@ -176,6 +175,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         with checkpoint.loading(self, self.binding, self.direction, state_dict) as self._loading:
             super().load_state_dict(state_dict)
         self._loading = None
+        self.schedule.forget()
 
     def __getstate__(self) -> ParamGroup:
         self.membership.look_up(self.param_groups)
@@ -190,6 +190,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         if bindings is not None:  # unpickled or deep-copied
             self._loading, self._slots = None, {}
             self.membership = Membership(type(self).__name__, self.direction, bindings)
+            self.schedule = Schedule(self.direction)
             self.number = compiled.register(self)
             registry.register_owner(self)
         if self._loading is not None:

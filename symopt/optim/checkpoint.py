@@ -97,7 +97,9 @@ class Loading:
         (pytorch #43706).
         """
         for group, saved, before in zip(param_groups, self.final["param_groups"], self._options, strict=True):
-            group.update({key: value for key, value in before.items() if key not in saved})
+            # The length of this run is its own; all else that a checkpoint has counts, as with torch.
+            own = {key for key in ("total_steps", "commit") if before["total_steps"] is not None}
+            group.update({key: value for key, value in before.items() if key not in saved or key in own})
             for i, p in zip(saved["params"], group["params"], strict=True):
                 constrained = binding(p).constraint is not None
                 for key, value in self.final["state"].get(i, {}).items():

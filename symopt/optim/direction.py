@@ -144,7 +144,7 @@ class Direction(ABC):
             return None
         return self.gain(options, 1.0 if scale is None else scale, size, shape, decoupled=decoupled)
 
-    def strength_unit(self, p: Tensor, state: State, units: int) -> float | Tensor:
+    def strength_unit(self, p: Tensor, grad: Tensor | None, state: State, units: int) -> float | Tensor:
         """What a budget's strength of 1 means: 1 where updates are normalised."""
         return 1.0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from symopt.optim.direction import Direction, Options, ParamGroup, State
 from symopt.optim.fused import FusedStep, step_fused
 from symopt.optim.membership import GroupBindings, Membership
 from symopt.optim.reference_step import step as step_reference
+from symopt.optim.schedule import Schedule, in_force
 from symopt.optim.slot import Slot
 from symopt.optim.state import fit_plain
 from symopt_kernels.backend import Request
@@ -44,6 +45,7 @@ def reasons(binding: Binding, direction: Direction, options: Options, state: Sta
 def step_groups(
     param_groups: list[ParamGroup],
     membership: Membership,
+    schedule: Schedule,
     states: Mapping[Tensor, State],
     slots: Slots,
     step_plain: Callable[[ParamGroup], None],
@@ -52,18 +54,30 @@ def step_groups(
 ) -> None:
     """One step of all param groups; none where GradScaler has found an overflow."""
     if found_inf is not None and found_inf.device.type == "cpu" and not INTERPRETED and bool(found_inf):
-        return  # nothing moves, and the step count neither
-    for group in param_groups:
-        of_group = membership.of(group, param_groups)
-        _step_group(of_group, membership.direction, group, states, slots, step_plain, grad_scale, found_inf)
+        return  # nothing moves, and no count either
+    pairs = [(group, membership.of(group, param_groups)) for group in param_groups]
+    schedule.begin(pairs, states, grad_scale)
+    for group, of_group in pairs:
+
+        def look_up(binding: Binding, options: ParamGroup, key: object) -> Slot | FusedStep:
+            schedule.complete(binding, pairs, states, grad_scale)
+            return _looked_up(binding, membership.direction, options, states, key)
+
+        options = in_force(group, schedule.steps)
+        _step_group(
+            of_group, membership.direction, group, options, states, slots, look_up, step_plain, grad_scale, found_inf
+        )
+    schedule.end(grad_scale, found_inf)
 
 
 def _step_group(
     of_group: GroupBindings,
     direction: Direction,
+    group: ParamGroup,
     options: ParamGroup,
     states: Mapping[Tensor, State],
     slots: Slots,
+    look_up: Callable[[Binding, ParamGroup, object], Slot | FusedStep],
     step_plain: Callable[[ParamGroup], None],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
@@ -85,7 +99,7 @@ def _step_group(
         found = slots.get(first)
         slot = found.slot if isinstance(found, FusedStep) else found
         if found is None or slot is None or slot.binding is not binding or not slot.holds(states, key):
-            found = slots[first] = _looked_up(binding, direction, options, states, key)
+            found = slots[first] = look_up(binding, options, key)
         if isinstance(found, Slot):
             reference.append(found)
         else:
@@ -95,7 +109,7 @@ def _step_group(
         if plain:
             for p in plain:
                 fit_plain(states.get(p, {}), p)
-            step_plain(options)
+            step_plain(group)
         for slot in reference:
             step_reference(slot, options, grad_scale)
         if native_steps:
@@ -115,10 +129,15 @@ def explained(
     return name, choose(options["backend"], name, found), found
 
 
-def zeros(step: Slot | FusedStep | None, p: Tensor) -> int:
-    """Exact zeros of ``p``, as its last step counted them or counted now."""
-    counted = step.zeros(p) if isinstance(step, FusedStep) else None
-    return int((p == 0).sum()) if counted is None else counted
+def zeros(bindings: Iterable[Binding], slots: Slots) -> dict[str, int]:
+    """Exact zeros of every parameter by name, as its last step counted them or counted now."""
+    found = {}
+    for binding in bindings:
+        step = slots.get(binding.parameters[0])
+        for p, name in zip(binding.parameters, binding.names, strict=True):
+            counted = step.zeros(p) if isinstance(step, FusedStep) else None
+            found[name] = int((p == 0).sum()) if counted is None else counted
+    return found
 
 
 def _has_gradient(binding: Binding) -> bool:

@@ -53,7 +53,7 @@ class Lion(ConstrainedOptimizer):
         betas: of the update and of the moment, in [0, 1).
         weight_decay: decoupled, of unconstrained parameters only.
         maximize: as in torch.
-        strength, time_scale, imbalance, backend: see :class:`symopt.optim.ConstrainedOptimizer`.
+        strength, time_scale, imbalance, backend, total_steps, commit: see :class:`symopt.optim.ConstrainedOptimizer`.
 
     Raises:
         ValueError, TypeError: for an option out of range.
@@ -85,6 +85,8 @@ class Lion(ConstrainedOptimizer):
         time_scale: str = "saturated",
         imbalance: float = 1.0,
         backend: str | None = None,
+        total_steps: int | None = None,
+        commit: float | None = None,
     ) -> None:
         if not lr >= 0:
             raise ValueError(f"Lion: lr must be >= 0, got {lr}")
@@ -99,6 +101,8 @@ class Lion(ConstrainedOptimizer):
             time_scale=time_scale,
             imbalance=imbalance,
             backend=backend,
+            total_steps=total_steps,
+            commit=commit,
         )
 
     def _step_plain(self, group: ParamGroup) -> None:

@@ -58,7 +58,7 @@ class Muon(ConstrainedOptimizer, torch.optim.Muon):
         params: matrices, in any form that ``torch.optim.Muon`` takes, or a module that has no others.
         lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as in torch;
             ``weight_decay`` applies to unconstrained parameters only.
-        strength, time_scale, imbalance, backend: see :class:`symopt.optim.ConstrainedOptimizer`.
+        strength, time_scale, imbalance, backend, total_steps, commit: see :class:`symopt.optim.ConstrainedOptimizer`.
 
     Raises:
         ValueError, TypeError: as torch's, for parameters that are no matrices too; for a constraint whose mirrors are
@@ -95,6 +95,8 @@ class Muon(ConstrainedOptimizer, torch.optim.Muon):
         time_scale: str = "saturated",
         imbalance: float = 1.0,
         backend: str | None = None,
+        total_steps: int | None = None,
+        commit: float | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -110,6 +112,8 @@ class Muon(ConstrainedOptimizer, torch.optim.Muon):
             time_scale=time_scale,
             imbalance=imbalance,
             backend=backend,
+            total_steps=total_steps,
+            commit=commit,
         )
 
     def _step_plain(self, group: ParamGroup) -> None:

@@ -11,16 +11,15 @@ from torch.optim.optimizer import ParamsT
 from symopt.backends import check_backend
 from symopt.constraints.base import check_number
 
-__all__ = ["DEFAULTS", "Params", "check_group", "parameters_of"]
+__all__ = ["DEFAULTS", "Params", "check_group", "check_length", "parameters_of"]
 
 DEFAULTS: dict[str, Any] = {
     "strength": None,
     "backend": None,
     "time_scale": "saturated",
     "imbalance": 1.0,
-    # Anneal's: the factor of the imbalance per step (None: the automatic law), and whether the support is final.
-    "imbalance_factor": None,
-    "committed": False,
+    "total_steps": None,
+    "commit": None,
 }
 
 
@@ -54,3 +53,20 @@ def check_group(group: dict[str, Any], owner: str) -> None:
     if group.get("time_scale", "saturated") not in ("saturated", "none"):
         raise ValueError(f"{owner}: time_scale must be 'saturated' or 'none', got {group['time_scale']!r}")
     check_backend(owner, group.get("backend"))
+    check_length(owner, group.get("total_steps"), group.get("commit"))
+
+
+def check_length(owner: str, total_steps: object, commit: object) -> None:
+    """Raise unless this is the length of a training in steps, or None, and a share of it, or None."""
+    if total_steps is not None and (isinstance(total_steps, bool) or not isinstance(total_steps, int)):
+        raise TypeError(f"{owner}: total_steps must be an integer or None, got {type(total_steps).__name__}")
+    if total_steps is not None and total_steps < 1:
+        raise ValueError(f"{owner}: total_steps must be >= 1, got {total_steps}")
+    if commit is None:
+        return
+    if isinstance(commit, bool) or not isinstance(commit, (int, float)):
+        raise TypeError(f"{owner}: commit must be a number or None, got {commit!r}")
+    if not 0 < commit < 1:
+        raise ValueError(f"{owner}: commit must be None or a share of training in (0, 1), got {commit}")
+    if total_steps is None:
+        raise ValueError(f"{owner}: commit is a share of the training, so it needs total_steps, its number of steps")

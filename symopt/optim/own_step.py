@@ -45,7 +45,7 @@ class OwnStep(ABC):
         """Bring the units up to date before a budget chooses among them."""
 
     @abstractmethod
-    def prune(self, state: State, p: Tensor, pruned: Tensor) -> None:
+    def prune(self, constraint: Constraint, state: State, p: Tensor, pruned: Tensor) -> None:
         """Remove units at a commit."""
 
     @abstractmethod

@@ -64,7 +64,7 @@ def _step_whole(slot: Slot, options: Options, grad_scale: Tensor | None) -> None
         budget = BudgetState.read(state, update)
         pruned = constraint.pruned(w, budget.threshold, groups).reshape(w.shape if groups is None else (-1,))
         snaps = pruned  # and no branch on a tensor: nothing may wait for the device
-        strength, factor = torch.where(pruned, budget.strength_pruned, budget.strength_kept), budget.imbalance_factor
+        strength, factor = torch.where(pruned, budget.pruned_within(lr), budget.strength_kept), budget.imbalance_factor
     delta, decay = lr * update, lr * strength * gain
     if not constraint.uniform_strength:
         decay = decay * constraint.strength_multiplier(w, decoupled=direction.decoupled(options))
@@ -143,7 +143,7 @@ def _step_units(slot: Slot, units: Units, options: Options, grad_scale: Tensor |
     if slot.has_budget:
         budget = BudgetState.read(state, sums)
         snaps = sums[3].sqrt() <= budget.threshold
-        strength, factor = torch.where(snaps, budget.strength_pruned, budget.strength_kept), budget.imbalance_factor
+        strength, factor = torch.where(snaps, budget.pruned_within(lr), budget.strength_kept), budget.imbalance_factor
     decay = lr * strength * gain
     c, metric_scale = state["imbalance"], state["metric_scale"]
     shrink, shift, size = units_kernel.combine(

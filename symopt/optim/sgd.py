@@ -61,9 +61,9 @@ class SGDDirection(Direction):
         """As much as momentum amplifies a constant gradient, so that fixed points do not depend on it."""
         return directions.amplification(float(options["momentum"]), float(options["dampening"]))
 
-    def strength_unit(self, p: Tensor, state: State, units: int) -> float | Tensor:
+    def strength_unit(self, p: Tensor, grad: Tensor | None, state: State, units: int) -> float | Tensor:
         """The root mean square of the gradient, per unit; 0 before a first one."""
-        grad = p.grad if p.grad is not None else state.get("momentum_buffer")
+        grad = state.get("momentum_buffer") if grad is None else grad
         if not isinstance(grad, Tensor):
             return 0.0
         return grad.detach().to(math_dtype(p)).square().mean().sqrt() * math.sqrt(p.numel() / units)
@@ -81,7 +81,7 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
         params: a module, or anything ``torch.optim.SGD`` takes.
         lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused: as in torch;
             ``weight_decay`` applies to unconstrained parameters only, ``foreach`` and ``fused`` to how those step.
-        strength, time_scale, imbalance, backend: see :class:`symopt.optim.ConstrainedOptimizer`.
+        strength, time_scale, imbalance, backend, total_steps, commit: see :class:`symopt.optim.ConstrainedOptimizer`.
 
     Raises:
         ValueError, TypeError: as torch's; also for a bad strength, time_scale or imbalance, and for ``momentum >= 1``
@@ -120,6 +120,8 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
         time_scale: str = "saturated",
         imbalance: float = 1.0,
         backend: str | None = None,
+        total_steps: int | None = None,
+        commit: float | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -136,6 +138,8 @@ class SGD(ConstrainedOptimizer, torch.optim.SGD):
             time_scale=time_scale,
             imbalance=imbalance,
             backend=backend,
+            total_steps=total_steps,
+            commit=commit,
         )
 
     def _step_plain(self, group: ParamGroup) -> None:

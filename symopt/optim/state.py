@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from symopt.budgets.state import BUDGET, BudgetState
+from symopt.budgets.state import BUDGET, is_committed
 from symopt.constraints import Constraint
 from symopt.optim.binding import Binding, shared_moment
+from symopt.optim.clock import PROGRESS
 from symopt.optim.direction import Direction, Options, State
 from symopt.optim.own_step import own_step
 from symopt_kernels.reference.gauge import math_dtype
 
 __all__ = ["OWN_STATE", "fit_plain", "flat_state", "pack_moments", "prepare", "refresh", "write_back"]
 
-OWN_STATE = ("imbalance", "metric_scale", "master", "group_index", BUDGET, "critical")
+OWN_STATE = ("imbalance", "metric_scale", "master", "group_index", BUDGET, "critical", PROGRESS)
 """State keys of the constraint, which torch.optim does not have."""
 
 _SHARED = ("step", "imbalance", "metric_scale", "critical", BUDGET)
@@ -68,6 +69,8 @@ def _fit(state: State, p: Tensor, constraint: Constraint | None) -> None:
     """Give what a checkpoint brought the precision it is stepped in."""
     dtype = math_dtype(p)
     for key, value in state.items():
+        if key == PROGRESS:
+            continue
         if key == "step":
             if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float64):
                 state[key] = torch.tensor(float(value), dtype=torch.float32)  # as old checkpoints have it
@@ -141,7 +144,11 @@ def _begin(binding: Binding, options: Options, states: list[State]) -> None:
     if "imbalance" not in state or "metric_scale" not in state:
         w = binding.stepped_weight(states).detach().to(math_dtype(binding.parameters[0]))
         # What is known to lie above the critical strength never has to come back.
-        c, scale = constraint.start(w, 0.0 if automatic else options["imbalance"], binding.groups(state))
+        # What is committed must not come back either.
+        locked = automatic or (constraint.budget is not None and is_committed(state))
+        c, scale = constraint.start(w, 0.0 if locked else options["imbalance"], binding.groups(state))
+        if locked and not automatic:
+            scale = torch.where(scale > 0, scale, 1.0)
         if not bool(scale > 0):
             raise ValueError(
                 f"{binding.label} is zero everywhere, and without imbalance zeros are permanent, so it could "
@@ -151,13 +158,6 @@ def _begin(binding: Binding, options: Options, states: list[State]) -> None:
         state["imbalance"], state["metric_scale"] = c, scale
     if constraint.budget is None:
         state.pop(BUDGET, None)
-    elif BUDGET not in state:
-        if options["imbalance_factor"] is None:
-            raise RuntimeError(
-                f"{binding.label}: {constraint} is a budget, which has to be ramped in; create "
-                "symopt.Anneal(optimizer, total_steps) before the first step and call its step() after each"
-            )
-        state[BUDGET] = BudgetState(imbalance_factor=options["imbalance_factor"]).tensor(torch.device("cpu"))
     if not automatic:
         state.pop("critical", None)
     elif "critical" not in state:

@@ -614,7 +614,7 @@ def test_the_native_pattern_is_the_references(
     w[:, ::3] = 0.04  # ties
     w, g = w.to(dtype), g.to(dtype)
     state = {"imbalance": torch.tensor(0.02, dtype=dtype), "metric_scale": torch.tensor(0.1, dtype=dtype)}
-    state["budget"] = torch.tensor([0.01, 5.0, math.inf, 1.0], dtype=torch.float64)
+    state["budget"] = torch.tensor([0.01, 5.0, math.inf, 1.0, math.inf], dtype=torch.float64)
     lost = elementwise.nm_pruned_mask(w, keep, of)
     decay = 0.01 * (0.01 + 4.99 * lost.double())
     c, scale = (state[key].double() for key in ("imbalance", "metric_scale"))

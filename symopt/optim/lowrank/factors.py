@@ -117,6 +117,5 @@ def align(group: Options, state: State, p: Tensor) -> None:
 
 def cut(state: State, p: Tensor, gone: Tensor) -> None:
     """Drop the directions that are outside the budget."""
-    if "factor_u" in state:
-        _keep(state, ~gone[: state["factor_u"].shape[1]])
-        write(state, p)
+    _keep(state, ~gone[: state["factor_u"].shape[1]])
+    write(state, p)

@@ -161,8 +161,11 @@ class LowRankStep(OwnStep):
     def align(self, options: Options, state: State, p: Tensor) -> None:
         align(options, state, p)
 
-    def prune(self, state: State, p: Tensor, pruned: Tensor) -> None:
-        cut(state, p, pruned)
+    def prune(self, constraint: Constraint, state: State, p: Tensor, pruned: Tensor) -> None:
+        if "factor_u" in state:
+            cut(state, p, pruned)
+        else:  # nothing has stepped it yet
+            p.copy_(constraint.fold(p))
 
     def owns(self, key: str) -> bool:
         return key.startswith("factor_")

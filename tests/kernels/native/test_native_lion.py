@@ -42,7 +42,7 @@ def test_a_step_is_lions(retraction: str, format: str, instructions: str, imbala
         state["master"] = w.to(accurate) * (1 + torch.finfo(dtype).eps / 8)
     threshold = math.inf if retraction == "nm" else 0.05
     if retraction in ("nm", "sparse-budget"):
-        state["budget"] = torch.tensor([KEPT, PRUNED, threshold, 0.99], dtype=torch.float64)
+        state["budget"] = torch.tensor([KEPT, PRUNED, threshold, 0.99, math.inf], dtype=torch.float64)
     old = (state["master"] if has_master else w).double()
     lead = BETA1 * m.double() + (1 - BETA1) * g.double()
     terms = BETA1 * m.double().abs() + (1 - BETA1) * g.double().abs()

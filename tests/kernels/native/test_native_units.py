@@ -175,7 +175,7 @@ def make(case: Case, units: Units | None = None) -> Problem:
     common["imbalance"] = torch.tensor(case.imbalance, dtype=case.accurate)
     if case.budget:
         factor = -1.0 if case.imbalance_factor is None else case.imbalance_factor
-        common["budget"] = torch.tensor([KEPT, PRUNED, THRESHOLD, factor], dtype=torch.float64)
+        common["budget"] = torch.tensor([KEPT, PRUNED, THRESHOLD, factor, math.inf], dtype=torch.float64)
     if case.kind != "sgd":
         second = torch.cat([drive, torch.full((units.unbound,), 0.1)]).double()
         common["second"] = ((0.5 + rand(len(second))) * second).square().to(case.accurate)

@@ -206,7 +206,7 @@ def test_patterns(pattern: tuple[int, int]) -> None:
     decay = 0.01 * torch.where(outer, OUTSIDE, STRENGTH).double()
     c, scale = torch.tensor(0.02).double(), torch.tensor(1.5).double()
     expected = elementwise.sparse(w.double(), 0.01 * g.double(), decay, c, scale, snaps=outer)
-    budget = torch.tensor([STRENGTH, OUTSIDE, math.inf, 0.99], dtype=torch.float64)
+    budget = torch.tensor([STRENGTH, OUTSIDE, math.inf, 0.99, math.inf], dtype=torch.float64)
     found = one_step(w, g, "sparse", pattern=pattern, state={"budget": budget})
     assert bool(((found - expected).abs() <= 8 * 2**-23 * (w.abs() + 0.02 * g.abs() + 0.02)).all())
     budget[2] = -1.0  # nothing is outside yet
@@ -232,7 +232,7 @@ def test_lion(retraction: str, dtype: torch.dtype) -> None:
     elif retraction == "sparse":
         expected = elementwise.sparse(w.double(), delta, lr * STRENGTH, c, scale)
     else:
-        state["budget"] = torch.tensor([STRENGTH, OUTSIDE, math.inf, 0.99], dtype=torch.float64)
+        state["budget"] = torch.tensor([STRENGTH, OUTSIDE, math.inf, 0.99, math.inf], dtype=torch.float64)
         pruned = elementwise.nm_pruned_mask(w.reshape(2, 128), 2, 4).flatten()
         decay = lr * torch.where(pruned, OUTSIDE, STRENGTH).double()
         expected = elementwise.sparse(w.double(), delta, decay, c, scale, snaps=pruned)

@@ -145,7 +145,7 @@ def make(case: Case) -> Problem:
         states.append(state)
     shared = {"imbalance": put(torch.tensor([case.imbalance])), "metric_scale": put(torch.tensor([SCALE]))}
     if case.budget:
-        budget = torch.tensor([STRENGTH, PRUNED, THRESHOLD, 0.9], dtype=torch.float64)
+        budget = torch.tensor([STRENGTH, PRUNED, THRESHOLD, 0.9, math.inf], dtype=torch.float64)
         shared["budget"] = put(budget)
     if case.kind != "sgd":
         n = units.count + units.unbound

@@ -1,0 +1,190 @@
+"""Warnings and errors of the schedule: what a run will not reach, or has had to do, with numbers and what to change."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol, final
+
+import torch
+from torch import Tensor
+
+from symopt.budgets.schedule import Course
+from symopt.constraints import Composed
+from symopt.optim import budgeting
+from symopt.optim.binding import Binding
+from symopt.optim.collapse import collapse_steps
+from symopt.optim.direction import Direction, ParamGroup, State
+
+__all__ = ["Advice", "different_lengths", "frozen_at_commit", "no_length", "restarted", "restored"]
+
+_OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+
+
+class Stepped(Protocol):
+    """What this file needs of a binding under way."""
+
+    group: ParamGroup
+    binding: Binding
+    states: list[State]
+    course: Course | None
+
+
+def no_length(binding: Binding) -> str:
+    """The error of a budget without a length."""
+    return (
+        f"{binding.label}: {binding.constraint} is a budget, which is imposed over the training; give the optimizer its "
+        "length, total_steps=N (optimizer steps), or call opt.reschedule(total_steps=N) before the first step"
+    )
+
+
+def different_lengths(bindings: list[Binding]) -> str:
+    """The error of weights that share a budget, in param groups with other lengths."""
+    return (
+        f"{_names(b.label for b in bindings)} share one budget, so their param groups must have the same total_steps "
+        "and commit"
+    )
+
+
+def restarted(changed: Sequence[tuple[Stepped, float]]) -> None:
+    """Another budget than the one a state has committed."""
+    if changed:
+        entry, _ = changed[0]
+        _warn(
+            f"{_names(e.binding.label for e, _ in changed)}: the state has committed another budget than "
+            f"{entry.binding.constraint} asks for; the schedule of these weights starts again at step 0, so they need "
+            f"{'another total_steps' if entry.course is None else entry.course.last} steps until the commit"
+        )
+
+
+def frozen_at_commit(entries: Sequence[Stepped]) -> None:
+    """Weights that nothing trains keep what they have."""
+    if entries:
+        _warn(
+            f"{_names(e.binding.label for e in entries)}: frozen (requires_grad=False) at the commit, so the budget is "
+            "not imposed; it will be in the first step after they are trained again, and symopt.fold imposes it"
+        )
+
+
+def restored(found: Sequence[tuple[Stepped, int, int]]) -> None:
+    """Committed weights that were over their budget again."""
+    if found:
+        entry, live, units = found[0]
+        _warn(
+            f"{_names(e.binding.label for e, _, _ in found)}: more lives than the committed budget has room for "
+            f"({entry.binding.label}: {live} of {units} units), as after loading other weights; the smallest were set "
+            "to zero again"
+        )
+
+
+@final
+class Advice:
+    """Warns once of each cause."""
+
+    def __init__(self, direction: Direction) -> None:
+        self._direction = direction
+        self._told: set[Tensor] = set()
+        self._dead: set[Tensor] = set()
+
+    def before(self, entries: Sequence[Stepped], steps: int = 0) -> None:
+        """Warn where the steps are too few for what is asked, as far as it is known before a step."""
+        found = [(e, x) for e in entries if (x := self._too_few(e)) is not None]
+        for budgets in (True, False):
+            _too_few_steps([(e, x) for e, x in found if (e.course is not None) == budgets], self._direction)
+
+    def after(self, entries: Sequence[Stepped], steps: int) -> None:
+        """Warn of what shows after a step."""
+        if steps == 1:
+            self.before(entries)  # Adam's preconditioner is known only now
+        dead = []
+        for e in entries:
+            total = e.group["total_steps"]
+            if total is None or steps % max(1, total // 20):
+                continue
+            imbalance = e.states[0].get("imbalance")
+            final_ = isinstance(imbalance, Tensor) and not bool(imbalance.any())
+            if final_ and e.binding.parameters[0] not in self._dead and not any(map(torch.any, e.binding.parameters)):
+                self._dead.add(e.binding.parameters[0])
+                dead.append(e.binding.label)
+        if dead:
+            _warn(
+                f"{_names(dead)}: all of the weights have become zero and stay zero; give a smaller strength, or a "
+                "budget, which every tensor survives"
+            )
+
+    def _too_few(self, entry: Stepped) -> tuple[float, float, float] | None:
+        """Steps needed, steps there are, and the lr of both; None if all is well, not known yet or told before."""
+        group, binding, state, course = entry.group, entry.binding, entry.states[0], entry.course
+        constraint, total, p = binding.constrained_by, group["total_steps"], binding.parameters[0]
+        if total is None or p in self._told:
+            return None
+        lr = max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
+        options = {**group, "lr": lr, "committed": False}
+        active, own, decoupled = total if group["commit"] is None else group["commit"] * total, None, None
+        if constraint.budget is not None:
+            assert course is not None
+            # What leaves the budget last has from the end of the ramp to the commit.
+            active = max(1, round(course.last * (1 - course.plan.ramp / course.plan.commit)))
+            units = budgeting.budgeted(binding, entry.states).units
+            unit = float(budgeting.unit(binding, self._direction, entry.states, units, None))
+            if unit == 0 or not math.isfinite(unit):
+                return None
+            own, decoupled = course.plan.strength_pruned * unit, True
+        needed = collapse_steps(binding, self._direction, options, state, strength=own, decoupled=decoupled)
+        if needed is None or needed <= active:
+            return None
+        self._told.add(p)
+        return needed, active, lr
+
+
+def _too_few_steps(found: list[tuple[Stepped, tuple[float, float, float]]], direction: Direction) -> None:
+    if not found:
+        return
+    names = _names(e.binding.label for e, _ in found)
+    entry, (needed, active, lr) = max(found, key=lambda x: x[1][0] / x[1][1])
+    group, constraint, total = entry.group, entry.binding.constrained_by, entry.group["total_steps"]
+    factor = needed / active
+    if entry.course is not None and not math.isinf(factor):
+        _warn(
+            f"{names}: {total} steps at lr {lr:.4g} are too few to ramp the budget in; what is cut will not have "
+            f"decayed; use lr >= {_up(lr * factor)} or {math.ceil(total * factor)} steps"
+        )
+        return
+    listed = isinstance(constraint, Composed)  # its strength multiplies those in the list
+    strength = float(entry.binding.strength(direction, {**group, "committed": False}, entry.states[0]))
+    if math.isinf(factor):
+        fix = "give an lr > 0" if lr == 0 else "give a strength > 0"
+    else:
+        more = f"strengths {_up(factor)} times as large" if listed else f"strength >= {_up(strength * factor)}"
+        fix = f"use lr >= {_up(lr * factor)}, {more}, or {math.ceil(total * factor)} steps"
+    at = f"lr {lr:.4g}" if listed else f"lr {lr:.4g} and strength {strength:.4g}"
+    before = "" if group["commit"] is None else " before the commit"
+    _warn(
+        f"{names}: {math.floor(active)} steps{before} at {at} are too few to bring even the median weight to zero "
+        f"without a gradient; {fix}"
+    )
+
+
+def _up(x: float) -> str:
+    """Rounded up to three digits, so that following the advice is enough."""
+    if x == 0 or not math.isfinite(x):
+        return f"{x:g}"
+    unit = 10.0 ** (math.floor(math.log10(x)) - 2)
+    return f"{math.ceil(x / unit * (1 - 1e-9)) * unit:.3g}"
+
+
+def _names(labels: Iterable[str], most: int = 3) -> str:
+    found = list(labels)
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(found[:most]) + more
+
+
+def _warn(message: str) -> None:
+    """As seen from the code that called the optimizer."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
