@@ -79,11 +79,15 @@ class Pool:
     """Others that share it and whose support is committed: what lives of them is taken from it."""
 
     def __post_init__(self) -> None:
-        if self.budget.scope != "tensor" and self.count > self.total:  # one tensor's is checked where it is bound
-            names = ", ".join(m.name for m in self.weights)
+        every = (*self.weights, *self.settled)
+        units = sum(m.units * m.cost for m in every)
+        if (
+            self.budget.scope != "tensor" and self.budget.count(units) > units
+        ):  # one tensor's is checked where it is bound
             raise ValueError(
-                f"{self.weights[0].constraint!r}: {self.count:g} units shall live, but {names} have {self.total} in "
-                f"all; give at most {self.total}, or a share in (0, 1]; all that share it need one optimizer"
+                f"{self.weights[0].constraint!r}: {self.budget.count(units):g} units shall live, but "
+                f"{', '.join(m.name for m in every)} have {units} in all; give at most {units}, or a share in (0, 1]; "
+                "all that share it need one optimizer"
             )
         if self.pattern is None and self.count < self._least:
             names = ", ".join(m.name for m in self.weights)
@@ -126,7 +130,9 @@ class Pool:
     def exceeded(self) -> bool:
         """Whether more lives than the budget has room for."""
         if self.pattern is not None:
-            return any(bool((m.constraint.pruned(m.w, math.inf, m.groups) & (m.w.flatten() != 0)).any()) for m in self.weights)
+            return any(
+                bool((m.constraint.pruned(m.w, math.inf, m.groups) & (m.w.flatten() != 0)).any()) for m in self.weights
+            )
         return self.live > self.count
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from symopt.budgets.state import BUDGET, BudgetState
 from symopt.optim.binding import Binding
+from symopt.optim.clock import PROGRESS
 from symopt.optim.direction import Direction, Options, ParamGroup, State
 from symopt.optim.options import DEFAULTS, check_group
 from symopt.optim.own_step import own_step
@@ -23,10 +24,19 @@ from symopt.optim.state import OWN_STATE, pack_moments
 
 __all__ = ["Loading", "loading", "release", "writing_out"]
 
-_LEAST = {"step": 0.0, "imbalance": 0.0, "critical": 0.0, "metric_scale": torch.finfo(torch.float32).tiny}
+_LEAST = {
+    "step": 0.0,
+    PROGRESS: 0.0,
+    "imbalance": 0.0,
+    "critical": 0.0,
+    "metric_scale": torch.finfo(torch.float32).tiny,
+}
 
 _SWITCHES = ("maximize", "foreach", "capturable", "differentiable", "fused")
 """Options of torch.optim that old checkpoints may lack."""
+
+_MAY_BE_INFINITE = ("threshold", "largest_decay")
+"""Numbers of a budget that are no bound if they are."""
 
 BindingOf = Callable[[Tensor], Binding]
 
@@ -203,7 +213,9 @@ def _check_state(
         if value is None or not (factor or key in (*_LEAST, *moments, *OWN_STATE)):
             continue  # torch's "none yet", and what users keep there themselves
         if key in _LEAST and _is_number(value):
-            _check_numbers(where, key, torch.as_tensor(value), _LEAST[key], spoilt=spoilt and key != "step")
+            _check_numbers(
+                where, key, torch.as_tensor(value), _LEAST[key], spoilt=spoilt and key not in ("step", PROGRESS)
+            )
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{where}: {key} is a {type(value).__name__}, must be a tensor")
@@ -255,12 +267,10 @@ def _check_numbers(
 
 def _check_budget(where: str, value: Tensor, *, spoilt: bool) -> None:
     for field, number in zip(fields(BudgetState), value, strict=True):
-        if field.name != "threshold":
-            _check_numbers(where, f"{BUDGET} ({field.name})", number, 0.0, spoilt=spoilt)
-        elif (
-            bool(number.isnan()) and not spoilt
-        ):  # any other is one: negative where no unit is pruned, infinite where all may be
-            raise ValueError(f"{where}: {BUDGET} (threshold) is nan, must be a number; {_ANEW}")
+        if spoilt or (field.name in _MAY_BE_INFINITE and bool(number == math.inf)):
+            continue
+        # A negative threshold prunes nothing.
+        _check_numbers(where, f"{BUDGET} ({field.name})", number, None if field.name == "threshold" else 0.0)
 
 
 def _check_index(where: str, value: Tensor, p: Tensor) -> None:

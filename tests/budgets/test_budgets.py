@@ -491,44 +491,6 @@ def test_a_budget_that_does_not_fit_its_weight_is_refused() -> None:
         symopt.constrain(net, {"weight": [symopt.Sparse(density=0.5), symopt.GroupSparse("out")]})
 
 
-def three() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(6, 18), nn.Linear(18, 12), nn.Linear(12, 6))
-
-
-@cases(optimizer=OPTIMIZERS, keep=[37, 100])
-def test_a_shared_count_of_more_units_than_there_are_is_refused_by_name(optimizer: str, keep: int) -> None:
-    net = symopt.constrain(
-        three(), {("0.weight", "1.weight", "2.weight"): symopt.GroupSparse("out", keep=keep, scope="global")}
-    )
-    opt = OPTIMIZERS[optimizer](net)
-    net(torch.ones(5, 6)).square().mean().backward()
-    with pytest.raises(
-        ValueError,
-        match=rf"keep={keep}, scope='global'\): {keep} units shall live, "
-        r"but 0.weight, 1.weight, 2.weight have 36 in all; give at most 36",
-    ):
-        anneal = symopt.Anneal(opt, total_steps=100)
-        opt.step()
-        anneal.step()
-
-
-def test_a_shared_count_of_all_units_is_not_refused() -> None:
-    names = ("0.weight", "1.weight", "2.weight")
-    net = symopt.constrain(three(), {names: symopt.GroupSparse("out", keep=36, scope="global")})
-    opt = symopt.AdamW(net)
-    anneal = symopt.Anneal(opt, total_steps=100)
-    net(torch.ones(5, 6)).square().mean().backward()
-    opt.step()
-    anneal.step()
-    assert all(bool((net.get_parameter(name) != 0).any(1).all()) for name in names)
-
-
-def test_a_part_of_a_module_with_a_shared_count_can_be_folded() -> None:
-    net = symopt.constrain(three(), {("0.weight", "1.weight"): symopt.GroupSparse("out", keep=20, scope="global")})
-    assert symopt.fold(net[1:2])[0].weight.shape == (12, 18)
-    assert int((symopt.fold(net[:2])[0].weight != 0).any(1).sum()) <= 20
-
-
 @cases(optimizer=OPTIMIZERS)
 def test_without_anneal_the_first_step_says_what_is_missing(optimizer: str) -> None:
     net, x, y = problem()
