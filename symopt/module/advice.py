@@ -104,7 +104,7 @@ def _kept_free(kept: dict[str, str]) -> list[str]:
     free = repr(names if 1 < len(names) <= _MOST else first)
     return [
         f"a wildcard makes no units of outputs of the model or of a vocabulary, so these are left free: {shown}; to "
-        f"bind one name it in full, {{{first!r}: ...}}; {{{free}: None}} as the first pattern says that they shall be free"
+        f"bind one name it in full, {{{first!r}: ...}}; {{{free}: None}} as the first pattern says they shall be free"
     ]
 
 
