@@ -191,6 +191,7 @@ BUDGETS = [symopt.Sparse(density=0.5), symopt.GroupSparse("out", keep=2), symopt
         *((MATRIX, key, -1.0) for key in ("factor_u_exp_avg_sq", "factor_age", "step")),
         *((PLANE, "critical", value) for value in (NAN, INF, -1.0)),
         *((budget, "budget", NAN) for budget in BUDGETS),
+        *((BUDGETS[1], "progress", value) for value in (NAN, INF, -1.0)),
     ],
 )
 def test_factors_and_budgets_out_of_range_are_refused(constraint: symopt.Constraint, key: str, value: float) -> None:
