@@ -3,7 +3,8 @@
     python examples/spred_lasso.py        about two minutes; needs scikit-learn
 
 The setting of the paper's Lasso notebook (Ziyin & Wang, ICML 2023, arXiv 2210.01212): Adam lr 1e-2, coupled decay 2e-5,
-10 000 steps; the data are our own draw.  Then the same in the fixed gauge, where the weight is the only state.
+10 000 steps; the data are our own draw.  The loss is half the mean squared error, so the decay is scikit-learn's alpha.
+Then the same in the fixed gauge, where the weight is the only state.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def main() -> None:
     show("spred (explicit factors), Adam", fit(net, opt, x, y, args.steps), time.perf_counter() - start)
 
     torch.manual_seed(args.seed)
-    plain = symopt.constrain(nn.Linear(WEIGHTS, 1, bias=False), {"weight": symopt.Sparse(DECAY)})
+    plain = symopt.constrain(nn.Linear(WEIGHTS, 1, bias=False), {"weight": symopt.Sparse(strength=DECAY)})
     start = time.perf_counter()
     adam = symopt.Adam(plain, lr=1e-2)
     show("fixed gauge, symopt.Adam", fit(plain, adam, x, y, args.steps), time.perf_counter() - start)

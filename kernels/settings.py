@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["SETTINGS", "check_settings"]
+__all__ = ["NAMES", "SETTINGS", "check_settings"]
 
 SETTINGS = {
     "sgd": ("momentum", "dampening", "nesterov"),
@@ -13,6 +13,10 @@ SETTINGS = {
     "lion": ("beta1", "beta2"),
 }
 """Direction -> names of its settings.  All are needed and no others are taken: none has a default."""
+
+
+NAMES = {direction: frozenset(names) for direction, names in SETTINGS.items()}
+"""The same as sets."""
 
 
 def check_settings(backend: str, direction: str, given: Mapping[str, object]) -> None:

@@ -16,10 +16,26 @@ Neurons that are really gone::
     ...
     small = symopt.fold(net)
 
-The Lasso, to its optimum::
+The Lasso, to its optimum.  With SGD and Adam, ``Sparse(strength=alpha)`` under *half* the mean squared error is
+scikit-learn's ``Lasso(alpha)``: the minimum of ``mean((y - X w)**2) / 2 + alpha * ||w||_1``.  Under ``mse_loss`` itself
+the penalty counts half as much, ``alpha = strength / 2``.  Zeros take time: :func:`report` says how many steps::
 
-    model = symopt.constrain(torch.nn.Linear(500, 1), {"weight": symopt.Sparse(strength=0.1)})
-    opt = symopt.Adam(model, lr=1e-2)
+    >>> import torch, symopt
+    >>> from sklearn.linear_model import Lasso
+    >>> _ = torch.manual_seed(0)
+    >>> x = torch.randn(200, 100)
+    >>> y = x[:, :5] @ torch.tensor([3.0, -2.0, 1.5, 1.0, -1.0]) + 0.5 * torch.randn(200)
+    >>> model = symopt.constrain(torch.nn.Linear(100, 1, bias=False), {"weight": symopt.Sparse(strength=0.1)})
+    >>> opt = symopt.Adam(model, lr=3e-2)
+    >>> for _ in range(3000):
+    ...     opt.zero_grad()
+    ...     ((model(x)[:, 0] - y).square().mean() / 2).backward()
+    ...     opt.step()
+    >>> best = torch.as_tensor(Lasso(alpha=0.1, fit_intercept=False).fit(x, y).coef_)
+    >>> int((model.weight != 0).sum()), int((best != 0).sum())
+    (5, 5)
+    >>> torch.allclose(model.weight[0], best.float(), atol=1e-3)
+    True
 
 Source: L. Ziyin, *Symmetry Induces Structure and Constraint of Learning*, ICML 2024, arXiv 2309.16932.
 """

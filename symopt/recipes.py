@@ -75,7 +75,7 @@ def spred(strength: float) -> Recipe:
     cut and the rest fine-tuned.  Source: Ziyin & Wang, ICML 2023 (arXiv 2210.01212).
     """
     options = {"lr": 0.256, "momentum": 0.875}
-    return Recipe("arXiv 2210.01212", Sparse(strength), "independent", options=options)
+    return Recipe("arXiv 2210.01212", Sparse(strength=strength), "independent", options=options)
 
 
 def deep_weight_factorization(strength: float, depth: int = 3) -> Recipe:
@@ -85,7 +85,7 @@ def deep_weight_factorization(strength: float, depth: int = 3) -> Recipe:
     necessary; lr is left to the caller's problem, .1 here.
     """
     options = {"lr": 0.1, "momentum": 0.9}
-    return Recipe("arXiv 2502.02496", Sparse(strength, depth=depth), "matched", options=options)
+    return Recipe("arXiv 2502.02496", Sparse(strength=strength, depth=depth), "matched", options=options)
 
 
 def d_gating(strength: float, groups: str | torch.Tensor = "out", depth: int = 2) -> Recipe:
@@ -94,7 +94,9 @@ def d_gating(strength: float, groups: str | torch.Tensor = "out", depth: int = 2
     Source: Kolb et al., *Differentiable Sparsity via D-Gating*, NeurIPS 2025.
     """
     options = {"lr": 0.1, "momentum": 0.9}
-    return Recipe("D-Gating, NeurIPS 2025", GroupSparse(groups, strength, depth=depth), "gates", options=options)
+    return Recipe(
+        "D-Gating, NeurIPS 2025", GroupSparse(groups, strength=strength, depth=depth), "gates", options=options
+    )
 
 
 def pilot(strength: float, off: float = 0.5) -> Recipe:
@@ -106,7 +108,7 @@ def pilot(strength: float, off: float = 0.5) -> Recipe:
     """
     return Recipe(
         "arXiv 2408.09966",
-        Sparse(strength),
+        Sparse(strength=strength),
         1.0,
         options={"lr": 0.1, "momentum": 0.9},
         strength_at=lambda progress: 1.0 if progress < off else 0.0,

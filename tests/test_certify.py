@@ -16,7 +16,7 @@ CRITICAL = 2**0.5  # || (T - T^t) / 2 ||
 def symmetric(strength=None):
     net = torch.nn.Linear(3, 3, bias=False, dtype=torch.float64)
     torch.nn.init.normal_(net.weight, generator=torch.Generator().manual_seed(0))
-    return symopt.constrain(net, {"weight": symopt.Symmetric(strength)})
+    return symopt.constrain(net, {"weight": symopt.Symmetric(strength=strength)})
 
 
 def loss_of(net, noise=0.0, generator=None):
@@ -123,7 +123,7 @@ def test_adamw_counts_per_coordinate():
 
 def test_sparse_is_certified_by_its_zeros():
     net = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
-    symopt.constrain(net, {"weight": symopt.Sparse(0.5)})
+    symopt.constrain(net, {"weight": symopt.Sparse(strength=0.5)})
     target = torch.tensor([[2.0, 0.3, -1.0]], dtype=torch.float64)
     loss = lambda: (net.weight - target).square().sum() / 2  # noqa: E731
     opt = symopt.SGD(net, lr=0.1)
@@ -164,7 +164,7 @@ def test_errors():
 
     sparse = symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Sparse()})
     lowrank = symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.LowRank()})
-    explicit = symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Symmetric(1.0)}, mode="explicit")
+    explicit = symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Symmetric(strength=1.0)}, mode="explicit")
     for error, match, call in [
         (TypeError, "opt must be a symopt optimizer", lambda: symopt.certify(net, None, loss)),
         (TypeError, "model must be", lambda: symopt.certify(None, opt, loss)),

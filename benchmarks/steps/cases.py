@@ -40,11 +40,11 @@ OPTIMIZERS: dict[str, Direction] = {
 }
 
 CONSTRAINTS: dict[str, Callable[[float | None], Constraint]] = {
-    "sparse": lambda k: symopt.Sparse(k),
-    "group-out": lambda k: symopt.GroupSparse("out", k),
-    "group-in": lambda k: symopt.GroupSparse("in", k),
-    "group-block": lambda k: symopt.GroupSparse(f"block:{BLOCK}x{BLOCK}", k),
-    "sparse_free": lambda k: symopt.Sparse(k, gauge="free"),
+    "sparse": lambda k: symopt.Sparse(strength=k),
+    "group-out": lambda k: symopt.GroupSparse("out", strength=k),
+    "group-in": lambda k: symopt.GroupSparse("in", strength=k),
+    "group-block": lambda k: symopt.GroupSparse(f"block:{BLOCK}x{BLOCK}", strength=k),
+    "sparse_free": lambda k: symopt.Sparse(strength=k, gauge="free"),
 }
 
 

@@ -113,6 +113,9 @@ def _found_tie() -> nn.Module:
     return net
 
 
+_HUNDRED = tuple(f"{i}.weight" for i in range(0, 200, 2))
+
+
 def _mlp(*widths: int, constraints: Callable[[Any], dict[Any, Any]]) -> nn.Module:
     import symopt
 
@@ -208,7 +211,7 @@ CASES |= {
     ),
     "adamw 100 layers of 32, group-out": Case(
         "adamw",
-        lambda: _mlp(*[32] * 101, constraints=lambda s: {"*.weight": s.GroupSparse("out")}),
+        lambda: _mlp(*[32] * 101, constraints=lambda s: {_HUNDRED: s.GroupSparse("out")}),
         _small,
         backends=BOTH,
     ),

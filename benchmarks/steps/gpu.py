@@ -47,7 +47,7 @@ CASES = (
     Case('AdamW, GroupSparse("in")', lambda: symopt.GroupSparse("in"), 20, 8),
     # Summed first and moved then; weights share a second moment.
     Case("AdamW, Tied, two copies", symopt.Tied, 24, 10, copies=2),
-    Case('AdamW, Tied(strength, "elementwise"), two copies', lambda: symopt.Tied(0.3, "elementwise"), 14, 10, copies=2),
+    Case("AdamW, Tied by index, two copies", lambda: symopt.Tied(strength=0.3, mode="elementwise"), 14, 10, copies=2),
     Case("AdamW, ZeroMean", symopt.ZeroMean, 20, 8),
     Case("AdamW, GroupSparse, units of two tensors", lambda: symopt.GroupSparse({"*": (0, None)}), 20, 8, copies=2),
     Case("Lion, Sparse", symopt.Sparse, 12, 8, optimizer=symopt.Lion),

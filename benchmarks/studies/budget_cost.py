@@ -1,4 +1,4 @@
-"""What a budget adds to a whole training step: the same network with ``Sparse(strength)`` and with ``Sparse(density)``.
+"""What a budget adds to a whole training step: one network with ``Sparse(strength=)`` and with ``Sparse(density=)``.
 
     python -m benchmarks.studies.budget_cost [--nets transformer] [--trainings 7]
 
@@ -45,7 +45,7 @@ class _Annealed(Trainer):
 
 def training(net: str, options: dict[str, Any]) -> tuple[list[float], list[float]]:
     """Milliseconds of each block of one training with a budget and one without, in turns."""
-    ours, plain = _Annealed(net, symopt.Sparse(**options)), _Annealed(net, symopt.Sparse(0.1))
+    ours, plain = _Annealed(net, symopt.Sparse(**options)), _Annealed(net, symopt.Sparse(strength=0.1))
     return timing.interleave((lambda: None, ours.steps), (lambda: None, plain.steps), BLOCKS, float("inf"), warm=0)
 
 

@@ -38,7 +38,10 @@ class Variant:
         if name == "parametrize":
             parametrize.register_parametrization(self.net, "weight", Product())
         elif name != "unconstrained":
-            kind = {"explicit Sparse": symopt.Sparse(1e-4), "explicit GroupSparse": symopt.GroupSparse("out", 1e-4)}
+            kind = {
+                "explicit Sparse": symopt.Sparse(strength=1e-4),
+                "explicit GroupSparse": symopt.GroupSparse("out", strength=1e-4),
+            }
             symopt.constrain(self.net, {"weight": kind[name]}, mode="explicit", init="balanced")
         self.opt = torch.optim.SGD(symopt.param_groups(self.net), lr=1e-4, fused=True)
 

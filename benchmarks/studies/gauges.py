@@ -37,10 +37,10 @@ def scalar_paths(steps: int = 300) -> dict[str, list[float]]:
         net = nn.Linear(1, 1, bias=False).double()
         nn.init.constant_(net.weight, -0.5)
         if form == "explicit":
-            symopt.constrain(net, {"weight": symopt.Sparse(0.2)}, mode="explicit", init=init)
+            symopt.constrain(net, {"weight": symopt.Sparse(strength=0.2)}, mode="explicit", init=init)
             opt: torch.optim.Optimizer = torch.optim.SGD(symopt.param_groups(net), lr=0.05)
         else:
-            symopt.constrain(net, {"weight": symopt.Sparse(0.2, gauge=form)})
+            symopt.constrain(net, {"weight": symopt.Sparse(strength=0.2, gauge=form)})
             opt = symopt.SGD(net, lr=0.05, time_scale="none", **options)
         path = []
         for _ in range(steps):
@@ -66,10 +66,10 @@ def train(kind: str, strength: float, batches: Callable[[], tuple[Tensor, Tensor
     net = nn.Linear(P, 1, bias=False).double()
     name, where = kind.split(", ")
     if where == "factors":
-        symopt.constrain(net, {"weight": symopt.Sparse(strength)}, mode="explicit")
+        symopt.constrain(net, {"weight": symopt.Sparse(strength=strength)}, mode="explicit")
         opt: torch.optim.Optimizer = getattr(torch.optim, name)(symopt.param_groups(net), lr=1e-2)
     else:
-        symopt.constrain(net, {"weight": symopt.Sparse(strength)})
+        symopt.constrain(net, {"weight": symopt.Sparse(strength=strength)})
         opt = getattr(symopt, name)(net, lr=1e-2)
     for _ in range(steps):
         x, y = batches()

@@ -63,7 +63,7 @@ def gap(kind: str, spread: float, seed: int, steps: int, kappa: float, make) -> 
         return float(0.5 * (x @ w - y).square().mean() + kappa * w.abs().sum())
 
     torch.manual_seed(seed)
-    net = symopt.constrain(nn.Linear(p, 1, bias=False).double(), {"weight": symopt.Sparse(kappa)})
+    net = symopt.constrain(nn.Linear(p, 1, bias=False).double(), {"weight": symopt.Sparse(strength=kappa)})
     opt = make(net)
     opt.param_groups[0]["backend"] = "reference"  # the one that asks gauge.imbalance_law
     gauge.imbalance_law = law(kind)

@@ -39,7 +39,7 @@ def _weight(size: int, rank: int, dtype: torch.dtype = torch.float32) -> nn.Modu
 
 def _ours(size: int, rank: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     net = _weight(size, rank, dtype)
-    symopt.constrain(net, {"w": symopt.LowRank(_STRENGTH, max_rank=rank)})
+    symopt.constrain(net, {"w": symopt.LowRank(strength=_STRENGTH, max_rank=rank)})
     return net, symopt.AdamW(net, lr=_LR)
 
 

@@ -35,7 +35,7 @@ from symopt_kernels.native.library import (
 from symopt_kernels.native.library import Segment as _Segment
 from symopt_kernels.orbits import Segment
 from symopt_kernels.reference.directions import amplification
-from symopt_kernels.settings import check_settings
+from symopt_kernels.settings import NAMES, check_settings
 from symopt_kernels.units import Units
 
 __all__ = [
@@ -269,10 +269,11 @@ def step(
     fp64, to reduce them in place over other processes before anything moves.
     """
     _check(entries, direction)
-    check_settings("native", direction, settings)
+    if settings.keys() != NAMES[direction]:
+        check_settings("native", direction, settings)
     given = Settings(
         lr=lr,
-        amplification=amplification(settings.get("momentum", 0.0), settings.get("dampening", 0.0)),
+        amplification=amplification(momentum, settings["dampening"]) if (momentum := settings.get("momentum")) else 1.0,
         weight_decay=weight_decay,
         imbalance_factor=-1.0 if imbalance_factor is None else imbalance_factor,
         grad_scale=None if grad_scale is None else grad_scale.data_ptr(),

@@ -79,6 +79,16 @@ class Pool:
     """Others that share it and whose support is committed: what lives of them is taken from it."""
 
     def __post_init__(self) -> None:
+        every = (*self.weights, *self.settled)
+        units = sum(m.units * m.cost for m in every)
+        if (
+            self.budget.scope != "tensor" and self.budget.count(units) > units
+        ):  # one tensor's is checked where it is bound
+            raise ValueError(
+                f"{self.weights[0].constraint!r}: {self.budget.count(units):g} units shall live, but "
+                f"{', '.join(m.name for m in every)} have {units} in all; give at most {units}, or a share in (0, 1]; "
+                "all that share it need one optimizer"
+            )
         if self.pattern is None and self.count < self._least:
             names = ", ".join(m.name for m in self.weights)
             raise ValueError(

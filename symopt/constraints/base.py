@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import fields
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from symopt.constraints.arguments import check_positional, shown
 from symopt.constraints.budget import Budget, BudgetPlan
 from symopt_kernels.groups import Groups
 from symopt_kernels.orbits import PlaneLayout
@@ -21,12 +22,15 @@ from symopt_kernels.units import Units
 
 __all__ = ["Constraint", "Factors", "Outs", "check_depth", "check_number"]
 
+C = TypeVar("C", bound="Constraint")
 Factors = tuple[Tensor, ...]
 Outs = tuple[Tensor | None, ...]
 
 
 class Constraint(ABC):
-    """Abstract base of frozen dataclasses.  The verbs are the same in every constraint, kernel, test and benchmark.
+    """Abstract base of frozen dataclasses, whose fields are keyword-only except for a first one that is no number.
+
+    The verbs are the same in every constraint, kernel, test and benchmark.
 
     ============  ==========================================================================================
     ``compose``   factors -> effective weight
@@ -88,14 +92,17 @@ class Constraint(ABC):
         """How many factors, the first ones, do not decay."""
         return 0
 
+    def __new__(cls: type[C], *args: object, **given: object) -> C:
+        check_positional(cls, args, given)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         check_number(type(self).__name__, "strength", self.strength)
 
     def __repr__(self) -> str:
         """The call that makes it: fields that differ from their defaults."""
-        given = [(f, getattr(self, f.name)) for f in fields(self) if f.repr]  # type: ignore[arg-type]
-        shown = [f"{f.name}={value!r}" for f, value in given if value is not f.default]
-        return f"{type(self).__name__}({', '.join(shown)})"
+        own = shown(fields(self), self)  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(own)})"
 
     # -- geometry --------------------------------------------------------------------------------------------------
 

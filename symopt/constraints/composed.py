@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 import torch
@@ -18,7 +18,7 @@ __all__ = ["Composed"]
 
 
 @final
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Composed(Constraint):
     """The sum of the penalties of ``parts``, with the zeros of every part exact: ``[Sparse(), GroupSparse("out")]``.
 
@@ -38,7 +38,7 @@ class Composed(Constraint):
     retraction = "composed"
     uniform_strength: ClassVar[bool] = False
 
-    parts: tuple[Constraint, ...]
+    parts: tuple[Constraint, ...] = field(kw_only=False)
     strength: float | None = None
 
     def __post_init__(self) -> None:

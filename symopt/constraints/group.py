@@ -27,7 +27,7 @@ _BLOCK = re.compile(r"block:([1-9]\d*)x([1-9]\d*)")
 
 
 @final
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class GroupSparse(Constraint):
     """Exact zeros of whole groups, by the rescaling symmetry of a gate, ``w_g = s_g d_g`` (``s -> a s, d -> d / a``).
 
@@ -49,6 +49,11 @@ class GroupSparse(Constraint):
               ``index[i]``, or to none (-1); ``index`` None numbers the slices from 0.  All parameters that the key of
               :func:`symopt.constrain` and the mapping match are bound as one: one gate, one second moment and one count
               per unit.  Weights in no unit take the plain step, without ``weight_decay``.
+
+            Strings count dimensions as a Linear or Conv stores them, (out, in, ...); a transposed convolution is
+            refused, and Hugging Face's Conv1D, which is (in, out), must be named in full.  A wildcard of
+            :func:`symopt.constrain` makes no units of what is the model's output or a vocabulary: that, too, has to be
+            named in full.
         strength: kappa, as in :class:`symopt.Sparse`.  With ``AdamW`` it counts per coordinate, whatever the group's
             size: a group dies while ``||E m / rms|| < strength * sqrt(size)``.  Defaults: 0.06 with AdamW, 1e-4 with
             SGD and Adam.
@@ -92,13 +97,13 @@ class GroupSparse(Constraint):
         """By depth."""
         return "group" if self.depth == 2 else "group_deep"
 
-    groups: str | Tensor | Callable[[Tensor], Tensor] | Mapping[str, tuple[int, Index]]
+    groups: str | Tensor | Callable[[Tensor], Tensor] | Mapping[str, tuple[int, Index]] = field(kw_only=False)
     strength: float | None = None
     keep: float | int | None = None
-    scope: str = field(default="tensor", kw_only=True)
-    positions: int | None = field(default=None, kw_only=True)
-    factors: Mapping[str, float] | None = field(default=None, kw_only=True)
-    depth: int = field(default=2, kw_only=True)
+    scope: str = "tensor"
+    positions: int | None = None
+    factors: Mapping[str, float] | None = None
+    depth: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,7 +177,7 @@ class GroupSparse(Constraint):
         units = spanning_units(self.groups, self.factors, names, weights)
         if isinstance(self.keep, int) and self.keep > units.count:
             raise ValueError(f"GroupSparse: keep={self.keep} of {units.count} units; give at most {units.count}")
-        return SpanningGroups(repr(self), units, self.strength, self.keep)
+        return SpanningGroups(repr(self), units_=units, strength=self.strength, keep=self.keep)
 
     @property
     def budget(self) -> Budget | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 import torch
@@ -17,7 +17,7 @@ __all__ = ["GroupBridge"]
 
 
 @final
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class GroupBridge(Constraint):
     """Exact zeros of groups and of weights inside them, by the symmetries of ``w_i = s_g u_i v_i``.
 
@@ -53,7 +53,7 @@ class GroupBridge(Constraint):
     retraction = "group_bridge"
     depth: ClassVar[int] = 3  # type: ignore[misc]
 
-    groups: str
+    groups: str = field(kw_only=False)
     strength: float | None = None
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
@@ -19,7 +19,7 @@ __all__ = ["LowRank"]
 
 
 @final
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LowRank(Constraint):
     """Exactly low rank, by the rotation symmetry of ``W = U V^T`` (``U -> U R, V -> V R``).
 
@@ -75,7 +75,7 @@ class LowRank(Constraint):
 
     strength: float | None = None
     rank: int | None = None
-    max_rank: int | None = field(default=None)
+    max_rank: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

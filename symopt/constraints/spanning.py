@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -19,7 +19,7 @@ __all__ = ["SpanningGroups"]
 
 
 @final
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class SpanningGroups(Constraint):
     """``w_t[slice_t(g)] = a_t s_g d_t[slice_t(g)]`` for all parameters t: one gate ``s_g`` per unit, exact zeros of it.
 
@@ -32,7 +32,7 @@ class SpanningGroups(Constraint):
     retraction = "units"
     binds_many = True
 
-    label: str
+    label: str = field(kw_only=False)
     """The call that made it."""
     units_: Units
     strength: float | None = None

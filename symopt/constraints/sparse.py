@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
@@ -18,7 +18,7 @@ __all__ = ["Sparse"]
 
 
 @final
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Sparse(Constraint):
     """Exact zeros, by the rescaling symmetry of ``w = u_1 * ... * u_D`` (``u_i -> a u_i, u_j -> u_j / a``).
 
@@ -28,9 +28,10 @@ class Sparse(Constraint):
 
     Args:
         strength: kappa.  With :class:`symopt.SGD` and :class:`symopt.Adam` the optimum is that of
-            ``loss + strength * ||w||_1`` (units of a gradient; default 1e-4).  With :class:`symopt.AdamW` it is a
-            dimensionless signal-to-noise threshold: weights whose mean gradient stays below ``strength`` times its
-            root mean square die, those above live (default 0.1); it does *not* minimise loss + l1.
+            ``loss + strength * ||w||_1`` (units of a gradient; default 1e-4; scikit-learn's ``alpha`` of a Lasso if the
+            loss is half the mean squared error).  With :class:`symopt.AdamW` it is a dimensionless signal-to-noise
+            threshold: weights whose mean gradient stays below ``strength`` times its root mean square die, those above
+            live (default 0.1); it does *not* minimise loss + l1.
             A param group's ``strength`` overrides it.
         density: a budget instead of a strength: exactly ``round(density * numel)`` weights live in the end, in (0, 1].
             :class:`symopt.Anneal` ramps it in and commits it, and chooses the strengths; ``strength`` is then that of
@@ -67,10 +68,10 @@ class Sparse(Constraint):
 
     strength: float | None = None
     density: float | None = None
-    scope: str = field(default="tensor", kw_only=True)
-    depth: int = field(default=2, kw_only=True)
-    pattern: str | None = field(default=None, kw_only=True)
-    gauge: str = field(default="fixed", kw_only=True)
+    scope: str = "tensor"
+    depth: int = 2
+    pattern: str | None = None
+    gauge: str = "fixed"
 
     def __post_init__(self) -> None:
         super().__post_init__()

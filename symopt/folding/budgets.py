@@ -96,7 +96,7 @@ def meet_budgets(module: nn.Module, bound: Bound) -> list[Excess]:
             w = flat(weights[name])
             candidates.append(BudgetedWeight(name, w, constraint, constraint.partition(w)))
     found = []
-    for pool in pools(candidates):
+    for pool in pools(_over_budget(candidates)):
         live = [living(m.constraint, m.w, m.groups) for m in pool.weights]
         # Of weights that are zero everywhere a selection keeps a unit, which must not cost the others one.
         fits = pool.pattern is None and _taken(pool, live) <= pool.count
@@ -107,6 +107,16 @@ def meet_budgets(module: nn.Module, bound: Bound) -> list[Excess]:
             for w, mask in zip(weights[m.name], parts(pruned, weights[m.name]), strict=True):
                 w.masked_fill_(mask, 0.0)
     return found
+
+
+def _over_budget(candidates: list[BudgetedWeight]) -> list[BudgetedWeight]:
+    """Without those that share a count larger than what is left of them in this module, which may be a part of one."""
+    units: dict[Constraint, int] = {}
+    for m in candidates:
+        shared = m.constraint.shared_budget()
+        units[shared] = units.get(shared, 0) + m.units
+    left = [units[m.constraint.shared_budget()] for m in candidates]
+    return [m for m, count in zip(candidates, left, strict=True) if m.budget.count(count) <= count]
 
 
 def _taken(pool: Pool, live: list[Tensor]) -> int:

@@ -23,7 +23,7 @@ def constraints(module: nn.Module) -> dict[str, Constraint]:
 
     Example:
         >>> import torch, symopt
-        >>> symopt.constraints(symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Sparse(0.1)}))
+        >>> symopt.constraints(symopt.constrain(torch.nn.Linear(2, 2), {"weight": symopt.Sparse(strength=0.1)}))
         {'weight': Sparse(strength=0.1)}
     """
     check_module("constraints", module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import final
@@ -10,17 +10,17 @@ from typing import final
 import torch
 from torch import nn
 
-from symopt.constraints import Composed, Constraint, GroupSparse
+from symopt.constraints import Composed, Constraint
+from symopt.module import advice
 from symopt.module.annotation import Annotation
+from symopt.module.roles import Named, axes, is_matrix, unit_dims
 from symopt.optim import registry
 from symopt.optim.binding import Binding
 
-__all__ = ["KeyTable", "Match", "Named", "Patterns", "Rows", "checked", "match", "named", "transposed"]
+__all__ = ["KeyTable", "Match", "Patterns", "Rows", "checked", "match", "named"]
 
 Patterns = Mapping[str | tuple[str, ...], Constraint | list[Constraint] | None]
 Rows = list[tuple[tuple[str, ...], Constraint | None]]
-Named = tuple[str, nn.Module, str, nn.Parameter]
-"""A parameter: qualified name, the module that owns it, its name there, itself."""
 
 
 @final
@@ -30,7 +30,7 @@ class Match:
 
     annotations: list[Annotation]
     left: frozenset[str]
-    """Names of the parameters that a pattern leaves free."""
+    """Names of the parameters that are left free: by a pattern, or because a wildcard does not decide."""
     rows: Rows
     """The patterns, with constraints as they were bound where that is one parameter: those can be pickled."""
 
@@ -73,13 +73,20 @@ def match(module: nn.Module, rows: Rows) -> Match:
     shared: dict[int, list[tuple[int, Named]]] = {}
     # Looked up once, because both go through every constraint.
     factors, known = registry.factors(), registry.bindings()
-    keys = KeyTable(rows)
+    roles = axes(module, parameters)
+    keys = KeyTable(rows, [frozenset(p for p, dim in roles if dim in unit_dims(value)) for _, value in rows])
+    spared: list[tuple[str, nn.Parameter, str]] = []
+    wild = dict[str, Constraint]()
     hits = [dict.fromkeys(row, 0) for row, _ in rows]
     for full, sub, name, p in parameters:
         if (first := keys.first(full, p)) is None:
+            for wanted, axis in keys.spared(full, p):
+                advice.check_layout(full, sub, name, p, wanted, told=False)
+                spared += [(full, p, roles[axis])] if axis in roles else []
             continue
         row, place = first
         row_keys, constraint = rows[row]
+        told = row_keys[place] == full
         hits[row][row_keys[place]] += 1
         if id(p) in chosen and (chosen[id(p)][1] != constraint or (constraint is not None and constraint.binds_many)):
             other, before = chosen[id(p)]  # one tensor under two names
@@ -94,7 +101,10 @@ def match(module: nn.Module, rows: Rows) -> Match:
             left.add(full)
             continue
         _check_free(full, p, factors, known)
-        _check(full, sub, p, constraint)
+        _check(full, p)
+        advice.check_layout(full, sub, name, p, constraint, told=told)
+        if not told:
+            wild[full] = constraint
         if constraint.binds_many:
             shared.setdefault(row, []).append((place, (full, sub, name, p)))
         else:
@@ -104,13 +114,22 @@ def match(module: nn.Module, rows: Rows) -> Match:
     for (_, value), counts in zip(rows, hits, strict=True):
         for key, n in counts.items():
             if n == 0:
-                raise ValueError(_nothing(key, value, parameters))
+                raise ValueError(_nothing(key, value, parameters, {full: what for full, _, what in spared}))
     for row, ranked in shared.items():
         several = rows[row][1]
         assert several is not None
         ranked.sort(key=lambda r: r[0])
         found.append(_bind_all(several, rows[row][0][ranked[0][0]], [parameter for _, parameter in ranked]))
-    return Match(found, frozenset(left), bound)
+    matched = {full for full, *_ in parameters if any(_fits(full, key) for row, _ in rows for key in row)}
+    kept = {full: what for full, p, what in spared if id(p) not in chosen}
+    advice.warn(advice.notes(parameters, kept, wild, found, _open_keys(rows), matched))
+    return Match(found, frozenset(left | kept.keys()), bound)
+
+
+def _open_keys(rows: Rows) -> list[str]:
+    """Wildcards that bind what is called ``weight``."""
+    own = [keys for keys, value in rows if value is not None and not value.binds_many]
+    return [key for keys in own for key in keys if _wild(key) and key.endswith("weight")]
 
 
 def _bind_all(constraint: Constraint, key: str, parameters: list[Named]) -> Annotation:
@@ -126,10 +145,6 @@ def _bind_all(constraint: Constraint, key: str, parameters: list[Named]) -> Anno
     return Annotation(constraint.bind_all(names, tuple(w.detach() for w in weights)), key, parameters)
 
 
-def _matrix(p: nn.Parameter) -> bool:
-    return isinstance(p, nn.parameter.UninitializedParameter) or p.dim() >= 2
-
-
 def _wild(key: str) -> bool:
     return any(c in key for c in "*?[")
 
@@ -138,8 +153,8 @@ def _wild(key: str) -> bool:
 class _Keys:
     """The keys of one row, so that exact names are found at once."""
 
-    def __init__(self, keys: tuple[str, ...], constraint: Constraint | None) -> None:
-        self.keys, self.constraint = keys, constraint
+    def __init__(self, keys: tuple[str, ...], constraint: Constraint | None, spared: frozenset[int]) -> None:
+        self.keys, self.constraint, self.spared = keys, constraint, spared
         self.place = {key: i for i, key in reversed(list(enumerate(keys)))}
         self.wild = [(i, key) for i, key in enumerate(keys) if _wild(key)]
 
@@ -147,7 +162,8 @@ class _Keys:
         """The place of the first key that binds a parameter."""
         exact = self.place.get(name, len(self.keys))
         for i, key in self.wild:
-            if i < exact and fnmatchcase(name, key) and _selects(self.constraint, name, p, wild=True):
+            fits = i < exact and id(p) not in self.spared and fnmatchcase(name, key)
+            if fits and _selects(self.constraint, name, p, wild=True):
                 return i
         found = exact < len(self.keys) and _selects(self.constraint, name, p, wild=False)
         return exact if found else None
@@ -155,10 +171,11 @@ class _Keys:
 
 @final
 class KeyTable:
-    """The keys of all rows."""
+    """The keys of all rows, and per row the ``id`` of the parameters that its wildcards leave free."""
 
-    def __init__(self, rows: Rows) -> None:
-        self.rows, self.keys = rows, [_Keys(*row) for row in rows]
+    def __init__(self, rows: Rows, spared: Sequence[frozenset[int]] | None = None) -> None:
+        self.rows = rows
+        self.keys = [_Keys(*row, free) for row, free in zip(rows, spared or [frozenset()] * len(rows), strict=True)]
         self.wild = [i for i, keys in enumerate(self.keys) if keys.wild]
         self.exact: dict[str, list[int]] = {}
         for i, (row, _) in enumerate(rows):
@@ -172,6 +189,13 @@ class KeyTable:
                 return i, place
         return None
 
+    def spared(self, name: str, p: nn.Parameter) -> Iterator[tuple[Constraint, tuple[int, int]]]:
+        """Constraints whose wildcard fits ``name`` and would make units of ``p`` if it might, and along what."""
+        for keys in self.keys:
+            fits = any(fnmatchcase(name, key) for _, key in keys.wild)
+            if id(p) in keys.spared and keys.constraint is not None and fits:
+                yield from ((keys.constraint, (id(p), dim)) for dim in unit_dims(keys.constraint))
+
 
 def _fits(name: str, key: str) -> bool:
     return name == key or (_wild(key) and fnmatchcase(name, key))
@@ -180,12 +204,12 @@ def _fits(name: str, key: str) -> bool:
 def _selects(constraint: Constraint | None, name: str, p: nn.Parameter, *, wild: bool) -> bool:
     """Whether a key that fits ``name`` binds ``p``; ``wild`` if it only fits as a pattern."""
     selected = None if constraint is None else constraint.selects(name)
-    return selected if selected is not None else constraint is None or not wild or _matrix(p)
+    return selected if selected is not None else constraint is None or not wild or is_matrix(p)
 
 
-def _nothing(key: str, value: Constraint | None, parameters: list[Named]) -> str:
+def _nothing(key: str, value: Constraint | None, parameters: list[Named], kept: dict[str, str]) -> str:
     matched = [full for full, *_ in parameters if _fits(full, key)]
-    small = [full for full, _, _, p in parameters if _fits(full, key) and not _matrix(p)]
+    small = [full for full, _, _, p in parameters if _fits(full, key) and not is_matrix(p)]
     if not matched:
         names = ", ".join(full for full, *_ in parameters[:8]) + (", ..." if len(parameters) > 8 else "")
         return f"constrain: pattern {key!r} matches no parameter; there are: {names or 'none'}"
@@ -195,6 +219,11 @@ def _nothing(key: str, value: Constraint | None, parameters: list[Named]) -> str
         return (
             f"constrain: pattern {key!r} matches only parameters of fewer than two dimensions "
             f"({', '.join(small[:4])}); a wildcard does not bind those, name them in full"
+        )
+    if free := [full for full in matched if full in kept]:
+        return (
+            f"constrain: pattern {key!r} binds nothing: {advice.listed(f'{full} ({kept[full]})' for full in free)} "
+            f"would lose units of that, which a wildcard does not decide; name it in full, {{{free[0]!r}: ...}}"
         )
     before = ", ".join(matched[:4])
     return f"constrain: pattern {key!r} binds nothing: earlier patterns already bind {before}; put it first"
@@ -213,7 +242,7 @@ def _check_free(full: str, p: nn.Parameter, factors: set[int], known: dict[int, 
         )
 
 
-def _check(full: str, sub: nn.Module, p: nn.Parameter, constraint: Constraint) -> None:
+def _check(full: str, p: nn.Parameter) -> None:
     if isinstance(p, nn.parameter.UninitializedParameter):
         raise ValueError(f"constrain: {full} is uninitialised; run the lazy module once before constraining it")
     if p.is_complex() or not p.is_floating_point():
@@ -227,17 +256,3 @@ def _check(full: str, sub: nn.Module, p: nn.Parameter, constraint: Constraint) -
         raise ValueError(f"constrain: {full} has shape {tuple(p.shape)}; there is nothing to constrain, leave it out")
     if p.device.type != "meta" and not bool(torch.isfinite(p).all()):
         raise ValueError(f"constrain: {full} contains NaN or infinite values; initialise it before constraining")
-    if (reason := transposed(full, sub, constraint)) is not None:
-        raise ValueError(f"constrain: {reason}")
-
-
-def transposed(full: str, sub: nn.Module, constraint: Constraint) -> str | None:
-    """Why a constraint does not fit a layer whose weight has its sizes in another order."""
-    for part in constraint.parts if isinstance(constraint, Composed) else (constraint,):
-        by_name = isinstance(part, GroupSparse) and isinstance(part.groups, str)
-        if by_name and isinstance(sub, nn.modules.conv._ConvTransposeNd):
-            return (
-                f"{full} belongs to a transposed convolution, whose weight is stored (in, out, ...), so "
-                f"the groups of {part} would be ambiguous; give GroupSparse an index tensor"
-            )
-    return None

@@ -9,7 +9,8 @@ from torch.nn.utils import parametrize
 
 from symopt.constraints import Constraint
 from symopt.module.annotation import Annotation, annotated
-from symopt.module.patterns import Named, named
+from symopt.module.patterns import named
+from symopt.module.roles import Named
 
 __all__ = ["Tree", "computes"]
 

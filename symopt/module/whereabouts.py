@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from symopt.constraints import Constraint
+from symopt.module.advice import check_layout
 from symopt.module.annotation import Annotation
-from symopt.module.patterns import Named, transposed
+from symopt.module.roles import Named
 from symopt.module.tree import Tree, computes
 from symopt.optim import registry
 
@@ -56,8 +57,10 @@ def now(tree: Tree, annotation: Annotation, i: int) -> Named | str | None:
 
 def _alike(before: nn.Module, place: Named, constraint: Constraint) -> bool:
     """Whether rows and columns of a new parameter of the same shape surely mean what those of the old one did."""
-    name, owner, _, p = place
-    if transposed(name, owner, constraint) is not None:
+    name, owner, attribute, p = place
+    try:
+        check_layout(name, owner, attribute, p, constraint, told=True)
+    except ValueError:
         return False
     related = isinstance(owner, type(before)) or isinstance(before, type(owner))
     elementwise = constraint.is_product and (constraint.budget is None or constraint.budget.pattern is None)

@@ -5,8 +5,10 @@ Everything is checked before anything of the optimizer is touched.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, final
 
 import torch
@@ -28,6 +30,12 @@ _LEAST = {
     "critical": 0.0,
     "metric_scale": torch.finfo(torch.float32).tiny,
 }
+
+_SWITCHES = ("maximize", "foreach", "capturable", "differentiable", "fused")
+"""Options of torch.optim that old checkpoints may lack."""
+
+_MAY_BE_INFINITE = ("threshold", "largest_decay")
+"""Numbers of a budget that are no bound if they are."""
 
 BindingOf = Callable[[Tensor], Binding]
 
@@ -161,7 +169,8 @@ def check(optimizer: torch.optim.Optimizer, binding: BindingOf, direction: Direc
                 raise ValueError(f"{where} is a {type(state).__name__}, must be a dict")
             current = optimizer.state.get(p, {})
             _check_state(where, binding(p), direction, current, p, state)
-            _check_kind(f"{where} holds", type(optimizer).__name__, direction, {**group, **saved}, p, state)
+            if not _is_alike(optimizer.defaults, saved):
+                _check_kind(f"{where} holds", type(optimizer).__name__, direction, {**group, **saved}, p, state)
 
 
 def _check_options(where: str, defaults: ParamGroup, saved: ParamGroup) -> None:
@@ -194,27 +203,90 @@ def _check_state(
     where: str, binding: Binding, direction: Direction, current: State, p: Tensor, state: Mapping[str, Any]
 ) -> None:
     moments = {moment.key: moment for moment in direction.table}
-    count = binding.moment_count(current) if binding.constraint is not None else None
+    constraint = binding.constraint
+    count = binding.moment_count(current) if constraint is not None else None
+    # A run whose weights are spoilt may be saved and loaded like any other, and its state is what it is.
+    spoilt = not all(w.is_meta or bool(w.isfinite().all()) for w in binding.parameters or (p,))
     for key, value in state.items():
-        if value is None or key not in (*_LEAST, *moments, *OWN_STATE):
+        factor = constraint is not None and constraint.carries_factors and key.startswith("factor_")
+        if value is None or not (factor or key in (*_LEAST, *moments, *OWN_STATE)):
             continue  # torch's "none yet", and what users keep there themselves
         if key in _LEAST and _is_number(value):
-            if float(value) < _LEAST[key]:
-                raise ValueError(f"{where}: {key} is {float(value):g}, must be {'>' if _LEAST[key] else '>='} 0")
+            _check_numbers(
+                where, key, torch.as_tensor(value), _LEAST[key], spoilt=spoilt and key not in ("step", PROGRESS)
+            )
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{where}: {key} is a {type(value).__name__}, must be a tensor")
         if key == BUDGET:
             fits = BudgetState.fits(value)
-        elif binding.constraint is not None and key in moments and moments[key].per_unit:
+        elif factor:  # a matrix's factors have a rank, which is theirs to know
+            fits = not value.is_complex() and (value.shape == p.shape or not key[len("factor_") :].isdigit())
+        elif constraint is not None and key in moments and moments[key].per_unit:
             fits = value.shape == p.shape or value.numel() == (1 if count is None else count)
         else:
             fits = key not in _LEAST and value.shape == p.shape and (p.is_complex() or not value.is_complex())
         if not fits or value.layout is not torch.strided:
             kind = f"{value.dtype} of shape {tuple(value.shape)}"
             raise ValueError(f"{where}: {key} is {kind}, which does not fit a weight of shape {tuple(p.shape)}")
-        if key == "group_index" and value.numel() and not 0 <= int(value.min()) <= int(value.max()) < p.numel():
-            raise ValueError(f"{where}: group_index must number the groups of {p.numel()} weights from 0")
+        if value.is_meta:
+            continue
+        if key == BUDGET:
+            _check_budget(where, value, spoilt=spoilt)
+        elif key == "group_index":
+            _check_index(where, value, p)
+        else:
+            squares = tuple(moment.key for moment in direction.table if moment.role != "first")
+            least = 0.0 if key == "factor_age" or key.endswith(squares) else None
+            _check_numbers(where, key, value, least, spoilt=spoilt, overflows=count is None and key in squares)
+
+
+_ANEW = "load an earlier checkpoint, or drop this parameter's entry in 'state', so that its state begins anew"
+
+
+def _check_numbers(
+    where: str, key: str, value: Tensor, least: float | None, *, spoilt: bool = False, overflows: bool = False
+) -> None:
+    """Raise unless all are at least ``least``, and finite; in a ``spoilt`` run they need not be.
+
+    A weight's own square that ``overflows`` is infinite: the weight stands still, as torch's; a group would become NaN.
+    """
+    numbers = torch.view_as_real(value) if value.is_complex() else value
+    bad = torch.zeros_like(numbers, dtype=torch.bool) if least is None else numbers < least
+    if not spoilt:
+        bad |= numbers.isnan() if overflows else ~numbers.isfinite()
+    if not bool(bad.any()):
+        return
+    first = float(numbers[bad][0])
+    bound = "" if least is None else "> 0" if least else ">= 0"
+    must = bound if math.isfinite(first) else " and ".join(filter(None, ("finite", bound)))
+    verb = "is" if numbers.numel() == 1 else "holds"
+    raise ValueError(f"{where}: {key} {verb} {first:g}, must be {must}; {_ANEW}")
+
+
+def _check_budget(where: str, value: Tensor, *, spoilt: bool) -> None:
+    for field, number in zip(fields(BudgetState), value, strict=True):
+        if spoilt or (field.name in _MAY_BE_INFINITE and bool(number == math.inf)):
+            continue
+        # A negative threshold prunes nothing.
+        _check_numbers(where, f"{BUDGET} ({field.name})", number, None if field.name == "threshold" else 0.0)
+
+
+def _check_index(where: str, value: Tensor, p: Tensor) -> None:
+    if value.dtype == torch.bool:
+        raise ValueError(f"{where}: group_index is torch.bool, must hold integers; {_ANEW}")
+    if value.is_floating_point():  # torch.optim saved it so: it is made anew, once it is known to be one
+        _check_numbers(where, "group_index", value, 0.0)
+        if not torch.equal(value, value.round()):
+            first = float(value[value != value.round()][0])
+            raise ValueError(f"{where}: group_index holds {first:g}, must hold integers; {_ANEW}")
+    elif value.numel() and not 0 <= int(value.min()) <= int(value.max()) < p.numel():
+        raise ValueError(f"{where}: group_index must number the groups of {p.numel()} weights from 0; {_ANEW}")
+
+
+def _is_alike(defaults: ParamGroup, saved: Mapping[str, object]) -> bool:
+    """Whether a group was saved by an optimizer with all hyperparameters of this one: such a one, or torch's twin."""
+    return all(key in saved for key in defaults if key not in DEFAULTS and key not in _SWITCHES)
 
 
 def _check_kind(

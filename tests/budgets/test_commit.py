@@ -10,11 +10,11 @@ from support.tolerances import tolerance
 from symopt_kernels.reference import elementwise, gauge
 
 MAKE = {
-    "fixed": lambda: symopt.Sparse(0.5),
-    "free": lambda: symopt.Sparse(0.5, gauge="free"),
-    "free-depth-3": lambda: symopt.Sparse(0.5, depth=3, gauge="free"),
-    "depth-3": lambda: symopt.Sparse(0.5, depth=3),
-    "group": lambda: symopt.GroupSparse("out", 0.5),
+    "fixed": lambda: symopt.Sparse(strength=0.5),
+    "free": lambda: symopt.Sparse(strength=0.5, gauge="free"),
+    "free-depth-3": lambda: symopt.Sparse(strength=0.5, depth=3, gauge="free"),
+    "depth-3": lambda: symopt.Sparse(strength=0.5, depth=3),
+    "group": lambda: symopt.GroupSparse("out", strength=0.5),
 }
 
 
@@ -65,8 +65,8 @@ def test_report_of_an_explicit_module_is_that_of_its_plain_weights():
         layer.weight[0] = 0
     twin = torch.nn.Linear(6, 4)
     twin.load_state_dict(layer.state_dict())
-    explicit = symopt.constrain(layer, {"weight": symopt.Sparse(0.1)}, mode="explicit")
-    plain = symopt.constrain(twin, {"weight": symopt.Sparse(0.1)})
+    explicit = symopt.constrain(layer, {"weight": symopt.Sparse(strength=0.1)}, mode="explicit")
+    plain = symopt.constrain(twin, {"weight": symopt.Sparse(strength=0.1)})
     one, two = symopt.report(explicit), symopt.report(plain)
     assert (one.parameters, one.constrained, one.zeros) == (two.parameters, two.constrained, two.zeros) == (28, 24, 6)
     assert one.parameters_folded is two.parameters_folded is None
@@ -76,7 +76,7 @@ def test_report_of_an_explicit_module_is_that_of_its_plain_weights():
 
 @pytest.mark.filterwarnings("ignore:.* all of its weights have become zero")
 def test_report_says_committed():
-    net = symopt.constrain(torch.nn.Linear(4, 2), {"weight": symopt.Sparse(50.0)})
+    net = symopt.constrain(torch.nn.Linear(4, 2), {"weight": symopt.Sparse(strength=50.0)})
     opt = symopt.AdamW(net, lr=0.1, total_steps=10, commit=0.5)
     seen = []
     for _ in range(6):
@@ -104,19 +104,21 @@ def steps_of(warning) -> int:
 
 
 def test_the_warning_points_here_and_counts_only_the_steps_with_strength():
-    whole = warning_of(symopt.Sparse(0.1), total_steps=10)
-    half = warning_of(symopt.Sparse(0.1), total_steps=10, commit=0.5)
+    whole = warning_of(symopt.Sparse(strength=0.1), total_steps=10)
+    half = warning_of(symopt.Sparse(strength=0.1), total_steps=10, commit=0.5)
     assert whole.filename == __file__
     assert "before the commit" in str(half.message) and abs(steps_of(half) - 2 * steps_of(whole)) <= 2
 
 
 def test_the_warning_judges_by_the_peak_of_a_warmup():
-    peak = warning_of(symopt.Sparse(0.1), lr=1e-3, total_steps=10)
-    assert abs(steps_of(warning_of(symopt.Sparse(0.1), max_lr=1e-3, total_steps=10)) - steps_of(peak)) <= 1
+    peak = warning_of(symopt.Sparse(strength=0.1), lr=1e-3, total_steps=10)
+    assert abs(steps_of(warning_of(symopt.Sparse(strength=0.1), max_lr=1e-3, total_steps=10)) - steps_of(peak)) <= 1
 
 
 def test_the_warning_of_a_list_names_a_factor_and_no_multiplier():
-    message = str(warning_of([symopt.Sparse(0.1), symopt.GroupSparse("out", 0.1)], total_steps=10).message)
+    message = str(
+        warning_of([symopt.Sparse(strength=0.1), symopt.GroupSparse("out", strength=0.1)], total_steps=10).message
+    )
     assert "times as large" in message and "strength >=" not in message
 
 

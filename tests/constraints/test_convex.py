@@ -84,7 +84,7 @@ def check_lasso(
     solver = Lasso(kappa, fit_intercept=False, max_iter=200_000, tol=1e-13)
     best = torch.tensor(solver.fit(problem.x.numpy(), problem.y.numpy()).coef_)
     slowest = float(problem.gradient(best)[best == 0].abs().max() / kappa)
-    constraint = symopt.Sparse(kappa)
+    constraint = symopt.Sparse(strength=kappa)
     steps = problem.steps(constraint, cls, options, steps, slowest)
     w = problem.fit(constraint, cls, options, steps, scheduled=scheduled)
 
@@ -146,7 +146,7 @@ def test_group_lasso(name, seed):
     norms = group_norms(best)
     slowest = float(group_norms(problem.gradient(best))[norms == 0].max() / kappa)
     cls, options, steps = (SGD | ADAM)[name]
-    constraint = symopt.GroupSparse(INDEX, kappa)
+    constraint = symopt.GroupSparse(INDEX, strength=kappa)
     w = problem.fit(constraint, cls, options, problem.steps(constraint, cls, options, steps, slowest))
 
     def objective(w):
@@ -179,7 +179,7 @@ def test_nothing_survives_from_the_largest_initial_gradient_on(grouped, cls, opt
     critical = float((group_norms(gradient) if grouped else gradient.abs()).max())
     for side in (1, -1):
         strength = critical * (1 + side * tolerance("threshold"))
-        constraint = symopt.GroupSparse(INDEX, strength) if grouped else symopt.Sparse(strength)
+        constraint = symopt.GroupSparse(INDEX, strength=strength) if grouped else symopt.Sparse(strength=strength)
         w = problem.fit(constraint, cls, options, steps)
         assert bool((w == 0).all()) == (side == 1)
 
@@ -205,7 +205,7 @@ def test_adamw_keeps_what_has_signal_above_the_strength(noise, imbalance, size):
     signs = torch.where(torch.rand(COUNT, size, generator=g) < 0.5, -1.0, 1.0).double()
     module = torch.nn.Module()
     module.weight = torch.nn.Parameter(signs * 0.5 / math.sqrt(size))
-    constraint = symopt.GroupSparse("out", strength) if size > 1 else symopt.Sparse(strength)
+    constraint = symopt.GroupSparse("out", strength=strength) if size > 1 else symopt.Sparse(strength=strength)
     symopt.constrain(module, {"weight": constraint})
     opt = symopt.AdamW(module, lr=lr, imbalance=imbalance)
     above = torch.arange(COUNT) % 2 == 1
@@ -252,7 +252,7 @@ def test_collapse_takes_the_steps_the_formula_says(size, name, pulled, time_scal
     unit = torch.nn.functional.normalize(torch.randn(16, size, generator=g, dtype=torch.float64), dim=1)
     module = torch.nn.Module()
     module.weight = torch.nn.Parameter(radius[:, None] * unit)
-    constraint = symopt.GroupSparse("out", strength) if size > 1 else symopt.Sparse(strength)
+    constraint = symopt.GroupSparse("out", strength=strength) if size > 1 else symopt.Sparse(strength=strength)
     symopt.constrain(module, {"weight": constraint})
     opt = cls(module, lr=lr, time_scale=time_scale, imbalance=1e-4, **options)
     p, pull = module.weight, 0.5 * strength if pulled else 0.0

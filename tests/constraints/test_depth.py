@@ -165,8 +165,8 @@ def test_depth_two_is_the_default(make, opt_row, time_scale):
 def test_groups_of_one_weight_are_sparse(depth, time_scale):
     shape, ends = (6, 5), []
     for constraint in (
-        symopt.Sparse(STRENGTH, depth=depth),
-        symopt.GroupSparse(torch.arange(30).reshape(shape), STRENGTH, depth=depth),
+        symopt.Sparse(strength=STRENGTH, depth=depth),
+        symopt.GroupSparse(torch.arange(30).reshape(shape), strength=STRENGTH, depth=depth),
     ):
         module = module_of(randn(shape), constraint)
         opt = symopt.SGD(module, lr=0.05, time_scale=time_scale)
@@ -360,14 +360,14 @@ def solve(how, start):
     if how == "explicit":
         module = torch.nn.Module()
         module.weight = torch.nn.Parameter(start.clone())
-        symopt.constrain(module, {"weight": symopt.Sparse(KAPPA, depth=3)}, mode="explicit", init="balanced")
+        symopt.constrain(module, {"weight": symopt.Sparse(strength=KAPPA, depth=3)}, mode="explicit", init="balanced")
         opt = torch.optim.SGD(symopt.param_groups(module), lr=0.02)
         for _ in range(6000):
             opt.zero_grad()
             (0.5 * (module.weight - YS).square().sum()).backward()
             opt.step()
         return module.weight.detach()
-    module = module_of(start, symopt.Sparse(KAPPA, depth=3, gauge=how))
+    module = module_of(start, symopt.Sparse(strength=KAPPA, depth=3, gauge=how))
     opt = symopt.SGD(module, lr=0.2)
     for _ in range(3000):
         module.weight.grad = module.weight.detach() - YS
@@ -420,9 +420,9 @@ def test_collapse_takes_the_steps_the_formula_says(depth, kind, time_scale):
     size = 3 if kind == "group" else 1
     w = radius[:, None] * torch.nn.functional.normalize(randn((12, size)), dim=1)
     constraint = {
-        "sparse": symopt.Sparse(strength, depth=depth),
-        "group": symopt.GroupSparse("out", strength, depth=depth),
-        "free": symopt.Sparse(strength, depth=depth, gauge="free"),
+        "sparse": symopt.Sparse(strength=strength, depth=depth),
+        "group": symopt.GroupSparse("out", strength=strength, depth=depth),
+        "free": symopt.Sparse(strength=strength, depth=depth, gauge="free"),
     }[kind]
     module = module_of(w, constraint)
     opt = symopt.SGD(module, lr=lr, time_scale=time_scale, imbalance=0.0)
@@ -499,7 +499,9 @@ class SparseGroupLasso:
 def test_a_list_ends_at_the_sparse_group_lasso(seed, cls, lr):
     problem = SparseGroupLasso(seed)
     best = problem.solve()
-    module = module_of(0.3 * randn((ROWS, COLUMNS), seed + 300), [symopt.Sparse(L1), symopt.GroupSparse("out", L2)])
+    module = module_of(
+        0.3 * randn((ROWS, COLUMNS), seed + 300), [symopt.Sparse(strength=L1), symopt.GroupSparse("out", strength=L2)]
+    )
     opt, p = cls(module, lr=lr), module.weight
     scale = symopt.constraints(module)["weight"].start(p.detach(), 1.0)[1]
     for _ in range(problem.steps(best, scale, lr, cls)):
@@ -523,7 +525,7 @@ def test_a_list_ends_at_the_sparse_group_lasso(seed, cls, lr):
 
 
 def test_the_order_of_a_list_does_not_matter():
-    parts, ends = [symopt.Sparse(L1), symopt.GroupSparse("out", L2), symopt.GroupSparse("in")], []
+    parts, ends = [symopt.Sparse(strength=L1), symopt.GroupSparse("out", strength=L2), symopt.GroupSparse("in")], []
     for order in (1, -1):
         module = module_of(randn((6, 5)), parts[::order])
         opt = symopt.AdamW(module, lr=0.01)
@@ -555,7 +557,9 @@ def test_rebalancing_shrinks_every_imbalance_and_keeps_the_weight(depth, keep):
 @cases(depth=[2, 3])
 def test_a_schedule_balances_the_free_gauge(depth):
     torch.manual_seed(0)
-    net = symopt.constrain(torch.nn.Linear(6, 4).double(), {"weight": symopt.Sparse(0.0, depth=depth, gauge="free")})
+    net = symopt.constrain(
+        torch.nn.Linear(6, 4).double(), {"weight": symopt.Sparse(strength=0.0, depth=depth, gauge="free")}
+    )
     opt = symopt.SGD(net, lr=0.01, total_steps=40)
     for k in range(40):
         opt.zero_grad()
@@ -571,7 +575,7 @@ def test_a_schedule_balances_the_free_gauge(depth):
 def test_a_schedule_knows_the_strengths_of_a_list():
     def steps_named(*strengths):
         torch.manual_seed(0)
-        parts = [symopt.Sparse(strengths[0]), symopt.GroupSparse("out", strengths[1])]
+        parts = [symopt.Sparse(strength=strengths[0]), symopt.GroupSparse("out", strength=strengths[1])]
         net = symopt.constrain(torch.nn.Linear(16, 4), {"weight": parts})
         opt = symopt.SGD(net, lr=0.01, total_steps=1)
         net(torch.randn(2, 16)).sum().backward()

@@ -176,7 +176,7 @@ def test_the_step_cannot_see_a_rotation_of_the_factors(opt_row):
     """Without the time scale, which is fixed to the gauge, W moves alike whatever the rotation, moments included."""
     ends = []
     for turned in (False, True):
-        module = parameter(randn(7, 5), symopt.LowRank(0.02))
+        module = parameter(randn(7, 5), symopt.LowRank(strength=0.02))
         p = module.weight
         opt = optimizer(module, opt_row, time_scale="none")
         for k, g in enumerate(gradients((7, 5), 6) * 0.3):
@@ -209,7 +209,7 @@ def kkt(w: Tensor, grad: Tensor, strength: float) -> float:
 @cases(name=["sgd", "momentum", "adam"])
 def test_denoising_is_the_soft_thresholded_svd(name):
     a, strength = randn(12, 8) + 3 * randn(12, 1, seed=1) @ randn(1, 8, seed=2), 2.0
-    module = parameter(randn(12, 8, seed=3), symopt.LowRank(strength))
+    module = parameter(randn(12, 8, seed=3), symopt.LowRank(strength=strength))
     p = module.weight
     opt = {
         "sgd": lambda: symopt.SGD(module, lr=0.3),
@@ -249,7 +249,7 @@ def test_matrix_completion_ends_where_a_proximal_solver_does(name):
 
     best = soft_impute(a, mask, strength)
     assert kkt(best, mask * (best - a), strength) < 1e-6
-    module = parameter(randn(12, 9, seed=4), symopt.LowRank(strength))
+    module = parameter(randn(12, 9, seed=4), symopt.LowRank(strength=strength))
     p = module.weight
     opt = symopt.SGD(module, lr=1.0) if name == "sgd" else symopt.Adam(module, lr=0.5, betas=(0.5, 0.999))
     for _ in range(900):
@@ -264,7 +264,7 @@ def test_rows_and_columns_without_a_gradient_do_not_blow_up():
     a = randn(10, 8)
     a[2], a[:, 5] = 0, 0
     mask = (a != 0).double()
-    module = parameter(randn(10, 8, seed=1), symopt.LowRank(0.05))
+    module = parameter(randn(10, 8, seed=1), symopt.LowRank(strength=0.05))
     p = module.weight
     opt = symopt.Adam(module, lr=0.05)
     for _ in range(400):
@@ -281,7 +281,7 @@ def test_adamw_keeps_signal_and_drops_noise():
     generator = torch.Generator().manual_seed(0)
     direction = torch.ones(40, 30, dtype=torch.float64)
     for ratio, ranks in ((0.6, {1, 2}), (0.02, {0})):
-        module = parameter(0.1 * randn(40, 30, seed=2), symopt.LowRank(0.3))
+        module = parameter(0.1 * randn(40, 30, seed=2), symopt.LowRank(strength=0.3))
         p = module.weight
         opt = symopt.AdamW(module, lr=2e-2, betas=(0.9, 0.99))
         for _ in range(600):
@@ -337,7 +337,7 @@ def test_without_a_length_a_budget_is_refused():
 
 
 def test_max_rank_holds_from_the_first_step():
-    module = parameter(randn(9, 7), symopt.LowRank(1e-3, max_rank=3))
+    module = parameter(randn(9, 7), symopt.LowRank(strength=1e-3, max_rank=3))
     opt = symopt.AdamW(module, lr=1e-3)
     train(module, opt, 1)
     assert live(opt, module.weight) == 3 == int(torch.linalg.matrix_rank(module.weight.detach()))
@@ -346,7 +346,7 @@ def test_max_rank_holds_from_the_first_step():
 
 
 def test_the_state_shrinks_with_the_rank_and_zero_is_absorbing():
-    module = parameter(randn(12, 9), symopt.LowRank(50.0))
+    module = parameter(randn(12, 9), symopt.LowRank(strength=50.0))
     p, opt = module.weight, symopt.SGD(module, lr=0.05, momentum=0.5)
     train(module, opt, 400)
     assert live(opt, p) == 0 and int(p.detach().count_nonzero()) == 0
@@ -361,7 +361,7 @@ def test_the_state_shrinks_with_the_rank_and_zero_is_absorbing():
 @cases(opt_row=OPTIMIZERS)
 def test_saving_and_loading_in_between_changes_no_bit(opt_row):
     def make():
-        module = parameter(randn(8, 6), symopt.LowRank(0.05))
+        module = parameter(randn(8, 6), symopt.LowRank(strength=0.05))
         return module, optimizer(module, opt_row)
 
     straight, opt = make()
@@ -381,7 +381,7 @@ def test_saving_and_loading_in_between_changes_no_bit(opt_row):
 
 
 def test_a_deep_copy_goes_on_alike():
-    module = parameter(randn(8, 6), symopt.LowRank(0.05))
+    module = parameter(randn(8, 6), symopt.LowRank(strength=0.05))
     opt = symopt.AdamW(module, lr=1e-2)
     train(module, opt, 10)
     twin, other = copy.deepcopy((module, opt))
@@ -396,7 +396,7 @@ def test_torchs_checkpoints_load_and_ours_load_there():
     plain.weight = nn.Parameter(w.clone())
     theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     train(plain, theirs, 10)
-    module = parameter(plain.weight.detach(), symopt.LowRank(0.05))
+    module = parameter(plain.weight.detach(), symopt.LowRank(strength=0.05))
     opt = symopt.AdamW(module, lr=1e-2)
     opt.load_state_dict(theirs.state_dict())
     opt.param_groups[0]["lr"] = 0.0
@@ -409,7 +409,7 @@ def test_torchs_checkpoints_load_and_ours_load_there():
     train(plain, back, 3)
     assert bool(plain.weight.isfinite().all())
     # the first moment survives the round trip through the factors' frames, as all directions are still there
-    fresh = parameter(plain.weight.detach(), symopt.LowRank(0.05))
+    fresh = parameter(plain.weight.detach(), symopt.LowRank(strength=0.05))
     once = symopt.AdamW(fresh, lr=0.0, betas=(1 - 1e-12, 0.999))
     once.load_state_dict(theirs.state_dict())
     once.param_groups[0].update(lr=0.0, betas=(1 - 1e-12, 0.999))
@@ -418,7 +418,7 @@ def test_torchs_checkpoints_load_and_ours_load_there():
 
 
 def test_release_leaves_a_plain_state():
-    module = parameter(randn(8, 6), symopt.LowRank(0.05))
+    module = parameter(randn(8, 6), symopt.LowRank(strength=0.05))
     opt = symopt.AdamW(module, lr=1e-2)
     train(module, opt, 5)
     symopt.release(module)
@@ -428,7 +428,7 @@ def test_release_leaves_a_plain_state():
 
 @cases(change=["load_state_dict", "data", "one entry", "swap"], dtype=[torch.float32, torch.bfloat16])
 def test_a_weight_changed_from_outside_is_noticed(change, dtype):
-    module = parameter(randn(8, 6).to(dtype), symopt.LowRank(1e-3))
+    module = parameter(randn(8, 6).to(dtype), symopt.LowRank(strength=1e-3))
     p, opt = module.weight, symopt.AdamW(module, lr=1e-3)
     train(module, opt, 5)
     new = randn(8, 6, seed=9).to(dtype)
@@ -461,7 +461,7 @@ def test_a_change_does_not_undo_a_committed_rank():
 
 
 def test_half_precision_keeps_fp32_factors():
-    module = parameter(randn(12, 9).bfloat16(), symopt.LowRank(20.0))
+    module = parameter(randn(12, 9).bfloat16(), symopt.LowRank(strength=20.0))
     p, opt = module.weight, symopt.SGD(module, lr=0.05)
     train(module, opt, 300)
     assert opt.state[p]["factor_u"].dtype == torch.float32

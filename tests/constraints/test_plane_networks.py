@@ -180,7 +180,7 @@ def test_what_cannot_be_tied_says_so():
         (
             ValueError,
             "no gauge",
-            lambda: bind(linear(3, 3), "weight", symopt.Symmetric(1.0), mode="explicit", init="gates"),
+            lambda: bind(linear(3, 3), "weight", symopt.Symmetric(strength=1.0), mode="explicit", init="gates"),
         ),
         (ValueError, "give .* a strength", lambda: symopt.constrain(Pair(), KEYS, mode="explicit")),
     ]:

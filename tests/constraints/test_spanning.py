@@ -174,7 +174,7 @@ class Regression:
             module.register_parameter(f"w{i}", torch.nn.Parameter(part.reshape(shape).clone()))
         groups = {f"w{i}": (dim, index) for i, (dim, index) in enumerate(zip(self.dims, self.index, strict=True))}
         factors = {f"w{i}": a for i, a in enumerate(self.factors)}
-        symopt.constrain(module, {"*": symopt.GroupSparse(groups, self.kappa, factors=factors)})
+        symopt.constrain(module, {"*": symopt.GroupSparse(groups, strength=self.kappa, factors=factors)})
         opt = cls(module, backend=backend, **options)
         for _ in range(steps):
             g = self.gradient(torch.cat([p.detach().flatten() for p in module.parameters()]))

@@ -36,7 +36,7 @@ from support.explicit import (
 
 @cases(cls=[torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 def test_param_groups_put_the_strength_on_the_factors(cls):
-    patterns = {"0.weight": S(0.1), "3.0.weight": G("out"), "3.2.weight": S(0.1)}
+    patterns = {"0.weight": S(strength=0.1), "3.0.weight": G("out"), "3.2.weight": S(strength=0.1)}
     module = symopt.constrain(net(), patterns, mode="explicit")
     groups = symopt.param_groups(module)
     listed = [p for group in groups for _, p in group["params"]]
@@ -73,7 +73,7 @@ def test_a_list_of_constraints_is_refused():
     # Its strength differs from weight to weight; a decay of the factors is one number.
     layer = nn.Linear(4, 3)
     with pytest.raises(ValueError, match=r"weight has a list of constraints.*use mode='optimizer'"):
-        symopt.constrain(layer, {"weight": [S(0.01), G("out", 0.0)]}, mode="explicit")
+        symopt.constrain(layer, {"weight": [S(strength=0.01), G("out", strength=0.0)]}, mode="explicit")
     assert symopt.constraints(layer) == {} and sorted(layer.state_dict()) == ["bias", "weight"]
 
 
@@ -137,11 +137,11 @@ def test_after_release_they_take_the_weights():
 
 
 def test_constraints_lists_explicit_ones_beside_others():
-    module = symopt.constrain(net(), {"0.weight": S(0.1)}, mode="explicit")
+    module = symopt.constrain(net(), {"0.weight": S(strength=0.1)}, mode="explicit")
     symopt.constrain(module, {"3.0.weight": G("out")})
-    assert symopt.constraints(module) == {"3.0.weight": G("out"), "0.weight": S(0.1)}
+    assert symopt.constraints(module) == {"3.0.weight": G("out"), "0.weight": S(strength=0.1)}
     assert symopt.constraints(copy.deepcopy(module)) == symopt.constraints(module)
-    assert symopt.constraints(module[0]) == {"weight": S(0.1)}
+    assert symopt.constraints(module[0]) == {"weight": S(strength=0.1)}
     bound = symopt.constraints(explicit(next(row for row in ROWS if row.id == "group-callable")))["weight"]
     assert isinstance(bound.groups, Tensor)
 
@@ -180,21 +180,21 @@ def test_bad_modes_and_inits_are_refused(options, message):
 
 
 def test_decorators():
-    @symopt.constrain({"weight": S(0.2)}, mode="explicit", init="balanced")
+    @symopt.constrain({"weight": S(strength=0.2)}, mode="explicit", init="balanced")
     class Block(nn.Linear):
         pass
 
-    @symopt.constrain({"*.weight": G("out", 0.3)}, mode="explicit", init=1.0)
+    @symopt.constrain({("0.weight", "1.weight"): G("out", strength=0.3)}, mode="explicit", init=1.0)
     def build(width: int) -> nn.Module:
         return nn.Sequential(nn.Linear(width, 2), nn.Linear(2, 2))
 
     one, two = Block(3, 2), Block(3, 2)
-    assert isinstance(one, Block) and symopt.constraints(one) == {"weight": S(0.2)}
+    assert isinstance(one, Block) and symopt.constraints(one) == {"weight": S(strength=0.2)}
     u, v = factors(one)
     torch.testing.assert_close(u.abs(), v.abs())
     assert symopt.release(two).weight.shape == (2, 3) and type(two) is Block and len(factors(one)) == 2
     module = build(4)
-    assert symopt.constraints(module) == {f"{i}.weight": G("out", 0.3) for i in (0, 1)}
+    assert symopt.constraints(module) == {f"{i}.weight": G("out", strength=0.3) for i in (0, 1)}
     s, d = factors(module[0])
     torch.testing.assert_close(s**2 - d.square().sum(1), torch.ones(2))
 

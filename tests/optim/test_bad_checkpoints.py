@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import nn
 
 import symopt
 from support.cases import cases
+from symopt.budgets.state import BudgetState
 
 Spoil = Callable[[dict[str, Any]], Any]
 
@@ -70,8 +73,59 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "map too small": (state(0, group_index=torch.zeros(2, dtype=torch.int64)), "group_index .* does not fit"),
     "map out of bounds": (state(0, group_index=torch.full((3, 4), 2**40)), "group_index must number the groups"),
     "map below zero": (state(0, group_index=torch.full((3, 4), -1)), "group_index must number the groups"),
+    "map is truth": (state(0, group_index=torch.zeros(3, 4, dtype=torch.bool)), "group_index is torch.bool, must hold"),
+    "map is broken": (state(0, group_index=torch.full((3, 4), 0.5)), "group_index holds 0.5, must hold integers"),
     "budget too short": (state(2, budget=torch.ones(2)), "budget .* does not fit"),
 }
+
+
+def number(index: int, key: str, value: float, *, whole: bool = False) -> Spoil:
+    """One number of a tensor, or the ``whole`` entry as a plain number, becomes ``value``."""
+
+    def spoil(d: dict[str, Any]) -> None:
+        entry = d["state"][index]
+        if whole:
+            entry[key] = value
+        else:
+            entry[key] = entry[key].clone()
+            entry[key].flatten()[-1] = value
+
+    return spoil
+
+
+NAN, INF = math.nan, math.inf
+NUMBERS: dict[str, tuple[Any, Spoil, str]] = {}
+for key, places, bad in (
+    ("step", (0, 1, 2), (NAN, INF, -1.0)),
+    ("imbalance", (0, 2), (NAN, INF, -1e-3)),
+    ("metric_scale", (0, 2), (NAN, INF, -INF, -1.0, 0.0)),
+    ("exp_avg", (0, 1, 2), (NAN, INF, -INF)),
+    ("exp_avg_sq", (0, 1, 2), (NAN, -INF, -1e-8)),
+    ("max_exp_avg_sq", (0, 1, 2), (NAN, -INF, -1.0)),
+):
+    for i in places:
+        for value in bad:
+            must = "finite" if not math.isfinite(value) else "> 0" if key == "metric_scale" else ">= 0"
+            message = (
+                rf"state of parameter {i}: {key} (?:is|holds) {value:g}, must be {must}.*drop this parameter's entry"
+            )
+            NUMBERS[f"{key} {value} of {i}"] = ((symopt.AdamW, {"amsgrad": True}), number(i, key, value), message)
+            if key in ("step", "imbalance", "metric_scale"):
+                NUMBERS[f"{key} {value} of {i}, no tensor"] = (
+                    *NUMBERS[f"{key} {value} of {i}"][:1],
+                    number(i, key, value, whole=True),
+                    message,
+                )
+NUMBERS["exp_avg_sq inf of a group, which would become NaN"] = (
+    (symopt.AdamW, {}),
+    number(0, "exp_avg_sq", INF),
+    "state of parameter 0: exp_avg_sq holds inf, must be finite and >= 0",
+)
+for value in (NAN, INF):
+    for cls, key in ((symopt.SGD, "momentum_buffer"), (symopt.Lion, "exp_avg")):
+        options = {"momentum": 0.9} if cls is symopt.SGD else {}
+        for i in (0, 1, 2):
+            NUMBERS[f"{cls.__name__}'s {key} {value} of {i}"] = ((cls, options), number(i, key, value), f"{i}: {key} ")
 
 
 def unchanged(before: tuple[nn.Module, Any], after: tuple[nn.Module, Any]) -> None:
@@ -96,6 +150,113 @@ def test_bad_states_are_refused_and_nothing_is_touched(spoil: Spoil, message: st
         pair[1].load_state_dict(packed if spoiled is None else spoiled)
     unchanged(before, pair)
     assert not pair[1]._optimizer_load_state_dict_pre_hooks
+
+
+@pytest.mark.parametrize(("made", "spoil", "message"), NUMBERS.values(), ids=NUMBERS.keys())
+def test_numbers_out_of_range_are_refused_and_nothing_is_touched(made: Any, spoil: Spoil, message: str) -> None:
+    cls, options = made
+    pair = trained(cls, **options)
+    before, packed = copy.deepcopy(pair), copy.deepcopy(pair[1].state_dict())
+    spoil(packed)
+    with pytest.raises(ValueError, match=rf"{cls.__name__}\.load_state_dict: .*{message}"):
+        pair[1].load_state_dict(packed)
+    unchanged(before, pair)
+
+
+def carrying(constraint: symopt.Constraint) -> tuple[nn.Module, Any]:
+    """A weight whose state has factors, a budget, or an automatic strength."""
+    torch.manual_seed(0)
+    net = symopt.constrain(nn.Linear(4, 4, bias=False), {"weight": constraint})
+    opt = symopt.Adam(net, lr=1.0, total_steps=None if constraint.budget is None else 200)
+    for _ in range(3):
+        opt.zero_grad()
+        (net(torch.eye(4)) - 1).square().mean().backward()
+        opt.step()
+    return net, opt
+
+
+FREE, MATRIX, PLANE = symopt.Sparse(gauge="free"), symopt.LowRank(), symopt.Symmetric()
+BUDGETS = [symopt.Sparse(density=0.5), symopt.GroupSparse("out", keep=2), symopt.Sparse(pattern="2:4")]
+
+
+@pytest.mark.parametrize(
+    ("constraint", "key", "value"),
+    [
+        *((FREE, key, value) for key in ("factor_0", "factor_1") for value in (NAN, INF)),
+        *(
+            (MATRIX, key, value)
+            for key in ("factor_u", "factor_v", "factor_v_exp_avg", "factor_age")
+            for value in (NAN, INF)
+        ),
+        *((MATRIX, key, -1.0) for key in ("factor_u_exp_avg_sq", "factor_age", "step")),
+        *((PLANE, "critical", value) for value in (NAN, INF, -1.0)),
+        *((budget, "budget", NAN) for budget in BUDGETS),
+        *((BUDGETS[1], "progress", value) for value in (NAN, INF, -1.0)),
+    ],
+)
+def test_factors_and_budgets_out_of_range_are_refused(constraint: symopt.Constraint, key: str, value: float) -> None:
+    pair = carrying(constraint)
+    before, packed = copy.deepcopy(pair), copy.deepcopy(pair[1].state_dict())
+    number(0, key, value)(packed)
+    with pytest.raises(ValueError, match=rf"Adam\.load_state_dict: state of parameter 0: {key}.* {value:g}, must be"):
+        pair[1].load_state_dict(packed)
+    unchanged(before, pair)
+
+
+@cases(field=range(len(fields(BudgetState))), value=[NAN, INF, -1.0])
+def test_only_bounds_of_a_budget_may_be_infinite_and_its_threshold_negative(field: int, value: float) -> None:
+    pair = carrying(BUDGETS[0])
+    packed = copy.deepcopy(pair[1].state_dict())
+    packed["state"][0]["budget"][field] = value
+    name = [f.name for f in fields(BudgetState)][field]
+    if (value == INF and name in ("threshold", "largest_decay")) or (value == -1.0 and name == "threshold"):
+        pair[1].load_state_dict(packed)
+        assert float(pair[1].state[pair[0].weight]["budget"][field]) == value
+        return
+    with pytest.raises(ValueError, match=rf"parameter 0: budget \({name}\) is {value:g}, must be"):
+        pair[1].load_state_dict(packed)
+
+
+@pytest.mark.parametrize("constraint", [None, FREE, MATRIX, PLANE, *BUDGETS], ids=str)
+def test_what_training_leaves_is_never_refused(constraint: symopt.Constraint | None) -> None:
+    pair = trained() if constraint is None else carrying(constraint)
+    packed = copy.deepcopy(pair[1].state_dict())
+    pair[1].load_state_dict(packed)
+    as_numbers = {i: entry | {"step": int(entry["step"])} for i, entry in packed["state"].items()}
+    pair[1].load_state_dict({**packed, "state": as_numbers})  # as old checkpoints have it
+
+
+@cases(index=[1, 2])
+def test_a_square_that_overflowed_is_loaded_and_its_weight_stands_still(index: int) -> None:
+    """As torch.optim leaves it after a gradient of 1e20."""
+    net, opt = trained(backend="reference")
+    packed = copy.deepcopy(opt.state_dict())
+    packed["state"][index]["exp_avg_sq"].fill_(INF)
+    opt.load_state_dict(packed)
+    p = list(net.parameters())[index]
+    before = p.detach().clone()
+    p.grad = torch.ones_like(p)
+    for group in opt.param_groups:
+        group.update(weight_decay=0.0, strength=0.0)
+    opt.step()
+    torch.testing.assert_close(p.detach(), before, rtol=1e-6, atol=0)
+
+
+@cases(cls=[symopt.SGD, symopt.Adam, symopt.AdamW, symopt.Lion, symopt.Muon])
+def test_a_state_with_a_wrappers_tensors_is_loaded(cls: Any) -> None:
+    """An average of the weights beside the moments, also of a parameter that has had no gradient yet."""
+    nets = [symopt.constrain(nn.Linear(4, 3, bias=False), {"weight": symopt.GroupSparse("out")}) for _ in range(2)]
+    for net in nets:
+        net.register_parameter("unused", nn.Parameter(torch.ones(5)) if cls is not symopt.Muon else None)
+        net.register_parameter("spare", nn.Parameter(torch.ones(2, 2)))
+    first, second = (cls(net, lr=0.01) for net in nets)
+    for p in nets[0].parameters():
+        first.state[p]["average"] = p.detach().clone()
+    nets[0](torch.eye(4)).square().mean().backward()
+    first.step()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(first.state[p]["average"], second.state[q]["average"])
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def release(run: Run) -> None:
 
 
 def another_constraint(run: Run) -> None:
-    symopt.constrain(symopt.release(run[0]), {"weight": symopt.GroupSparse("out", 0.2)})
+    symopt.constrain(symopt.release(run[0]), {"weight": symopt.GroupSparse("out", strength=0.2)})
 
 
 def transpose_storage(run: Run) -> None:
@@ -167,7 +167,7 @@ def test_half_weights_changed_from_outside_win_over_the_copy(row: ConstraintRow,
 def test_a_square_weight_may_be_transposed_where_it_lies(row: ConstraintRow, opt_row: OptimizerRow) -> None:
     """``p.data = p.data.t()`` keeps the address and changes everything else."""
     if row.id.startswith(("group-head-packed", "group-block", "group-index")):
-        constraint: Any = symopt.GroupSparse("head:2", 0.3)
+        constraint: Any = symopt.GroupSparse("head:2", strength=0.3)
     else:
         constraint = row.make(0.3)
     runs = []
@@ -280,7 +280,7 @@ def test_first_momentum_survives_a_step_that_failed() -> None:
     try:
         module = nn.Module()
         module.a, module.b = (nn.Parameter(torch.ones(5)) for _ in range(2))
-        symopt.constrain(module, {"a": symopt.Sparse(0.1), "b": symopt.Sparse(0.1, depth=3)})
+        symopt.constrain(module, {"a": symopt.Sparse(strength=0.1), "b": symopt.Sparse(strength=0.1, depth=3)})
         opt = symopt.SGD(module, lr=0.1, momentum=0.9, backend="native")
         module.a.grad, module.b.grad = torch.ones(5), torch.ones(5)
         with pytest.raises(ValueError, match="b: backend='native'"):
@@ -316,7 +316,7 @@ def test_autograd_notices_the_step(kind: str, backend: str) -> None:
 def test_a_grad_scaler_scales_and_skips(opt_row: OptimizerRow, backend: str) -> None:
     """``fused=True`` makes torch's GradScaler leave the division, and what overflowed, to the step."""
     dtype = torch.float32
-    module, plain = (made((6, 4), symopt.Sparse(0.3), dtype=dtype) for _ in range(2))
+    module, plain = (made((6, 4), symopt.Sparse(strength=0.3), dtype=dtype) for _ in range(2))
     opt = optimizer(module, opt_row, fused=True, backend=backend)
     want = optimizer(plain, opt_row, backend=backend)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
@@ -343,7 +343,7 @@ def test_a_grad_scale_of_any_dtype_divides(dtype: torch.dtype) -> None:
     """torch's own fused step takes fp32 only; what is accepted must be right."""
     moments = []
     for backend in CPU_BACKENDS:
-        module = made((6, 4), symopt.Sparse(0.3))
+        module = made((6, 4), symopt.Sparse(strength=0.3))
         opt = symopt.Adam(module, lr=0.01, backend=backend)
         opt.grad_scale = torch.tensor(1024.0, dtype=dtype)
         module.weight.grad = gradient(module.weight, 0)
@@ -396,7 +396,7 @@ def default_dtype() -> Iterator[None]:
 def test_the_step_count_under_another_default_dtype(backend: str, dtype: torch.dtype, default_dtype: None) -> None:
     """torch.optim counts in fp64 if that is the default, else in fp32."""
     torch.set_default_dtype(dtype)
-    module = made((4, 3), symopt.Sparse(0.3), dtype=torch.float32)
+    module = made((4, 3), symopt.Sparse(strength=0.3), dtype=torch.float32)
     opt = symopt.AdamW(module, lr=0.01, backend=backend)
     for t in range(300):
         module.weight.grad = gradient(module.weight, t)
@@ -409,7 +409,7 @@ def test_the_step_count_under_another_default_dtype(backend: str, dtype: torch.d
 @cases(count=[torch.tensor(5), torch.tensor(5.0, dtype=torch.float64), torch.tensor([5.0])])
 def test_the_step_count_of_a_checkpoint_of_any_kind_goes_on(count: Tensor) -> None:
     for backend in CPU_BACKENDS:
-        module = made((4, 3), symopt.Sparse(0.3))
+        module = made((4, 3), symopt.Sparse(strength=0.3))
         opt = symopt.AdamW(module, lr=0.01, backend=backend)
         step((module, opt), 0)
         opt.state[module.weight]["step"] = count.clone()

@@ -30,9 +30,9 @@ from support.tolerances import tolerance
 
 ROWS = [
     *CONSTRAINTS,
-    ConstraintRow("free", lambda k: symopt.Sparse(k, gauge="free"), (6, 5)),
-    ConstraintRow("deep", lambda k: symopt.Sparse(k, depth=3), (6, 5)),
-    ConstraintRow("deep-groups", lambda k: symopt.GroupSparse("out", k, depth=3), (6, 5)),
+    ConstraintRow("free", lambda k: symopt.Sparse(strength=k, gauge="free"), (6, 5)),
+    ConstraintRow("deep", lambda k: symopt.Sparse(strength=k, depth=3), (6, 5)),
+    ConstraintRow("deep-groups", lambda k: symopt.GroupSparse("out", strength=k, depth=3), (6, 5)),
     ConstraintRow("density", lambda k: symopt.Sparse(density=0.4), (6, 5)),
     ConstraintRow("pattern", lambda k: symopt.Sparse(pattern="2:4"), (6, 8)),
     ConstraintRow("keep", lambda k: symopt.GroupSparse("out", keep=2), (6, 5)),

@@ -29,8 +29,8 @@ HALF = 100
 SOME = [row for row in ANY_SHAPE if row.id in ("sgd-momentum", "adam-amsgrad", "adamw")]
 FEW = [
     *(row for row in CONSTRAINTS if row.id in ("sparse", "group-head-packed", "group-index")),
-    ConstraintRow("free", lambda k: symopt.Sparse(k, gauge="free"), (6, 5)),
-    ConstraintRow("deep", lambda k: symopt.GroupSparse("out", k, depth=3), (6, 5)),
+    ConstraintRow("free", lambda k: symopt.Sparse(strength=k, gauge="free"), (6, 5)),
+    ConstraintRow("deep", lambda k: symopt.GroupSparse("out", strength=k, depth=3), (6, 5)),
 ]
 ENDS = [row for row in FEW if row.id in ("group-index", "free")]
 
@@ -394,7 +394,7 @@ def test_distributed_checkpoint_functions(row: OptimizerRow, bound: ConstraintRo
 
 @cases(kind=["swa", "ema", "ema with buffers"])
 def test_an_averaged_copy_is_never_silently_plain(kind: str) -> None:
-    net = symopt.constrain(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), {"*.weight": symopt.Sparse(2.0)})
+    net = symopt.constrain(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), {"*.weight": symopt.Sparse(strength=2.0)})
     opt = symopt.AdamW(net, lr=1e-2)
     options: dict[str, Any] = {} if kind == "swa" else {"multi_avg_fn": get_ema_multi_avg_fn(0.5)}
     average = AveragedModel(net, use_buffers=kind.endswith("buffers"), **options)

@@ -31,8 +31,8 @@ ROWS = [
     # One row a class, so that a new constraint is here by itself, and the forms that take other paths.
     *{type(row.make(None)): row for row in reversed(CONSTRAINTS)}.values(),
     *(row for row in CONSTRAINTS if row.id in ("group-in-conv", "group-index")),
-    ConstraintRow("free", lambda k: symopt.Sparse(k, gauge="free"), (6, 5)),
-    ConstraintRow("deep", lambda k: symopt.Sparse(k, depth=3), (6, 5)),
+    ConstraintRow("free", lambda k: symopt.Sparse(strength=k, gauge="free"), (6, 5)),
+    ConstraintRow("deep", lambda k: symopt.Sparse(strength=k, depth=3), (6, 5)),
 ]
 
 

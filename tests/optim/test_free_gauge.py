@@ -30,7 +30,7 @@ def holder(scale: float = 0.7, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def free(depth: int, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[nn.Module, symopt.SGD]:
-    module = symopt.constrain(holder(dtype=dtype), {"weight": S(0.05, depth=depth, gauge="free")})
+    module = symopt.constrain(holder(dtype=dtype), {"weight": S(strength=0.05, depth=depth, gauge="free")})
     return module, symopt.SGD(module, **{"lr": 0.01, "time_scale": "none", **options})
 
 
@@ -48,7 +48,7 @@ def train(module: nn.Module, opt: torch.optim.Optimizer, steps: int = STEPS) -> 
 
 def oracle(depth: int, **options: Any) -> nn.Module:
     """Explicit mode under torch's SGD."""
-    module = symopt.constrain(holder(), {"weight": S(0.05, depth=depth)}, mode="explicit", init="imbalanced")
+    module = symopt.constrain(holder(), {"weight": S(strength=0.05, depth=depth)}, mode="explicit", init="imbalanced")
     train(module, torch.optim.SGD(symopt.param_groups(module), lr=0.01, **options))
     return module
 
@@ -89,7 +89,7 @@ def test_momentum_runs_on_the_effective_gradient(depth, momentum, dampening, nes
         values = [rho * u - delta * r for u, r in zip(values, rest, strict=True)]
     close(state_factors(module, opt), values, "factor step")
     close(module.weight.detach(), math.prod(values[1:], start=values[0]), "factor step")
-    other = symopt.constrain(holder(), {"weight": S(0.05, depth=depth)}, mode="explicit", init="imbalanced")
+    other = symopt.constrain(holder(), {"weight": S(strength=0.05, depth=depth)}, mode="explicit", init="imbalanced")
     train(other, torch.optim.SGD(symopt.param_groups(other), lr=0.002, **options))
     assert (other.weight - module.weight).abs().max() > 0.01
 

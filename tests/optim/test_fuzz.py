@@ -36,14 +36,14 @@ STEPS = 3
 Run = tuple[nn.Module, Any]
 SHAPES = [(1,), (7,), (1, 1), (1, 6), (6, 1), (6, 5), (2, 700), (700, 3), (4, 3, 3, 2), (4, 1, 3, 1)]
 KINDS = {
-    "sparse": lambda k: symopt.Sparse(k),
-    "free": lambda k: symopt.Sparse(k, gauge="free"),
-    "deep": lambda k: symopt.Sparse(k, depth=3),
-    "out": lambda k: symopt.GroupSparse("out", k),
-    "in": lambda k: symopt.GroupSparse("in", k),
-    "block": lambda k: symopt.GroupSparse("block:2x1", k),
-    "index": lambda k: symopt.GroupSparse(lambda w: torch.arange(w.numel()).reshape(w.shape) % 3, k),
-    "deep groups": lambda k: symopt.GroupSparse("out", k, depth=3),
+    "sparse": lambda k: symopt.Sparse(strength=k),
+    "free": lambda k: symopt.Sparse(strength=k, gauge="free"),
+    "deep": lambda k: symopt.Sparse(strength=k, depth=3),
+    "out": lambda k: symopt.GroupSparse("out", strength=k),
+    "in": lambda k: symopt.GroupSparse("in", strength=k),
+    "block": lambda k: symopt.GroupSparse("block:2x1", strength=k),
+    "index": lambda k: symopt.GroupSparse(lambda w: torch.arange(w.numel()).reshape(w.shape) % 3, strength=k),
+    "deep groups": lambda k: symopt.GroupSparse("out", strength=k, depth=3),
 }
 LAYOUTS = {
     "contiguous": lambda w: w,

@@ -95,7 +95,7 @@ def test_any_order_of_the_gradient(kind: str, how: str) -> None:
 def test_a_gradient_of_another_dtype_counts_or_is_refused(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
     runs = []
     for backend in CPU_BACKENDS:
-        module = made((6, 4), symopt.Sparse(0.3), dtype=dtype)
+        module = made((6, 4), symopt.Sparse(strength=0.3), dtype=dtype)
         module.weight.grad_dtype = None  # any
         before = module.weight.detach().clone()
         opt = symopt.SGD(module, lr=0.01, backend=backend)

@@ -295,7 +295,7 @@ def test_the_groups_strength_overrides_the_constraints_own(row: OptimizerRow, va
     def run(own: float | None, group: Any, switch: Any = None) -> Tensor:
         module = nn.Module()
         module.weight = tensors(torch.float64)["bound1"]
-        symopt.constrain(module, {"weight": symopt.Sparse(own)})
+        symopt.constrain(module, {"weight": symopt.Sparse(strength=own)})
         opt = row.cls([{"params": [module.weight], "strength": group}], lr=row.lr, **row.options)
         for t in range(12):
             if t == 6 and switch is not None:
@@ -313,7 +313,7 @@ def test_the_groups_strength_overrides_the_constraints_own(row: OptimizerRow, va
 
 
 def test_strength_in_the_constructor_and_in_param_groups() -> None:
-    net = symopt.constrain(nn.Linear(3, 2), {"weight": symopt.Sparse(0.4)})
+    net = symopt.constrain(nn.Linear(3, 2), {"weight": symopt.Sparse(strength=0.4)})
     assert [g["strength"] for g in symopt.AdamW(net, strength=0.2).param_groups] == [0.2]
     assert [g["strength"] for g in symopt.AdamW(symopt.param_groups(net), strength=0.2).param_groups] == [0.4, None]
 
@@ -652,7 +652,10 @@ def test_differentiable_plain_steps_as_in_torch(row: OptimizerRow) -> None:
     assert hyper[0].abs().min() > 0 and torch.equal(hyper[0], hyper[1])
 
 
-@cases(row=OPTIMIZERS, constraint=[symopt.Sparse(0.3), symopt.GroupSparse("out", 0.3), symopt.LowRank(0.3)])
+@cases(
+    row=OPTIMIZERS,
+    constraint=[symopt.Sparse(strength=0.3), symopt.GroupSparse("out", strength=0.3), symopt.LowRank(strength=0.3)],
+)
 def test_differentiable_constrained_steps(row: OptimizerRow, constraint: symopt.Constraint) -> None:
     # A differentiable step is in place on a non-leaf, so the module holds that.  c and metric_scale are constants here:
     # they are state from before.

@@ -31,11 +31,15 @@ from symopt_kernels.native import binding as native
 # -- what cannot be stepped natively ---------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "depth": (symopt.Sparse(0.3, depth=3), {}, "with the retraction 'sparse_deep'"),
-    "group depth": (symopt.GroupSparse("out", 0.3, depth=4), {}, "with the retraction 'group_deep'"),
-    "free depth": (symopt.Sparse(0.3, depth=3, gauge="free"), {}, "with the retraction 'sparse_free_deep'"),
-    "list": ([symopt.Sparse(0.3), symopt.GroupSparse("in", 0.3)], {}, "with the retraction 'composed'"),
-    "differentiable": (symopt.Sparse(0.3), {"differentiable": True}, "differentiable=True needs a step"),
+    "depth": (symopt.Sparse(strength=0.3, depth=3), {}, "with the retraction 'sparse_deep'"),
+    "group depth": (symopt.GroupSparse("out", strength=0.3, depth=4), {}, "with the retraction 'group_deep'"),
+    "free depth": (symopt.Sparse(strength=0.3, depth=3, gauge="free"), {}, "with the retraction 'sparse_free_deep'"),
+    "list": (
+        [symopt.Sparse(strength=0.3), symopt.GroupSparse("in", strength=0.3)],
+        {},
+        "with the retraction 'composed'",
+    ),
+    "differentiable": (symopt.Sparse(strength=0.3), {"differentiable": True}, "differentiable=True needs a step"),
 }
 
 

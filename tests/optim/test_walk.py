@@ -55,13 +55,13 @@ def test_a_step_of_torchs_own_is_a_short_walk() -> None:
 
 @pytest.mark.parametrize("strength", [0.1, None])
 def test_a_reference_step(strength: float | None) -> None:
-    entered, returned = walk(steps(symopt.AdamW, symopt.Sparse(strength), backend="reference"))
+    entered, returned = walk(steps(symopt.AdamW, symopt.Sparse(strength=strength), backend="reference"))
     print(f"reference: {entered} files entered, {returned} of them again")
     assert entered <= 20 and returned <= 8
 
 
 def test_a_native_step() -> None:
-    entered, returned = walk(steps(symopt.AdamW, symopt.Sparse(0.1), backend="native"))
+    entered, returned = walk(steps(symopt.AdamW, symopt.Sparse(strength=0.1), backend="native"))
     print(f"native: {entered} files entered, {returned} of them again")
     assert entered <= 12
 

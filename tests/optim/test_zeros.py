@@ -60,7 +60,7 @@ def test_zeros_notice_weights_written_past_autograd(backend: str) -> None:
 
 
 def test_zeros_name_constrained_tensors_only() -> None:
-    module = made((4, 3), symopt.Sparse(1e6))
+    module = made((4, 3), symopt.Sparse(strength=1e6))
     opt = symopt.AdamW(module, lr=0.01, backend="native")
     for t in range(4):
         step((module, opt), t)

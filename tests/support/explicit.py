@@ -17,8 +17,8 @@ S, G = symopt.Sparse, symopt.GroupSparse
 
 ROWS = [
     *CONSTRAINTS,
-    *(ConstraintRow(f"sparse-depth-{d}", lambda k, d=d: S(k, depth=d), (6, 5)) for d in (3, 4, 5)),
-    ConstraintRow("group-out-depth-3", lambda k: G("out", k, depth=3), (6, 5)),
+    *(ConstraintRow(f"sparse-depth-{d}", lambda k, d=d: S(strength=k, depth=d), (6, 5)) for d in (3, 4, 5)),
+    ConstraintRow("group-out-depth-3", lambda k: G("out", strength=k, depth=3), (6, 5)),
 ]
 
 
@@ -78,7 +78,7 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), head).double()
 
 
-PATTERNS = {"0.weight": S(0.1), "3.0.weight": G("out", 0.2), "3.2.weight": S(0.1, depth=3)}
+PATTERNS = {"0.weight": S(strength=0.1), "3.0.weight": G("out", strength=0.2), "3.2.weight": S(strength=0.1, depth=3)}
 
 
 def explicit_net(init: str | float = "imbalanced") -> nn.Sequential:

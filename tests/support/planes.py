@@ -138,7 +138,7 @@ def along(run: Run, t: int) -> list[Tensor]:
 
 
 def three_views(k: float | None) -> symopt.Constraint:
-    return symopt.Tied(k, views=[slice(1, 31), lambda w: w[:, 2:32].T, lambda w: w[0].reshape(-1, 40)[:30]])
+    return symopt.Tied(strength=k, views=[slice(1, 31), lambda w: w[:, 2:32].T, lambda w: w[0].reshape(-1, 40)[:30]])
 
 
 F64 = {"dtype": torch.float64}

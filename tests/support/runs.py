@@ -20,16 +20,16 @@ Run = tuple[nn.Module, Any]
 
 STEPS = 20
 HALF = [torch.bfloat16, torch.float16]
-ROWS = [*CONSTRAINTS, ConstraintRow("sparse-free", lambda k: symopt.Sparse(k, gauge="free"), (6, 5))]
+ROWS = [*CONSTRAINTS, ConstraintRow("sparse-free", lambda k: symopt.Sparse(strength=k, gauge="free"), (6, 5))]
 SOME = [row for row in ROWS if row.id in ("sparse", "group-in-conv", "group-index", "sparse-free")]
 FEW = [row for row in OPTIMIZERS if row.id in ("sgd-nesterov", "adam-amsgrad", "adamw")]
 KINDS: dict[str, Callable[[], symopt.Constraint]] = {
-    "sparse": lambda: symopt.Sparse(0.3),
-    "free": lambda: symopt.Sparse(0.3, gauge="free"),
-    "out": lambda: symopt.GroupSparse("out", 0.3),
-    "in": lambda: symopt.GroupSparse("in", 0.3),
-    "block": lambda: symopt.GroupSparse("block:1x2", 0.3),
-    "index": lambda: symopt.GroupSparse(lambda w: torch.arange(w.numel()).reshape(w.shape) % 5, 0.3),
+    "sparse": lambda: symopt.Sparse(strength=0.3),
+    "free": lambda: symopt.Sparse(strength=0.3, gauge="free"),
+    "out": lambda: symopt.GroupSparse("out", strength=0.3),
+    "in": lambda: symopt.GroupSparse("in", strength=0.3),
+    "block": lambda: symopt.GroupSparse("block:1x2", strength=0.3),
+    "index": lambda: symopt.GroupSparse(lambda w: torch.arange(w.numel()).reshape(w.shape) % 5, strength=0.3),
 }
 
 

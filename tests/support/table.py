@@ -60,7 +60,7 @@ class UnitsRow:
         indices = [None if index == (0, 1, 2, 3) else list(index) for index in self.indices]
         groups = {f"w{i}": pair for i, pair in enumerate(zip(self.dims, indices, strict=True))}
         factors = {f"w{i}": factor for i, factor in enumerate(self.factors)}
-        return symopt.GroupSparse(groups, strength, keep, factors=factors)
+        return symopt.GroupSparse(groups, strength=strength, keep=keep, factors=factors)
 
 
 @dataclass(frozen=True)
@@ -116,35 +116,35 @@ def _checkerboard(w: torch.Tensor) -> torch.Tensor:
 Row = ConstraintRow | PlaneRow | UnitsRow
 
 CONSTRAINTS = [
-    ConstraintRow("sparse", lambda k: symopt.Sparse(k), (6, 5)),
-    ConstraintRow("sparse-1d", lambda k: symopt.Sparse(k), (7,)),
-    ConstraintRow("group-out", lambda k: symopt.GroupSparse("out", k), (6, 5)),
-    ConstraintRow("group-in", lambda k: symopt.GroupSparse("in", k), (6, 5)),
-    ConstraintRow("group-out-conv", lambda k: symopt.GroupSparse("out", k), (4, 3, 3, 2)),
-    ConstraintRow("group-in-conv", lambda k: symopt.GroupSparse("in", k), (4, 3, 3, 2)),
-    ConstraintRow("group-head", lambda k: symopt.GroupSparse("head:2", k), (8, 6)),
-    ConstraintRow("group-head-packed", lambda k: symopt.GroupSparse("head:2", k), (12, 4)),
-    ConstraintRow("group-block", lambda k: symopt.GroupSparse("block:2x3", k), (4, 6)),
-    ConstraintRow("group-index", lambda k: symopt.GroupSparse(torch.tensor([0, 2, 2, 0, 5, 5]), k), (6, 5)),
-    ConstraintRow("group-callable", lambda k: symopt.GroupSparse(_checkerboard, k), (6, 5)),
+    ConstraintRow("sparse", lambda k: symopt.Sparse(strength=k), (6, 5)),
+    ConstraintRow("sparse-1d", lambda k: symopt.Sparse(strength=k), (7,)),
+    ConstraintRow("group-out", lambda k: symopt.GroupSparse("out", strength=k), (6, 5)),
+    ConstraintRow("group-in", lambda k: symopt.GroupSparse("in", strength=k), (6, 5)),
+    ConstraintRow("group-out-conv", lambda k: symopt.GroupSparse("out", strength=k), (4, 3, 3, 2)),
+    ConstraintRow("group-in-conv", lambda k: symopt.GroupSparse("in", strength=k), (4, 3, 3, 2)),
+    ConstraintRow("group-head", lambda k: symopt.GroupSparse("head:2", strength=k), (8, 6)),
+    ConstraintRow("group-head-packed", lambda k: symopt.GroupSparse("head:2", strength=k), (12, 4)),
+    ConstraintRow("group-block", lambda k: symopt.GroupSparse("block:2x3", strength=k), (4, 6)),
+    ConstraintRow("group-index", lambda k: symopt.GroupSparse(torch.tensor([0, 2, 2, 0, 5, 5]), strength=k), (6, 5)),
+    ConstraintRow("group-callable", lambda k: symopt.GroupSparse(_checkerboard, strength=k), (6, 5)),
 ]
 """Two factors: each unit, a weight or a group of weights, is one gate times one direction."""
 
 
 DEEP = [
-    ConstraintRow("sparse-depth-3", lambda k: symopt.Sparse(k, depth=3), (6, 5)),
-    ConstraintRow("sparse-depth-4", lambda k: symopt.Sparse(k, depth=4), (7,)),
-    ConstraintRow("sparse-depth-5", lambda k: symopt.Sparse(k, depth=5), (6, 5)),
-    ConstraintRow("group-depth-3", lambda k: symopt.GroupSparse("out", k, depth=3), (6, 5)),
-    ConstraintRow("group-in-conv-depth-4", lambda k: symopt.GroupSparse("in", k, depth=4), (4, 3, 3, 2)),
-    ConstraintRow("group-index-depth-5", lambda k: symopt.GroupSparse(_checkerboard, k, depth=5), (6, 5)),
+    ConstraintRow("sparse-depth-3", lambda k: symopt.Sparse(strength=k, depth=3), (6, 5)),
+    ConstraintRow("sparse-depth-4", lambda k: symopt.Sparse(strength=k, depth=4), (7,)),
+    ConstraintRow("sparse-depth-5", lambda k: symopt.Sparse(strength=k, depth=5), (6, 5)),
+    ConstraintRow("group-depth-3", lambda k: symopt.GroupSparse("out", strength=k, depth=3), (6, 5)),
+    ConstraintRow("group-in-conv-depth-4", lambda k: symopt.GroupSparse("in", strength=k, depth=4), (4, 3, 3, 2)),
+    ConstraintRow("group-index-depth-5", lambda k: symopt.GroupSparse(_checkerboard, strength=k, depth=5), (6, 5)),
 ]
 
 
 FREE = [
-    ConstraintRow("sparse-free", lambda k: symopt.Sparse(k, gauge="free"), (6, 5)),
-    ConstraintRow("sparse-free-depth-3", lambda k: symopt.Sparse(k, depth=3, gauge="free"), (6, 5)),
-    ConstraintRow("sparse-free-depth-4", lambda k: symopt.Sparse(k, depth=4, gauge="free"), (7,)),
+    ConstraintRow("sparse-free", lambda k: symopt.Sparse(strength=k, gauge="free"), (6, 5)),
+    ConstraintRow("sparse-free-depth-3", lambda k: symopt.Sparse(strength=k, depth=3, gauge="free"), (6, 5)),
+    ConstraintRow("sparse-free-depth-4", lambda k: symopt.Sparse(strength=k, depth=4, gauge="free"), (7,)),
 ]
 
 
@@ -170,68 +170,78 @@ def _off_basis(*weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 PLANES = [
-    PlaneRow("tied", lambda k: symopt.Tied(k), ((3, 4), (3, 4)), lambda e: _equal(e[:12], e[12:])),
+    PlaneRow("tied", lambda k: symopt.Tied(strength=k), ((3, 4), (3, 4)), lambda e: _equal(e[:12], e[12:])),
     PlaneRow(
-        "tied-three", lambda k: symopt.Tied(k), ((5,),) * 3, lambda e: [*_equal(e[:5], e[5:10]), *_equal(e[:5], e[10:])]
+        "tied-three",
+        lambda k: symopt.Tied(strength=k),
+        ((5,),) * 3,
+        lambda e: [*_equal(e[:5], e[5:10]), *_equal(e[:5], e[10:])],
     ),
     PlaneRow(
         "tied-elementwise-pair",
-        lambda k: symopt.Tied(k, "elementwise"),
+        lambda k: symopt.Tied(strength=k, mode="elementwise"),
         ((3, 4), (3, 4)),
         lambda e: _equal(e[:12], e[12:]),
     ),
     PlaneRow(
         "tied-elementwise",
-        lambda k: symopt.Tied(k, "elementwise"),
+        lambda k: symopt.Tied(strength=k, mode="elementwise"),
         ((3, 4),) * 3,
         lambda e: [*_equal(e[:12], e[12:24]), *_equal(e[:12], e[24:])],
     ),
     PlaneRow(
         "tied-transposed",
-        lambda k: symopt.Tied(k, views=[None, "T"]),
+        lambda k: symopt.Tied(strength=k, views=[None, "T"]),
         ((2, 3), (3, 2)),
         lambda e: _equal(e[:6].reshape(2, 3, 12), e[6:].reshape(3, 2, 12).transpose(0, 1)),
     ),
     PlaneRow(
         "tied-slices",
-        lambda k: symopt.Tied(k, views=[slice(0, 2), (slice(3, 5), slice(None))]),
+        lambda k: symopt.Tied(strength=k, views=[slice(0, 2), (slice(3, 5), slice(None))]),
         ((5, 3),),
         lambda e: _equal(e[:6], e[9:]),
     ),
     PlaneRow(
         "tied-slices-elementwise",
-        lambda k: symopt.Tied(k, "elementwise", [lambda w: w[:, 0], lambda w: w[:, 2]]),
+        lambda k: symopt.Tied(strength=k, mode="elementwise", views=[lambda w: w[:, 0], lambda w: w[:, 2]]),
         ((4, 3),),
         lambda e: _equal(e.reshape(4, 3, 12)[:, 0], e.reshape(4, 3, 12)[:, 2]),
     ),
     PlaneRow(
         "symmetric",
-        lambda k: symopt.Symmetric(k),
+        lambda k: symopt.Symmetric(strength=k),
         ((4, 4),),
         lambda e: _equal(e.reshape(4, 4, 16), e.reshape(4, 4, 16).transpose(0, 1)),
     ),
-    PlaneRow("circulant", lambda k: symopt.Circulant(k), ((4, 4),), lambda e: _rolled(e, 4)),
+    PlaneRow("circulant", lambda k: symopt.Circulant(strength=k), ((4, 4),), lambda e: _rolled(e, 4)),
     PlaneRow(
         "equivariant",
-        lambda k: symopt.Equivariant([_ROTATION], k),
+        lambda k: symopt.Equivariant([_ROTATION], strength=k),
         ((6, 4),),
         lambda e: _equal(e.reshape(6, 4, 24)[_ROTATION[0]][:, _ROTATION[1]], e.reshape(6, 4, 24)),
     ),
     PlaneRow(
         "equivariant-bias",
-        lambda k: symopt.Equivariant([_ROTATION], k),
+        lambda k: symopt.Equivariant([_ROTATION], strength=k),
         ((6,),),
         lambda e: _equal(e[_ROTATION[0]], e),
     ),
-    PlaneRow("zero-mean", lambda k: symopt.ZeroMean(k), ((3, 2, 2),), lambda e: list(e.reshape(3, 4, 12).sum(1))),
-    PlaneRow("zero-mean-in", lambda k: symopt.ZeroMean(k, 0), ((3, 4),), lambda e: list(e.reshape(3, 4, 12).sum(0))),
+    PlaneRow(
+        "zero-mean", lambda k: symopt.ZeroMean(strength=k), ((3, 2, 2),), lambda e: list(e.reshape(3, 4, 12).sum(1))
+    ),
+    PlaneRow(
+        "zero-mean-in",
+        lambda k: symopt.ZeroMean(strength=k, dim=0),
+        ((3, 4),),
+        lambda e: list(e.reshape(3, 4, 12).sum(0)),
+    ),
     PlaneRow(
         "zero-mean-two",
-        lambda k: symopt.ZeroMean(k, (0, 2)),
+        lambda k: symopt.ZeroMean(strength=k, dim=(0, 2)),
         ((2, 3, 2),),
         lambda e: list(e.reshape(2, 3, 2, 12).sum((0, 2))),
     ),
-    PlaneRow("mirror", lambda k: symopt.Mirror(_off_basis, k), ((2, 3), (6,)), lambda e: list(_BASIS.T @ e)),
+    PlaneRow("mirror", lambda k: symopt.Mirror(_off_basis, strength=k), ((2, 3), (6,)), lambda e: list(_BASIS.T @ e)),
     PlaneRow(
         "mirror-basis", lambda k: symopt.Mirror(basis=_BASIS, strength=k), ((3, 4),), lambda e: list(_BASIS.T @ e)
     ),
@@ -250,9 +260,9 @@ PLANES = [
 ]
 
 MATRICES = [
-    ConstraintRow("lowrank", lambda k: symopt.LowRank(k), (6, 5)),
-    ConstraintRow("lowrank-wide", lambda k: symopt.LowRank(k), (4, 9)),
-    ConstraintRow("lowrank-conv", lambda k: symopt.LowRank(k), (5, 2, 3, 2)),
+    ConstraintRow("lowrank", lambda k: symopt.LowRank(strength=k), (6, 5)),
+    ConstraintRow("lowrank-wide", lambda k: symopt.LowRank(strength=k), (4, 9)),
+    ConstraintRow("lowrank-conv", lambda k: symopt.LowRank(strength=k), (5, 2, 3, 2)),
 ]
 """Constraints that see a weight as a matrix; their units are not weights or groups of them (test_lowrank.py)."""
 
@@ -277,9 +287,13 @@ UNITS = [
 ]
 
 OWN_FACTORS = [
-    ConstraintRow("bridge-out", lambda k: symopt.GroupBridge("out", k), (6, 5), lambda place: place[0]),
-    ConstraintRow("bridge-in-conv", lambda k: symopt.GroupBridge("in", k), (4, 3, 3, 2), lambda place: place[1]),
-    ConstraintRow("bridge-head", lambda k: symopt.GroupBridge("head:2", k), (8, 3), lambda place: place[0] // 4),
+    ConstraintRow("bridge-out", lambda k: symopt.GroupBridge("out", strength=k), (6, 5), lambda place: place[0]),
+    ConstraintRow(
+        "bridge-in-conv", lambda k: symopt.GroupBridge("in", strength=k), (4, 3, 3, 2), lambda place: place[1]
+    ),
+    ConstraintRow(
+        "bridge-head", lambda k: symopt.GroupBridge("head:2", strength=k), (8, 3), lambda place: place[0] // 4
+    ),
 ]
 """Constraints whose factors are not one gate and one direction per unit: each needs an oracle of its own.  The row of
 such a constraint stands here (``CONSTRAINTS`` has the others)."""

@@ -17,7 +17,7 @@ __all__ = ["Circulant"]
 
 
 @final
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Circulant(OrbitPlane):
     """A square matrix becomes circulant: ``w[i, j]`` depends on ``(j - i) mod n`` alone, a circular convolution.
 

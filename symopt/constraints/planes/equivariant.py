@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -18,7 +18,7 @@ __all__ = ["Equivariant"]
 
 
 @final
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Equivariant(OrbitPlane):
     """A layer becomes equivariant under permutations: permuting its inputs permutes its outputs.
 
@@ -44,7 +44,7 @@ class Equivariant(OrbitPlane):
         True
     """
 
-    permutations: Sequence[Any]
+    permutations: Sequence[Any] = field(kw_only=False)
     strength: float | None = None
 
     def __post_init__(self) -> None:

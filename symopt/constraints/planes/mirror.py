@@ -25,7 +25,7 @@ _TOLERANCE = 1e-5  # of a projection given in single precision, on random vector
 
 
 @final
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Mirror(Plane):
     """The weights end up on a plane, exactly: ``project(w) = w``, or ``basis.T @ w = 0``.
 
@@ -82,12 +82,12 @@ class Mirror(Plane):
             return "plane"
         return "basis" if self._gate else "coordinates"
 
-    project: Callable[..., Any] | None = None
+    project: Callable[..., Any] | None = field(default=None, kw_only=False)
     strength: float | None = None
-    basis: Tensor | None = field(default=None, kw_only=True)
-    form: str = field(default="gate", kw_only=True)
-    shapes: tuple[tuple[int, ...], ...] = field(default=(), kw_only=True, repr=False)
-    directions: float = field(default=0.0, kw_only=True, repr=False)
+    basis: Tensor | None = None
+    form: str = "gate"
+    shapes: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
+    directions: float = field(default=0.0, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

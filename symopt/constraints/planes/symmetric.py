@@ -17,7 +17,7 @@ __all__ = ["Symmetric", "check_square"]
 
 
 @final
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Symmetric(OrbitPlane):
     """A square matrix becomes symmetric, ``w = w.T``: undirected interactions, energies, metrics.
 

@@ -19,7 +19,7 @@ __all__ = ["Tied"]
 
 
 @final
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Tied(OrbitPlane):
     """Weights become equal: ``{("enc.weight", "dec.weight"): Tied()}`` ties everything its key matches, as one.
 
@@ -63,7 +63,7 @@ class Tied(OrbitPlane):
     strength: float | None = None
     mode: str = "joint"
     views: Sequence[Any] | None = None
-    shapes: tuple[tuple[int, ...], ...] = field(default=(), kw_only=True, repr=False)
+    shapes: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

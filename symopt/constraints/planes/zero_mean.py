@@ -16,7 +16,7 @@ __all__ = ["ZeroMean"]
 
 
 @final
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ZeroMean(Plane):
     """Means over ``dim`` become zero: every neuron's incoming weights sum to 0, so it cannot see a constant input.
 

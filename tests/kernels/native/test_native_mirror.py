@@ -198,7 +198,7 @@ _CENTRED: list[tuple[tuple[int, ...], int | tuple[int, ...] | None]] = [
 @pairs(layout=_CENTRED, opt_row=FEW, dtype=[torch.float64, torch.float32])
 def test_means_over_every_layout(layout: Any, opt_row: OptimizerRow, dtype: torch.dtype) -> None:
     shape, dim = layout
-    row = PlaneRow("zero-mean", lambda k: symopt.ZeroMean(k, dim), (shape,), list)
+    row = PlaneRow("zero-mean", lambda k: symopt.ZeroMean(strength=k, dim=dim), (shape,), list)
     if native.layout(torch.empty(shape), symopt.ZeroMean(dim=dim).partition(torch.empty(shape))) is None:
         assert "interleave" in symopt.explain(symopt.AdamW(plane_module(row)))
         return

@@ -115,7 +115,7 @@ def test_units_of_one_parameter_are_its_groups(whole, opt_row, backend):
         module = torch.nn.Module()
         generator = torch.Generator().manual_seed(0)
         module.w = torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
-        symopt.constrain(module, {"w": symopt.GroupSparse(groups, STRENGTH)})
+        symopt.constrain(module, {"w": symopt.GroupSparse(groups, strength=STRENGTH)})
         runs.append((module, optimizer(module, opt_row, backend=backend)))
     for t in range(12):
         take(runs, gradients_of(runs[0][0], t))

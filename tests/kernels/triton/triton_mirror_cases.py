@@ -144,7 +144,7 @@ def test_sums_of_many_parts(
     shape, dim, lines, block = case
     monkeypatch.setattr(triton_table, "LINES_PER_PROGRAM", lines)
     monkeypatch.setattr(triton_table, "BLOCK", block)
-    row = replace(OTHERS["zero-mean"], make=lambda k: symopt.ZeroMean(k, dim), shapes=(shape,))
+    row = replace(OTHERS["zero-mean"], make=lambda k: symopt.ZeroMean(strength=k, dim=dim), shapes=(shape,))
     runs = both(row, opt_row, None if opt_row.id == "adamw" else 0.3)
     step_alike(runs, 0)
     close(*runs)
@@ -292,7 +292,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         ("elementwise", 0.3, ["move_orbits"]),
     ):
         net = torch.nn.ModuleList(torch.nn.Linear(5, 3) for _ in range(4)).to(DEVICE)
-        made = symopt.Tied(strength, mode)
+        made = symopt.Tied(strength=strength, mode=mode)
         symopt.constrain(net, {("0.weight", "1.weight"): made, ("2.weight", "3.weight"): made})
         opt = symopt.AdamW(net)
         if DEVICE == "cpu":
