@@ -187,7 +187,13 @@ def test_errors():
             call()
 
 
-@cases(made=[lambda: symopt.Sparse(0.5), lambda: symopt.GroupSparse("out", 0.5), lambda: symopt.GroupBridge("in", 0.5)])
+@cases(
+    made=[
+        lambda: symopt.Sparse(strength=0.5),
+        lambda: symopt.GroupSparse("out", strength=0.5),
+        lambda: symopt.GroupBridge("in", strength=0.5),
+    ]
+)
 def test_where_nothing_is_zero_there_is_no_critical_strength(made):
     net = torch.nn.Linear(3, 3, bias=False, dtype=torch.float64)
     symopt.constrain(net, {"weight": made()})
@@ -205,7 +211,7 @@ def test_where_nothing_is_zero_there_is_no_critical_strength(made):
 
 def test_what_no_gradient_pulls_at_stays_without_a_critical_strength():
     net = torch.nn.Linear(3, 2, bias=False, dtype=torch.float64)
-    symopt.constrain(net, {"weight": symopt.Sparse(0.5)})
+    symopt.constrain(net, {"weight": symopt.Sparse(strength=0.5)})
     with torch.no_grad():
         net.weight[:, 0] = 0
     x = torch.ones(1, 3, dtype=torch.float64)

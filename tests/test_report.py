@@ -66,8 +66,8 @@ CONSTRAINTS = {
     "map": lambda: symopt.GroupSparse(lambda w: torch.arange(w.numel()).reshape(w.shape) // 2, keep=3),
     "rank": lambda: symopt.LowRank(rank=2),
     "max_rank": lambda: symopt.LowRank(max_rank=2),
-    "strength": lambda: symopt.Sparse(0.1),
-    "list": lambda: [symopt.Sparse(0.1), symopt.GroupSparse("out", 0.1)],
+    "strength": lambda: symopt.Sparse(strength=0.1),
+    "list": lambda: [symopt.Sparse(strength=0.1), symopt.GroupSparse("out", strength=0.1)],
     "bridge": lambda: symopt.GroupBridge("out"),
     "depth": lambda: symopt.Sparse(depth=3),
     "plane": lambda: symopt.ZeroMean(),
@@ -157,7 +157,7 @@ def test_tensors_that_share_a_budget_read_alike(scope):
 
 
 def test_progress_is_read_from_the_optimizer():
-    net, opt = made(symopt.Sparse(0.1))
+    net, opt = made(symopt.Sparse(strength=0.1))
     assert "step" not in str(symopt.report(net, opt)).replace("steps left", "")
     for group in opt.param_groups:
         group["total_steps"] = 1000
@@ -202,7 +202,7 @@ def test_a_plane_reads_as_reached_or_not(kind):
 
 def test_print_in_a_terminal_is_a_table_and_elsewhere_plain_text(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
-    net, opt = made([symopt.Sparse(0.1), symopt.GroupSparse("out", 0.1)])
+    net, opt = made([symopt.Sparse(strength=0.1), symopt.GroupSparse("out", strength=0.1)])
     found = symopt.report(net, opt)
     print(found)
     plain = capsys.readouterr().out

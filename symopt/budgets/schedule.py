@@ -78,7 +78,9 @@ class Decision:
     scheduled: Scheduled
     state: BudgetState
     pruned: Tensor | None = None
-    """One truth value per unit, flat; None before the commit."""
+    """One truth value per unit, flat; None where all stay."""
+    commits: bool = False
+    """Whether the support is final from now on."""
 
 
 def _of_pool(pool: Pool, scheduled: Iterable[Scheduled]) -> list[Scheduled]:
@@ -96,7 +98,7 @@ def ramp(pool: Pool, scheduled: Iterable[Scheduled], course: Course, step: int) 
 def commit(pool: Pool, scheduled: Iterable[Scheduled]) -> Iterator[Decision]:
     """The support of a pool becomes final."""
     for item, pruned in zip(_of_pool(pool, scheduled), pool.pruned(), strict=True):
-        yield Decision(item, committed(item.weight), pruned)
+        yield Decision(item, committed(item.weight), pruned, commits=True)
 
 
 def committed(weight: BudgetedWeight) -> BudgetState:

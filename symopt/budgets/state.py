@@ -35,9 +35,9 @@ class BudgetState:
     """What multiplies the imbalance in every step; 0: the support is committed."""
     largest_decay: float | Tensor = math.inf
     """Bound on ``lr * strength`` of pruned units, whatever lr becomes: one that is pruned must outlive a selection."""
-    target: float = 0.0
+    target: float | Tensor = 0.0
     """The budget as :attr:`~symopt.budgets.pools.BudgetedWeight.target` has it: another one starts anew."""
-    run: float = 0.0
+    run: float | Tensor = 0.0
     """Neighbours that compete in an N:M pattern, else 0."""
 
     def pruned_within(self, lr: float | Tensor) -> Tensor:
@@ -56,7 +56,13 @@ class BudgetState:
         """From a parameter's state, in the precision and on the device of ``like``."""
         stored = state[BUDGET]
         assert isinstance(stored, Tensor)
-        return BudgetState(*stored.to(like).unbind())
+        return BudgetState.of(stored.to(like))
+
+    @staticmethod
+    def of(stored: Tensor) -> BudgetState:
+        """Its numbers as 0-dim tensors, which nothing waits for."""
+        kept, pruned, threshold, factor, largest, target, run = stored.unbind()
+        return BudgetState(kept, pruned, threshold, factor, largest, target, run)
 
     @staticmethod
     def fits(value: Tensor) -> bool:

@@ -31,7 +31,7 @@ def weight_of(binding: Binding, states: list[State]) -> BudgetedWeight:
 def before(states: list[State]) -> BudgetState:
     """What the last selection has left, on the host or the device where it is."""
     stored = states[0].get(BUDGET)
-    return BudgetState(*stored.unbind()) if isinstance(stored, Tensor) else BudgetState()
+    return BudgetState.of(stored) if isinstance(stored, Tensor) else BudgetState()
 
 
 def scheduled(

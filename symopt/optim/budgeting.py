@@ -41,7 +41,7 @@ def begin(entries: Iterable[Entry], direction: Direction, grad_scale: Tensor | N
         if pool.met and not any(BUDGET in e.states[0] and e.clock.steps for e in members):
             for weight, e in zip(pool.weights, members, strict=True):
                 item = scheduled(e, weight, direction)
-                _write(e, Decision(item, rules.committed(weight)))
+                _write(e, Decision(item, rules.committed(weight), commits=True))
             continue
         for e in members:
             if e.course is None:
@@ -125,7 +125,7 @@ def _write(entry: Entry, decision: Decision) -> None:
                 for w in (q, state.get("master")):
                     if w is not None:
                         w.masked_fill_(mask, 0.0)
-    entry.committed = decision.state.imbalance_factor == 0.0
+    entry.committed = decision.commits
     if entry.committed and "imbalance" in states[0]:
         states[0]["imbalance"].zero_()
     numbers = decision.state.tensor(p.device)

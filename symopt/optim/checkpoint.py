@@ -107,8 +107,8 @@ class Loading:
         """
         for group, saved, before in zip(param_groups, self.final["param_groups"], self._options, strict=True):
             # The length of this run is its own; all else that a checkpoint has counts, as with torch.
-            own = {key for key in ("total_steps", "commit") if before["total_steps"] is not None}
-            group.update({key: value for key, value in before.items() if key not in saved or key in own})
+            length = ("total_steps", "commit") if before["total_steps"] is not None else ()
+            group.update({key: value for key, value in before.items() if key not in saved or key in length})
             for i, p in zip(saved["params"], group["params"], strict=True):
                 constrained = binding(p).constraint is not None
                 for key, value in self.final["state"].get(i, {}).items():

@@ -256,10 +256,12 @@ def step_fused(
     calls: list[tuple[list[Any], Callable[[Tensor], None] | None]] = [([], None)]
     for step in steps:
         slot = step.slot
-        given = slot.default if options["strength"] is None else options["strength"]
-        if not step.stored_strength and (given is None or options["committed"]):
-            given = slot.strength(options)
-        grads += step.aim(0.0 if step.stored_strength else number(given))
+        strength: float | Tensor | None = slot.default if options["strength"] is None else options["strength"]
+        if step.stored_strength:
+            strength = 0.0
+        elif strength is None or options["committed"]:
+            strength = slot.strength(options)
+        grads += step.aim(number(strength))
         if (combine := slot.binding.combine) is None:
             calls[0][0].append(step.entry)
         else:

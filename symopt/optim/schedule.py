@@ -19,7 +19,7 @@ from symopt.constraints.budget import BudgetPlan
 from symopt.optim import advice, budgeting
 from symopt.optim.binding import Binding
 from symopt.optim.checkpoint import release
-from symopt.optim.direction import Direction, ParamGroup, State
+from symopt.optim.direction import Direction, Options, ParamGroup, State
 from symopt.optim.entry import Clock, Entry
 from symopt.optim.membership import GroupBindings
 from symopt.optim.options import PROGRESS
@@ -34,7 +34,7 @@ States = Mapping[Tensor, State]
 _RATE = 25.0  # exp(-25 k / N) passes SNAP after 55 % of training: the rest settles what is left with zeros permanent
 
 
-def in_force(group: ParamGroup, steps: int) -> ParamGroup:
+def in_force(group: Options, steps: int) -> ParamGroup:
     """The options of a param group with what its schedule adds after ``steps`` steps.
 
     ``imbalance_factor`` multiplies the imbalance in the step (None: the automatic law), and from the commit on

@@ -30,7 +30,7 @@ def shared(constraint: symopt.Constraint, *names: str) -> nn.Sequential:
 
 def take_step(net: nn.Module, *optimizers: symopt.SGD) -> None:
     for opt in optimizers:
-        symopt.Anneal(opt, total_steps=2_000)
+        opt.reschedule(2_000)
     net(torch.randn(5, 4, generator=torch.Generator().manual_seed(0))).square().mean().backward()
     for opt in optimizers:
         opt.step()
@@ -134,7 +134,7 @@ def test_two_calls_on_one_network_share_and_different_budgets_do_not() -> None:
     assert len(opts) == 2
 
 
-@cases(constraint=[symopt.Sparse(density=0.3), symopt.GroupSparse("out", keep=2), symopt.Sparse(0.1)])
+@cases(constraint=[symopt.Sparse(density=0.3), symopt.GroupSparse("out", keep=2), symopt.Sparse(strength=0.1)])
 def test_a_budget_per_tensor_may_be_anywhere(constraint: symopt.Constraint) -> None:
     net = shared(constraint)
     opts = [symopt.SGD(net[k].parameters(), lr=0.5) for k in (0, 2)]

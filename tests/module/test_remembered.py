@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 import symopt
 from support.cases import cases
 
-SPARSE, GROUP = symopt.Sparse(0.3), symopt.GroupSparse("out", 0.3)
+SPARSE, GROUP = symopt.Sparse(strength=0.3), symopt.GroupSparse("out", strength=0.3)
 
 
 class Net(nn.Module):
@@ -260,7 +260,7 @@ def test_another_shape_is_refused_by_name(change: Callable[[Net], None]) -> None
     said=[
         ({"head.2.weight": SPARSE}, SPARSE),
         ({"head.2.weight": None}, None),
-        ({"head.2.*": symopt.GroupSparse("in", 0.2)}, symopt.GroupSparse("in", 0.2)),
+        ({"head.2.*": symopt.GroupSparse("in", strength=0.2)}, symopt.GroupSparse("in", strength=0.2)),
     ],
     swap=[_wider, lambda net: setattr(net.head, "2", nn.Linear(4, 3))],
 )
@@ -468,7 +468,7 @@ def test_shards_that_are_gathered_for_the_forward_pass_are_owned() -> None:
 
 
 @cases(
-    pair=[(SPARSE, GROUP), (SPARSE, symopt.Sparse(0.1)), (GROUP, symopt.GroupSparse("in", 0.3))],
+    pair=[(SPARSE, GROUP), (SPARSE, symopt.Sparse(strength=0.1)), (GROUP, symopt.GroupSparse("in", strength=0.3))],
     ask=[symopt.SGD, symopt.report, symopt.fold, symopt.param_groups],
 )
 def test_two_constraints_on_a_tensor_that_was_tied_later_are_refused(
