@@ -20,7 +20,7 @@ from symopt.optim.collapse import collapse_steps
 from symopt.optim.direction import Direction
 from symopt.optim.entry import Entry
 
-__all__ = ["Advice", "different_lengths", "frozen_at_commit", "no_length", "restarted", "restored"]
+__all__ = ["Advice", "different_lengths", "frozen_at_commit", "no_length", "restarted", "restored", "truncated"]
 
 _OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
@@ -70,6 +70,14 @@ def restored(found: Sequence[tuple[Entry, int, int]]) -> None:
             f"({entry.binding.label}: {live} of {units} units), as after loading other weights; the smallest were set "
             "to zero again"
         )
+
+
+def truncated(binding: Binding, live: int, rank: int) -> None:
+    """A committed rank that was exceeded again."""
+    _warn(
+        f"{binding.label}: more lives than the committed budget has room for (rank {live}, the budget is {rank}), as "
+        "after loading other weights; the smallest singular directions were removed again"
+    )
 
 
 @final

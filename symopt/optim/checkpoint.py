@@ -51,6 +51,13 @@ def per_weight(binding: Binding, direction: Direction, state: State, p: Tensor) 
     return binding.per_weight(direction, state, p) if own is None else own.per_weight(direction, state, p)
 
 
+def written(binding: Binding, direction: Direction, state: State, p: Tensor) -> dict[str, Tensor]:
+    """What a checkpoint has beside or in place of the state."""
+    own = None if binding.constraint is None else own_step(binding.constraint)
+    found = per_weight(binding, direction, state, p)
+    return found if own is None or binding.constraint is None else found | own.saved(binding.constraint, state, p)
+
+
 @contextmanager
 def writing_out(optimizer: torch.optim.Optimizer, binding: BindingOf, direction: Direction) -> Iterator[None]:
     """While this lasts, ``state_dict`` has every moment per weight."""
@@ -59,7 +66,7 @@ def writing_out(optimizer: torch.optim.Optimizer, binding: BindingOf, direction:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for index, p in enumerate(params):
             if index in packed["state"]:
-                found = per_weight(binding(p), direction, optimizer.state[p], p)
+                found = written(binding(p), direction, optimizer.state[p], p)
                 packed["state"][index] = {**packed["state"][index], **found}
 
     # First of the hooks, so that a user's hook sees what is saved and has the last word.
@@ -122,6 +129,8 @@ class Loading:
                         states[p].pop(key)
         for one in dict.fromkeys(binding(p) for group in param_groups for p in group["params"]):
             own = [states.get(p, {}) for p in one.parameters]
+            if one.constraint is not None and (steps := own_step(one.constraint)) is not None:
+                steps.loaded(own[0])
             if one.constraint is not None and own_step(one.constraint) is None and all("imbalance" in s for s in own):
                 pack_moments(one, direction, own, per_weight=True)
 

@@ -37,6 +37,14 @@ class OwnStep(ABC):
         """The moments as a plain optimizer of the weight would have them."""
 
     @abstractmethod
+    def saved(self, constraint: Constraint, state: State, p: Tensor) -> dict[str, Tensor]:
+        """What a checkpoint has in place of state whose shape changes, so that all of one weight have one shape."""
+
+    @abstractmethod
+    def loaded(self, state: State) -> None:
+        """Undo :meth:`saved`, in place."""
+
+    @abstractmethod
     def sizes(self, constraint: Constraint, state: State, p: Tensor) -> Tensor:
         """Size of every unit, for a budget."""
 

@@ -16,9 +16,25 @@ from symopt_kernels.groups import Groups
 from symopt_kernels.reference import lowrank as kernel
 from symopt_kernels.reference.gauge import SNAP, math_dtype
 
-__all__ = ["SIDES", "align", "cut", "holds", "moments", "move", "pair", "rows", "sizes", "turn", "write"]
+__all__ = [
+    "SIDES",
+    "align",
+    "cut",
+    "holds",
+    "moments",
+    "move",
+    "padded",
+    "pair",
+    "rows",
+    "sizes",
+    "strip",
+    "turn",
+    "write",
+]
 
 SIDES = ("u", "v")
+RANK = "factor_rank"
+"""State key, 0-dim: the number of columns, which those of a checkpoint may exceed."""
 _probes = WeakTensorKeyDictionary()
 """factor_u -> the weight it last composed, seen through one vector: cheap to compare with the weight of now."""
 
@@ -53,6 +69,34 @@ def sizes(state: State, p: Tensor, c: Constraint) -> Tensor:
     if "factor_u" in state:
         found = kernel.column_sizes(*pair(state))
     return torch.cat([found, found.new_zeros(side - len(found))])
+
+
+def padded(c: Constraint, state: State, p: Tensor) -> dict[str, Tensor]:
+    """Everything with a column per direction, with zeros for those that are gone.
+
+    Distributed checkpoints are loaded into the tensors of a new optimizer, which has all columns.
+    """
+    if "factor_u" not in state:
+        return {}
+    live = state["factor_u"].shape[1]
+    most = min(p.shape[0], p[0].numel())
+    if isinstance(c, LowRank) and c.max_rank is not None:
+        most = min(most, c.max_rank)
+    found = {}
+    for key, value in state.items():
+        if key.startswith("factor_") and value.dim() == 2:
+            found[key] = torch.nn.functional.pad(value, (0, max(0, most - live)))
+    return found
+
+
+def strip(state: State) -> None:
+    """Take the columns that live out of what :func:`padded` has made."""
+    if RANK not in state:
+        return
+    live = int(state[RANK])
+    for key, value in state.items():
+        if key.startswith("factor_") and value.dim() == 2:
+            state[key] = value[:, :live].clone()
 
 
 def holds(state: State, p: Tensor, matrix: Tensor) -> bool:
@@ -99,6 +143,7 @@ def move(state: State, new: tuple[Tensor, Tensor], for_u: Tensor, for_v: Tensor)
             if value.dim() == 2:
                 state[f"factor_{side}_{key}"] = value @ (turn * ratio)
     state["factor_u"], state["factor_v"] = new
+    state[RANK].fill_(new[0].shape[1])
 
 
 def _keep(state: State, live: Tensor) -> None:

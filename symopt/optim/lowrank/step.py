@@ -12,9 +12,25 @@ from torch import Tensor
 
 from symopt.budgets.state import BudgetState, is_committed
 from symopt.constraints import Constraint, LowRank
+from symopt.optim import advice
 from symopt.optim.binding import Binding
 from symopt.optim.direction import Direction, Options, State
-from symopt.optim.lowrank.factors import SIDES, align, cut, holds, moments, move, pair, rows, sizes, turn, write
+from symopt.optim.lowrank.factors import (
+    RANK,
+    SIDES,
+    align,
+    cut,
+    holds,
+    moments,
+    move,
+    padded,
+    pair,
+    rows,
+    sizes,
+    strip,
+    turn,
+    write,
+)
 from symopt.optim.own_step import OwnStep
 from symopt_kernels.reference import lowrank as kernel
 from symopt_kernels.reference.gauge import math_dtype
@@ -38,16 +54,21 @@ class LowRankStep(OwnStep):
         """Factors that compose to the weight and moments for them; where the weight was changed from outside, anew."""
         p, c = binding.parameters[0], _constraint(binding)
         matrix = p.detach().flatten(1).to(math_dtype(p))
+        if RANK not in state:
+            state[RANK] = torch.zeros((), dtype=torch.float32)
         if "factor_u" not in state or "factor_v" not in state:
             most = c.most if is_committed(state) else c.max_rank
             state["factor_u"], state["factor_v"] = kernel.factorize(matrix, 0.0, most)
         elif not holds(state, p, matrix):
+            if c.most is not None and is_committed(state) and (live := int((c.size(p.detach()) > 0).sum())) > c.most:
+                advice.truncated(binding, live, c.most)
             old = pair(state)
             new = kernel.factorize(matrix, 0.0, c.most if is_committed(state) else c.max_rank)
             turns = [kernel.inverse(before) @ after for before, after in zip(old[::-1], new[::-1], strict=True)]
             move(state, new, turns[0], turns[1])
         if "factor_age" not in state:
-            state["factor_age"] = torch.zeros(())
+            state["factor_age"] = torch.zeros((), dtype=torch.float32)
+        state[RANK].fill_(state["factor_u"].shape[1])
         u, v = pair(state)
         frames = {"u": v / kernel.scale_of(v), "v": u / kernel.scale_of(u)}
         for moment in direction.table:
@@ -82,6 +103,12 @@ class LowRankStep(OwnStep):
                 from_u, from_v = mine[key] * kernel.scale_of(v), theirs[key] * kernel.scale_of(u)
                 full[key] = from_u @ right + (from_v @ left - right.mT @ (v.mT @ (from_v @ left))).mT
         return {key: value.reshape(p.shape) for key, value in full.items()}
+
+    def saved(self, constraint: Constraint, state: State, p: Tensor) -> dict[str, Tensor]:
+        return padded(constraint, state, p)
+
+    def loaded(self, state: State) -> None:
+        strip(state)
 
     def known_gain(
         self, binding: Binding, direction: Direction, options: Options, state: State
