@@ -34,18 +34,20 @@ States = Mapping[Tensor, State]
 _RATE = 25.0  # exp(-25 k / N) passes SNAP after 55 % of training: the rest settles what is left with zeros permanent
 
 
-def in_force(group: Options, steps: int) -> ParamGroup:
+def in_force(group: Options, steps: int, *, creates_state: bool = False) -> ParamGroup:
     """The options of a param group with what its schedule adds after ``steps`` steps.
 
     ``imbalance_factor`` multiplies the imbalance in the step (None: the automatic law), and from the commit on
-    (``committed``) the structure that a strength has found is final.
+    (``committed``) the structure that a strength has found is final.  ``creates_state``: the step does nothing else.
     """
     total, commit = group["total_steps"], group["commit"]
+    own = {"creates_state": creates_state, "imbalance_factor": None, "committed": False}
     if total is None:
-        return {**group, "imbalance_factor": None, "committed": False}
+        return {**group, **own}
     committed = commit is not None and steps >= commit * total
     rate = _RATE if commit is None else max(_RATE, math.log(1e7) / commit)
-    return {**group, "imbalance_factor": 0.0 if committed else math.exp(-rate / total), "committed": committed}
+    factor = 0.0 if committed else math.exp(-rate / total)
+    return {**group, **own, "imbalance_factor": factor, "committed": committed}
 
 
 @final
@@ -65,7 +67,7 @@ class Schedule:
         self._seen: list[tuple[GroupBindings, int | None, float | None]] = []
         self._every = 0
         """Steps between two looks for weights that have died; 0 without a length."""
-        self._only_creates_state = False
+        self.only_creates_state = False
         self._advice = advice.Advice(direction)
 
     def forget(self) -> None:
@@ -79,12 +81,12 @@ class Schedule:
         """Complete the state of every constrained parameter, with a gradient or not."""
         if not self._holds(pairs, states):
             self._resume(pairs, states, grad_scale)
-        elif self._only_creates_state:  # as the step before did
-            self._only_creates_state = False
+        elif self.only_creates_state:  # as the step before did
+            self.only_creates_state = False
             budgeting.begin([e for e in self._entries if e.budgeted], self.direction, grad_scale)
         elif self.steps:
             return
-        if not self.steps and not self._only_creates_state:
+        if not self.steps and not self.only_creates_state:
             self._advice.before(self._entries)
 
     def _holds(self, pairs: Pairs, states: States) -> bool:
@@ -117,7 +119,7 @@ class Schedule:
         bound = [(group, binding) for group, found in pairs for binding in found.bindings]
         own = [[states[p] for p in binding.parameters] for _, binding in bound]
         counts = [_counted(states) for states in own]
-        self._only_creates_state = not any(counts) and not self._read and _is_empty(pairs)
+        self.only_creates_state = not any(counts) and not self._read and _is_empty(pairs)
         written = [t._version == v for c in self._clocks for t, v in zip(c.tensors, c.versions, strict=True)]
         if not self._read or not all(written):
             self.steps = max((x for found in counts for x in found), default=0)
@@ -164,7 +166,7 @@ class Schedule:
     @torch.no_grad()
     def end(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Count the step, and do what has come due."""
-        if self._only_creates_state:
+        if self.only_creates_state:
             return
         self.steps += 1
         for clock in self._clocks:
