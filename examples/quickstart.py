@@ -1,7 +1,7 @@
 """Train LeNet-300-100 on MNIST three times with one training function: dense, with sparse weights, with few neurons.
 
-The runs share data, initial weights, order of minibatches and learning rate. What differs stands in `main`: a line names
-the constraint, and the optimizer is symopt's, which knows the number of steps, so that zeros are final by the end.
+The runs share data, initial weights, order of minibatches and learning rate. What differs stands in `main`: a line
+names the constraint, and the optimizer is symopt's, which knows the number of steps, so zeros are final by the end.
 
     python examples/quickstart.py            about a minute on two cores
     python examples/quickstart.py --quick    a few epochs, to see that everything works
