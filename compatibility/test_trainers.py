@@ -70,7 +70,7 @@ def test_accelerate(tmp_path: Path) -> None:
 
     whole = accelerate_loop.main(tmp_path)
     accelerate_loop.main(tmp_path, stop=57)
-    same(whole, accelerate_loop.main(tmp_path, resume=True))
+    same(whole, accelerate_loop.main(tmp_path, first=57))
     assert int((whole[0].weight != 0).sum()) == 64
 
 

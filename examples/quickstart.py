@@ -1,7 +1,7 @@
 """Train LeNet-300-100 on MNIST three times with one training function: dense, with sparse weights, with few neurons.
 
-The runs share data, initial weights, order of minibatches, learning rate and schedule. What differs stands in `main`: a
-line names the constraint, the optimizer is symopt's, and a schedule lets the constraint harden by the end of training.
+The runs share data, initial weights, order of minibatches and learning rate. What differs stands in `main`: a line
+names the constraint, and the optimizer is symopt's, which knows the number of steps, so zeros are final by the end.
 
     python examples/quickstart.py            about a minute on two cores
     python examples/quickstart.py --quick    a few epochs, to see that everything works
@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from rich import box
@@ -47,17 +46,8 @@ def steps(data: mnist.Split, epochs: int) -> int:
     return epochs * math.ceil(len(data.train_x) / BATCH)
 
 
-class Schedule(Protocol):
-    """What is stepped once per minibatch, after the optimizer."""
-
-    def step(self) -> None:
-        """Advance by one minibatch."""
-
-
-def train(
-    name: str, net: nn.Module, opt: torch.optim.Optimizer, data: mnist.Split, epochs: int, *schedules: Schedule
-) -> picture.Run:
-    """Train on shuffled minibatches with a cosine learning rate and whatever other schedules there are."""
+def train(name: str, net: nn.Module, opt: torch.optim.Optimizer, data: mnist.Split, epochs: int) -> picture.Run:
+    """Train on shuffled minibatches with a cosine learning rate."""
     cosine = CosineAnnealingLR(opt, steps(data, epochs))
     run, start = picture.Run(name, net), time.perf_counter()
     shuffle = torch.Generator().manual_seed(0)
@@ -70,8 +60,7 @@ def train(
                 opt.zero_grad()
                 loss.backward()
                 opt.step()
-                for schedule in (cosine, *schedules):
-                    schedule.step()
+                cosine.step()
             run.accuracy.append(accuracy(net, data.test_x, data.test_y))
             run.alive.append(1 - zeros(net))
             bar.update(task, advance=1, seen=f"{run.accuracy[-1]:.1%} correct, {run.alive[-1]:6.1%} alive")
@@ -190,14 +179,14 @@ def main() -> None:
 
     net = lenet(args.seed)
     symopt.constrain(net, {"*.weight": symopt.Sparse()})
-    opt = symopt.AdamW(net, lr=args.lr)
-    sparse = train("sparse", net, opt, data, args.epochs, symopt.Anneal(opt, total_steps=total))
+    opt = symopt.AdamW(net, lr=args.lr, total_steps=total)
+    sparse = train("sparse", net, opt, data, args.epochs)
     console.print(symopt.report(net, opt))
 
     net = lenet(args.seed)
     symopt.constrain(net, {("0.weight", "2.weight"): symopt.GroupSparse("out")})
-    opt = symopt.AdamW(net, lr=args.lr)
-    few = train("few neurons", net, opt, data, args.epochs, symopt.Anneal(opt, total_steps=total))
+    opt = symopt.AdamW(net, lr=args.lr, total_steps=total)
+    few = train("few neurons", net, opt, data, args.epochs)
     console.print(symopt.report(net, opt))
 
     folded = symopt.fold(few.net)

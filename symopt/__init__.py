@@ -10,9 +10,10 @@ Exactly zero weights::
     net = symopt.constrain(net, {"*.weight": symopt.Sparse()})
     opt = symopt.AdamW(net, lr=1e-3)
 
-Neurons that are really gone::
+Neurons that are really gone, half of them, by the end of a training of known length::
 
-    net = symopt.constrain(net, {"encoder.*.weight": symopt.GroupSparse("out")})
+    net = symopt.constrain(net, {"encoder.*.weight": symopt.GroupSparse("out", keep=0.5)})
+    opt = symopt.AdamW(net, lr=1e-3, total_steps=10_000)
     ...
     small = symopt.fold(net)
 

@@ -1,7 +1,8 @@
 """One process of compare.py: the cases, stepped by the symopt of one checkout.
 
-It knows the public interface alone, for the checkouts may be laid out differently.  ``symopt`` is imported when a case
-is built, so that compare.py can list the cases without it.
+It knows the public interface alone, for the checkouts may be laid out differently; where one has ``symopt.Anneal``, the
+schedule is that object's and not the optimizer's.  ``symopt`` is imported when a case is built, so that compare.py can
+list the cases without it.
 """
 
 from __future__ import annotations
@@ -60,8 +61,11 @@ class Run:
         self.case, self.net = case, case.make()
         name, options = OPTIMIZERS[case.optimizer]
         given = options if lr is None else {**options, "lr": lr}
+        make = getattr(symopt, "Anneal", None) if case.scheduled else None
+        if case.scheduled and make is None:
+            given = {**given, "total_steps": total_steps}
         self.opt = getattr(symopt, name)(self.net, **given, backend=backend)
-        self.schedule = symopt.Anneal(self.opt, total_steps=total_steps) if case.scheduled else None
+        self.schedule = None if make is None else make(self.opt, total_steps=total_steps)
         self.generator = torch.Generator().manual_seed(1)
         self.gradients(0.01)
 

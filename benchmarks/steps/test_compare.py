@@ -49,6 +49,42 @@ def test_other_steps_are_not(checkout: Path, tmp_path: Path, capsys: pytest.Capt
     assert err.startswith("adamw sparse 200x1k, reference: ") and "0 of 1 cases" in err
 
 
+BEFORE = """
+
+class Anneal:
+    def __init__(self, opt, total_steps):
+        self.opt = opt
+        opt.reschedule(total_steps=total_steps)
+
+    def step(self):
+        assert int(self.opt.state[self.opt.param_groups[0]["params"][0]]["progress"])
+
+
+def _without_total_steps(make):
+    def made(*args, **kwargs):
+        assert "total_steps" not in kwargs
+        return make(*args, **kwargs)
+
+    return made
+
+
+AdamW = _without_total_steps(AdamW)
+"""
+
+
+def test_a_checkout_from_before_the_schedule_was_the_optimizers(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tmp_path / "before"
+    shutil.copytree(checkout / "symopt", before / "symopt")
+    (before / "kernels").symlink_to(checkout / "kernels")
+    with (before / "symopt" / "__init__.py").open("a", encoding="utf-8") as file:
+        file.write(BEFORE)
+    budgets = ["--only", "2:4", "global budget", "--check", "--threads", "1"]
+    assert main([str(before), str(checkout), *budgets]) == 0
+    assert "2 of 2 cases take the same steps" in capsys.readouterr().err
+
+
 def test_a_folder_without_extension_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="has no built extension: run"):
         main([str(tmp_path), str(tmp_path)])

@@ -28,24 +28,22 @@ STEPS, BLOCKS = 20, 30
 """To a block, one selection being among them, and blocks to a training."""
 
 
-class _Annealed(Trainer):
+class _Scheduled(Trainer):
     def __init__(self, net: str, constraint: symopt.Constraint) -> None:
         super().__init__("symopt", NETS[net], {"fused": True})
         names = tuple(n for n in symopt.constraints(self.net) if self.net.get_parameter(n).shape[1] % 4 == 0)
         symopt.constrain(symopt.release(self.net), {names: constraint})
-        self.opt = symopt.AdamW(self.net, lr=1e-3, fused=True)
-        self.anneal = symopt.Anneal(self.opt, STEPS * BLOCKS)
+        self.opt = symopt.AdamW(self.net, lr=1e-3, fused=True, total_steps=STEPS * BLOCKS)
 
     def steps(self) -> None:
         for _ in range(STEPS):
             self.backward()
             self.opt.step()
-            self.anneal.step()
 
 
 def training(net: str, options: dict[str, Any]) -> tuple[list[float], list[float]]:
     """Milliseconds of each block of one training with a budget and one without, in turns."""
-    ours, plain = _Annealed(net, symopt.Sparse(**options)), _Annealed(net, symopt.Sparse(strength=0.1))
+    ours, plain = _Scheduled(net, symopt.Sparse(**options)), _Scheduled(net, symopt.Sparse(strength=0.1))
     return timing.interleave((lambda: None, ours.steps), (lambda: None, plain.steps), BLOCKS, float("inf"), warm=0)
 
 

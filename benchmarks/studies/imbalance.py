@@ -1,8 +1,8 @@
 """Which law should the imbalance c follow?  Relative objective gap of a Lasso, for each law.
 
     python -m benchmarks.studies.imbalance            every law and case, three designs (20 minutes)
-    python -m benchmarks.studies.imbalance --designs 20 --only "spread 0.7" --laws mass4 anneal
-    python -m benchmarks.studies.imbalance --designs 20 --only SGD --laws mass4 anneal --strength 2
+    python -m benchmarks.studies.imbalance --designs 20 --only "spread 0.7" --laws mass4 known
+    python -m benchmarks.studies.imbalance --designs 20 --only SGD --laws mass4 known --strength 2
     python -m benchmarks.studies.imbalance --quick    one design, fewer steps
 
 More than five designs are summarised by how many missed a relative gap of 1e-4, and the worst.
@@ -13,7 +13,7 @@ The truth is scikit-learn's Lasso run to 1e-14.  The laws differ only in the rat
     rms        p = 2, time scale of the root mean square of the weights now
     mass       p = 2, time scale of the size the mass has now, sum w**2 / sum |w|
     mass4      p = 4, the same, at most 2 % per step: the package's automatic law
-    anneal     exp(-25 k / steps): symopt.Anneal
+    known      exp(-25 k / steps): that of a known number of steps, total_steps
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def law(kind: str):
         new = c * (1 - decay / now).clamp(min=0) ** 2
         return torch.where(new <= gauge.SNAP * scale, 0.0, new)
 
-    return AUTOMATIC if kind in ("mass4", "anneal") else step
+    return AUTOMATIC if kind in ("mass4", "known") else step
 
 
 def gap(kind: str, spread: float, seed: int, steps: int, kappa: float, make) -> tuple[float, int]:
@@ -67,13 +67,12 @@ def gap(kind: str, spread: float, seed: int, steps: int, kappa: float, make) -> 
     opt = make(net)
     opt.param_groups[0]["backend"] = "reference"  # the one that asks gauge.imbalance_law
     gauge.imbalance_law = law(kind)
-    anneal = symopt.Anneal(opt, steps) if kind == "anneal" else None
+    if kind == "known":
+        opt.reschedule(total_steps=steps)
     for _ in range(steps):
         opt.zero_grad()
         (0.5 * (net(x)[:, 0] - y).square().mean()).backward()
         opt.step()
-        if anneal:
-            anneal.step()
     w = net.weight.detach()[0]
     wrong = int(((w != 0) != (best != 0)).sum())
     return max(0.0, objective(w) / objective(best) - 1), wrong
@@ -85,7 +84,7 @@ def main() -> None:
     parser.add_argument("--designs", type=int, default=3)
     parser.add_argument("--strength", type=float, default=0.1)
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--laws", nargs="+", default=["init", "rms", "mass", "mass4", "anneal"])
+    parser.add_argument("--laws", nargs="+", default=["init", "rms", "mass", "mass4", "known"])
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*too few to bring.*")

@@ -329,9 +329,9 @@ def _symopt(make: Any, task: Task, seed: int, budget: Budget, plan: Any, **optio
         else symopt.Sparse(density=budget.share, scope="global")
     )
     symopt.constrain(net, {names: constraint})
-    opt = make(net, **options)
-    anneal = symopt.Anneal(opt, total_steps=task.steps, _plan=plan)
-    _train(task, seed, net, opt, lambda k: anneal.step())
+    opt = make(net, total_steps=task.steps, **options)
+    opt.schedule.plan = plan
+    _train(task, seed, net, opt, lambda k: None)
     return net
 
 

@@ -47,18 +47,13 @@ def _cosine(opt: Any) -> Any:
     return torch.optim.lr_scheduler.CosineAnnealingLR(opt, TASK.steps, eta_min=0.01 * opt.param_groups[0]["lr"])
 
 
-def _train(net: nn.Module, opt: Any, batches: Any, steps: int, schedule: Any, after: Callable[[], Any]) -> None:
+def _train(net: nn.Module, opt: Any, batches: Any, steps: int, schedule: Any) -> None:
     for _ in range(steps):
         x, y = next(batches)
         opt.zero_grad()
         nn.functional.cross_entropy(net(x), y).backward()
         opt.step()
         schedule.step()
-        after()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _thin(net: nn.Module, ranks: tuple[int, ...], same_norm: bool = False) -> None:
@@ -81,14 +76,14 @@ def truncated(seed: int, ranks: tuple[int, ...], *, lr: float, dense: float) -> 
     net, batches = _net(seed), TASK.data(seed).batches()
     opt = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
     schedule, first = _cosine(opt), round(dense * TASK.steps)
-    _train(net, opt, batches, first, schedule, _nothing)
+    _train(net, opt, batches, first, schedule)
     now = opt.param_groups[0]["lr"]
     _thin(net, ranks)
     opt = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
     schedule = _cosine(opt)
     schedule.last_epoch += first  # the rest of the same cosine
     opt.param_groups[0]["lr"] = now
-    _train(net, opt, batches, TASK.steps - first, schedule, _nothing)
+    _train(net, opt, batches, TASK.steps - first, schedule)
     return net
 
 
@@ -97,23 +92,22 @@ def factored(seed: int, ranks: tuple[int, ...], *, lr: float, same_norm: bool) -
     net = _net(seed)
     _thin(net, ranks, same_norm)
     opt = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
-    _train(net, opt, TASK.data(seed).batches(), TASK.steps, _cosine(opt), _nothing)
+    _train(net, opt, TASK.data(seed).batches(), TASK.steps, _cosine(opt))
     return net
 
 
 def ours(seed: int, ranks: tuple[int, ...], *, lr: float) -> nn.Module:
     net = _net(seed)
     bound = {f"{name}.weight": symopt.LowRank(rank=rank) for name, rank in zip(LAYERS, ranks, strict=True)}
-    opt = symopt.AdamW(symopt.constrain(net, bound), lr=lr, fused=True)
-    anneal = symopt.Anneal(opt, total_steps=TASK.steps)
-    _train(net, opt, TASK.data(seed).batches(), TASK.steps, _cosine(opt), anneal.step)
+    opt = symopt.AdamW(symopt.constrain(net, bound), lr=lr, fused=True, total_steps=TASK.steps)
+    _train(net, opt, TASK.data(seed).batches(), TASK.steps, _cosine(opt))
     return symopt.fold(net)
 
 
 def dense(seed: int, ranks: tuple[int, ...], *, lr: float) -> nn.Module:
     net = _net(seed)
     opt = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
-    _train(net, opt, TASK.data(seed).batches(), TASK.steps, _cosine(opt), _nothing)
+    _train(net, opt, TASK.data(seed).batches(), TASK.steps, _cosine(opt))
     return net
 
 

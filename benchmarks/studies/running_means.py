@@ -40,13 +40,11 @@ def run(seed: int, affine: bool) -> tuple[float, ...]:
     torch.manual_seed(seed)
     data, net = _mnist(seed, image=True), network(affine)
     symopt.constrain(net, {("0.weight", "3.weight"): symopt.GroupSparse("out", keep=KEEP)})
-    opt = symopt.AdamW(net, lr=LR)
-    anneal = symopt.Anneal(opt, STEPS)
+    opt = symopt.AdamW(net, lr=LR, total_steps=STEPS)
     for (x, y), _ in zip(data.batches(), range(STEPS), strict=False):
         opt.zero_grad()
         nn.functional.cross_entropy(net(x), y).backward()
         opt.step()
-        anneal.step()
     x, y = data.test[0]
     dead = sum(int((~net.get_parameter(f"{i}.weight").flatten(1).any(1)).sum()) for i in (0, 3))
     small = symopt.fold(net, x[:64])

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: hand over the optimizer, step the schedule in a callback, log what is zero."""
+"""Hugging Face Trainer: hand over the optimizer with its number of steps; a callback may log what is zero."""
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
@@ -6,17 +6,11 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 import symopt
 
 
-class Constraints(TrainerCallback):
-    """Steps symopt.Anneal, after a resume too, and adds the zeros to whatever the Trainer logs."""
+class Zeros(TrainerCallback):
+    """Adds the zeros to whatever the Trainer logs."""
 
-    def __init__(self, optimizer, total_steps):
-        self.optimizer, self.anneal = optimizer, symopt.Anneal(optimizer, total_steps)
-
-    def on_train_begin(self, args, state, control, **_):
-        self.anneal.load_state_dict({**self.anneal.state_dict(), "last_step": state.global_step})
-
-    def on_step_end(self, args, state, control, **_):
-        self.anneal.step()
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
 
     def on_log(self, args, state, control, logs, **_):
         logs.update({f"zeros/{name}": count for name, count in self.optimizer.zeros().items()})
@@ -29,9 +23,9 @@ def main(folder, steps=60, resume=False):
     model = BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=16, **size))
     symopt.constrain(model, {"*.intermediate.dense.weight": symopt.GroupSparse("out", keep=0.5)})
     data = [{"input_ids": row, "labels": int(row[0] > 25)} for row in torch.randint(50, (64, 8))]
-    opt = symopt.AdamW(model, lr=5e-3)
+    opt = symopt.AdamW(model, lr=5e-3, total_steps=steps)
     args = TrainingArguments(folder, max_steps=steps, save_steps=20, logging_steps=20, report_to="none", use_cpu=True)
-    trainer = Trainer(model, args, None, data, optimizers=(opt, None), callbacks=[Constraints(opt, steps)])
+    trainer = Trainer(model, args, None, data, optimizers=(opt, None), callbacks=[Zeros(opt)])
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

@@ -1,4 +1,4 @@
-"""Lightning: return the optimizer with Anneal as its scheduler, stepped every batch; log zeros like any metric."""
+"""Lightning: return the optimizer with the number of steps that Lightning knows; log zeros like any metric."""
 
 import lightning
 import torch
@@ -20,11 +20,7 @@ class Net(lightning.LightningModule):
         return (self.net(batch)[:, 0] - batch[:, 0]).square().mean()
 
     def configure_optimizers(self):
-        anneal = symopt.Anneal(symopt.AdamW(self, lr=0.02), self.trainer.estimated_stepping_batches)
-        return [anneal.optimizer], [{"scheduler": anneal, "interval": "step"}]
-
-    def lr_scheduler_step(self, scheduler, metric):
-        scheduler.step()  # asked for where a scheduler is not torch's
+        return symopt.AdamW(self, lr=0.02, total_steps=self.trainer.estimated_stepping_batches)
 
 
 def main(folder, steps=100, resume=None, **options):

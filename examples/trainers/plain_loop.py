@@ -15,10 +15,10 @@ def main(folder: Path, steps: int = 100, stop: int | None = None) -> nn.Module:
     torch.manual_seed(0)
     x, net = torch.randn(64, 20), nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 2))
     symopt.constrain(net, {"0.weight": symopt.GroupSparse("out", keep=0.25)})
-    opt, scaler = symopt.AdamW(net, lr=0.02), torch.amp.GradScaler("cpu")
-    anneal = symopt.Anneal(opt, total_steps=steps)
-    load(folder / "last.pt", net=net, opt=opt, anneal=anneal, scaler=scaler)
-    for step in range(anneal.last_step, steps if stop is None else stop):
+    opt, scaler = symopt.AdamW(net, lr=0.02, total_steps=steps), torch.amp.GradScaler("cpu")
+    load(folder / "last.pt", net=net, opt=opt, scaler=scaler)
+    taken = int(opt.state.get(net[0].weight, {}).get("progress", 0))
+    for step in range(taken, steps if stop is None else stop):
         for half in x.chunk(2):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = nn.functional.cross_entropy(net(half).float(), (half[:, 0] > 0).long()) / 2
@@ -28,9 +28,8 @@ def main(folder: Path, steps: int = 100, stop: int | None = None) -> nn.Module:
         scaler.step(opt)
         scaler.update()
         opt.zero_grad()
-        anneal.step()
         if step % 10 == 9:
-            save(folder / "last.pt", net=net, opt=opt, anneal=anneal, scaler=scaler)
+            save(folder / "last.pt", net=net, opt=opt, scaler=scaler)
     return net
 
 

@@ -58,7 +58,7 @@ class GroupSparse(Constraint):
             size: a group dies while ``||E m / rms|| < strength * sqrt(size)``.  Defaults: 0.06 with AdamW, 1e-4 with
             SGD and Adam.
         keep: a budget instead of a strength: how many groups of each tensor live in the end, exactly; an integer is a
-            count, a float in (0, 1] a share.  :class:`symopt.Anneal` ramps it in, as for :class:`symopt.Sparse`.
+            count, a float in (0, 1] a share.  The optimizer ramps it in, as for :class:`symopt.Sparse`.
         scope: whose budget it is: of each ``"tensor"``; ``"global"``, of all tensors with an equal constraint together,
             by the layer-adaptive score of :class:`symopt.Sparse`, of groups; or ``"flops"``, by that score per
             multiply-add, and ``keep`` is a share of the multiply-adds of these weights (as many groups live as fit).

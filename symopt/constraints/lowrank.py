@@ -37,8 +37,8 @@ class LowRank(Constraint):
             dimensionless signal-to-noise threshold per coordinate (default 0.1), and nothing is minimised.
             A param group's ``strength`` overrides it.
         rank: a budget instead of a strength: exactly this many singular values live in the end (fewer only if more
-            died by themselves).  :class:`symopt.Anneal` ramps it in and commits it; ``strength`` is then that of the
-            directions inside the budget until the commit.
+            died by themselves).  The optimizer ramps it in and commits it, for which it needs ``total_steps``;
+            ``strength`` is then that of the directions inside the budget until the commit.
         max_rank: columns to start with: from the first step on W is the best approximation of this rank to what it was,
             and the rank never exceeds it.  It bounds memory and the cost of early steps.
 

@@ -34,8 +34,8 @@ class Sparse(Constraint):
             live (default 0.1); it does *not* minimise loss + l1.
             A param group's ``strength`` overrides it.
         density: a budget instead of a strength: exactly ``round(density * numel)`` weights live in the end, in (0, 1].
-            :class:`symopt.Anneal` ramps it in and commits it, and chooses the strengths; ``strength`` is then that of
-            the weights inside the budget until the commit.
+            The optimizer ramps it in and commits it, for which it needs ``total_steps``, and chooses the strengths;
+            ``strength`` is then that of the weights inside the budget until the commit.
         scope: whose budget it is: of each ``"tensor"``, or ``"global"``, one for all weights with an equal constraint,
             chosen by their layer-adaptive score, ``w**2`` over the sum of all in the tensor that are at least as large:
             scales of tensors do not matter, and none dies.

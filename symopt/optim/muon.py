@@ -74,7 +74,7 @@ class Muon(ConstrainedOptimizer, torch.optim.Muon):
         >>> net(torch.randn(8, 6)).square().mean().backward()
         >>> opt.step()
         >>> sorted(opt.state[net.weight])
-        ['imbalance', 'metric_scale', 'momentum_buffer']
+        ['imbalance', 'metric_scale', 'momentum_buffer', 'progress']
     """
 
     direction = MuonDirection()
