@@ -128,8 +128,12 @@ class LowRankStep(OwnStep):
         """One step of both factors, and of the weight as their product."""
         p, c = binding.parameters[0], _constraint(binding)
         factors, saturated = pair(state), options["time_scale"] == "saturated"
-        if factors[0].shape[1] == 0:
-            return  # nothing is left that could move
+        if factors[0].shape[1] == 0:  # nothing is left that could move, but all such states look alike
+            for moment in direction.moments(options):
+                for side, factor in zip(SIDES, factors, strict=True):
+                    if not moment.per_unit:
+                        state.setdefault(f"factor_{side}_{moment.key}", torch.zeros_like(factor))
+            return
         assert p.grad is not None
         grad = p.grad.flatten(1).to(factors[0].dtype)
         grad = grad if grad_scale is None else grad / grad_scale
