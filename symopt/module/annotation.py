@@ -135,13 +135,23 @@ class Annotation:
 
     def binding(self) -> Binding:
         """All parameters as they are now."""
-        found = [(name, self.parameter(i)) for i, name in enumerate(self.names)]
+        found = [(name, self.parameter(i), self._bias(i)) for i, name in enumerate(self.names)]
         return Binding(
             self.constraint,
-            tuple(name for name, param in found if param is not None),
-            tuple(param for _, param in found if param is not None),
-            tuple(name for name, param in found if param is None),
+            tuple(name for name, param, _ in found if param is not None),
+            tuple(param for _, param, _ in found if param is not None),
+            tuple(name for name, param, _ in found if param is None),
+            tuple(bias for _, param, bias in found if param is not None),
         )
+
+    def _bias(self, i: int) -> Tensor | None:
+        """The bias of the rows of parameter i, if its module has one that nothing constrains."""
+        owner, attribute, p = self.owners[i], self.attributes[i], self.parameter(i)
+        name = attribute.removesuffix("weight") + "bias"
+        bias = owner._parameters.get(name)
+        if not attribute.endswith("weight") or bias is None or p is None or p.dim() < 2 or bias is p:
+            return None
+        return bias if bias.shape == p.shape[:1] and name not in vars(owner).get(_ATTRIBUTE, {}) else None
 
 
 def annotated(module: nn.Module) -> Iterator[tuple[str, Annotation, int]]:

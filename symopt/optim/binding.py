@@ -29,7 +29,7 @@ __all__ = ["Binding", "shared_moment"]
 class Binding:
     """A constraint, or None where a fused backend steps an unconstrained parameter, and what it binds."""
 
-    __slots__ = ("_groups", "combine", "constraint", "missing", "names", "parameters", "several", "units")
+    __slots__ = ("_groups", "biases", "combine", "constraint", "missing", "names", "parameters", "several", "units")
 
     def __init__(
         self,
@@ -37,10 +37,13 @@ class Binding:
         names: tuple[str, ...],
         parameters: tuple[Tensor, ...],
         missing: tuple[str, ...] = (),
+        biases: tuple[Tensor | None, ...] = (),
     ) -> None:
         self.constraint, self.names, self.parameters = constraint, names, parameters
         self.missing = missing
         """Names of parameters that the constraint binds but their modules no longer have."""
+        self.biases = biases
+        """Per parameter the bias of its rows in the same module, if that has one; or nothing."""
         self.combine: Callable[[Tensor], None] | None = None
         """Adds the sums of its units, ``(4, count)``, in place over the processes that hold some of the weights."""
         self.several = len(parameters) > 1
@@ -51,7 +54,7 @@ class Binding:
         self._groups: tuple[torch.Size, Groups] | None = None
 
     def __reduce__(self) -> tuple[type[Binding], tuple[object, ...]]:
-        return Binding, (self.constraint, self.names, self.parameters)
+        return Binding, (self.constraint, self.names, self.parameters, self.missing, self.biases)
 
     def name(self, p: Tensor) -> str:
         """The name of one of its parameters."""
@@ -70,6 +73,8 @@ class Binding:
             self.constraint is other.constraint
             and mine == theirs
             and all(map(operator.is_, self.parameters, other.parameters))
+            and len(self.biases) == len(other.biases)
+            and all(map(operator.is_, self.biases, other.biases))
         )
 
     def place(self, p: Tensor) -> int:

@@ -67,7 +67,7 @@ def step_groups(
         _step_group(
             of_group, membership.direction, group, options, states, slots, look_up, step_plain, grad_scale, found_inf
         )
-    schedule.end(grad_scale, found_inf)
+    schedule.end(states, grad_scale, found_inf)
 
 
 def _step_group(

@@ -16,7 +16,8 @@ from torch import Tensor
 from symopt.budgets.schedule import Course
 from symopt.budgets.state import BUDGET, is_committed
 from symopt.constraints.budget import BudgetPlan
-from symopt.optim import advice, budgeting
+from symopt.optim import advice, biases, budgeting
+from symopt.optim.biases import Biases
 from symopt.optim.binding import Binding
 from symopt.optim.checkpoint import release
 from symopt.optim.direction import Direction, Options, ParamGroup, State
@@ -68,6 +69,8 @@ class Schedule:
         self._every = 0
         """Steps between two looks for weights that have died; 0 without a length."""
         self.only_creates_state = False
+        self._biases = Biases((), ())
+        self._bias_goes = False
         self._advice = advice.Advice(direction)
 
     def forget(self) -> None:
@@ -79,6 +82,11 @@ class Schedule:
     @torch.no_grad()
     def begin(self, pairs: Pairs, states: States, grad_scale: Tensor | None) -> None:
         """Complete the state of every constrained parameter, with a gradient or not."""
+        self._begin(pairs, states, grad_scale)
+        if self._bias_goes:
+            self._biases.hold()
+
+    def _begin(self, pairs: Pairs, states: States, grad_scale: Tensor | None) -> None:
         if not self._holds(pairs, states):
             self._resume(pairs, states, grad_scale)
         elif self.only_creates_state:  # as the step before did
@@ -145,6 +153,12 @@ class Schedule:
                 self._courses.setdefault((entry.clock, entry.course), []).append(entry)
         budgeting.begin([e for e in self._entries if e.budgeted], self.direction, grad_scale)
         self._read = True
+        self._biases = Biases(self._entries, [b.parameters[0] for _, found in pairs for b in found.unconstrained])
+        self._look_at_biases()
+
+    def _look_at_biases(self) -> None:
+        self._biases.look()
+        self._bias_goes = self._biases.any
 
     def _course(self, group: ParamGroup, binding: Binding) -> Course | None:
         constraint = binding.constrained_by
@@ -164,7 +178,7 @@ class Schedule:
     # -- after the step ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def end(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def end(self, states: States, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Count the step, and do what has come due."""
         if self.only_creates_state:
             return
@@ -176,6 +190,8 @@ class Schedule:
                 on_device = found_inf is not None and not tensor.is_cpu
                 tensor.add_(1 - found_inf.to(tensor).reshape(()) if found_inf is not None and on_device else 1)
                 clock.versions[i] = tensor._version
+        if self._bias_goes:
+            self._biases.settle(states)
         if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
             self._do_due(grad_scale)
 
@@ -197,10 +213,13 @@ class Schedule:
                 continue
             if any(not e.committed and not e.frozen for e in entries):
                 budgeting.commit(entries, self.direction)
+                self._look_at_biases()
             elif step % course.plan.every == 0:
                 budgeting.restore([e for e in entries if e.committed and not e.frozen], self.direction)
             if step == last:
                 advice.frozen_at_commit([e for e in entries if not e.committed])
+        if self.steps % biases.EVERY == 0:
+            self._look_at_biases()
         if self._every and (self.steps == 1 or self.steps % self._every == 0):
             self._advice.after(self._entries, self.steps)
 

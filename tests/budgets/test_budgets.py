@@ -397,7 +397,7 @@ def test_a_selection_between_the_first_step_and_the_commit_reads_nothing_back(op
     net, opt, x, y = budgeted("2:4", optimizer, 1000)
     train(net, opt, x, y, 39)
     with Reads() as reads:
-        opt.schedule.end(None, None)
+        opt.schedule.end(opt.state, None, None)
     assert opt.schedule.steps == 40 and reads.count == 0
 
 

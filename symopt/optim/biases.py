@@ -1,0 +1,126 @@
+"""Biases of dead units: a row of zeros has no bias either.
+
+A channel whose weights are zero is its bias.  Behind it the running variance of a BatchNorm goes to zero while the bias
+still moves and the running mean follows late, so that evaluation sees the difference, divided by the root of eps, where
+training sees none.  So the bias goes as its row goes: from when the row is chosen to go or has all but gone, by a
+factor per step that the running mean can follow, and it stays zero while the row is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import final
+
+import torch
+from torch import Tensor
+
+from symopt.budgets.state import BUDGET, BudgetState
+from symopt.optim.direction import State
+from symopt.optim.entry import Entry
+from symopt_kernels.reference.gauge import math_dtype
+
+__all__ = ["EVERY", "Biases"]
+
+EVERY = 20
+"""Steps between two looks at the rows."""
+
+DECAY = 0.8
+"""What multiplies a bias per step while its row goes; a running mean with momentum .1 follows."""
+
+NOISE = 1e-4
+"""Relative to the gradient of its row, that of a bias on which nothing depends."""
+
+FADED = 0.02
+"""A row whose size is this share of the root mean square of its weight's is about to go."""
+
+
+@final
+class Bias:
+    """The bias of one weight's rows."""
+
+    __slots__ = ("before", "bias", "dead", "entry", "going", "i")
+
+    def __init__(self, entry: Entry, i: int, bias: Tensor) -> None:
+        self.entry, self.i, self.bias = entry, i, bias
+        self.going: Tensor | None = None
+        """Rows whose bias decays; None: none."""
+        self.dead: Tensor | None = None
+        """Those of them that are zero for good."""
+        self.before: Tensor | None = None
+
+    def look(self) -> None:
+        """Which rows go, and which have gone."""
+        self.going = self.dead = None
+        binding, state = self.entry.binding, self.entry.states[0]
+        p, constraint, imbalance = binding.parameters[self.i], binding.constrained_by, state.get("imbalance")
+        if constraint.is_plane or constraint.is_matrix or not isinstance(imbalance, Tensor):
+            return
+        size = p.detach().flatten(1).to(math_dtype(p)).norm(dim=1)
+        dead = (size == 0) & ~imbalance.any()
+        going = dead | (size <= FADED * size.square().mean().sqrt()) | self._idle(p)
+        if isinstance(state.get(BUDGET), Tensor) and not binding.several:
+            threshold, groups = BudgetState.read(state, size).threshold, binding.groups(state)
+            if groups is None and (constraint.budget is None or constraint.budget.pattern is None):
+                going |= p.detach().flatten(1).abs().amax(1) <= threshold
+            elif groups is not None:
+                pruned = constraint.pruned(p.detach(), threshold, groups)
+                going |= constraint.units(pruned, p.detach(), groups).reshape(p.shape).flatten(1).all(1)
+        if not going.is_cpu or bool(going.any()):
+            self.going, self.dead = going, dead
+
+    def _idle(self, p: Tensor) -> Tensor:
+        """Whether the loss does not depend on the bias at all, as in front of a BatchNorm: its gradient is rounding."""
+        if p.grad is None or self.bias.grad is None:
+            return torch.zeros((), dtype=torch.bool, device=p.device)
+        rows, own = p.grad.flatten(1).norm(dim=1), self.bias.grad.abs()
+        return (own <= NOISE * rows).all() & (rows > 0).any()
+
+    def hold(self) -> None:
+        """Remember the bias, which a step is about to move."""
+        self.before = self.bias.detach().clone()
+
+    def settle(self, state: State) -> None:
+        """Undo what the step has done to those that go."""
+        if self.going is None or self.dead is None or self.before is None:
+            return
+        self.bias.copy_(torch.where(self.going, DECAY * self.before, self.bias))
+        self.bias.masked_fill_(self.dead, 0.0)
+        for value in state.values():
+            if isinstance(value, Tensor) and value.shape == self.bias.shape and value.is_floating_point():
+                value.masked_fill_(self.going, 0.0)
+
+
+@final
+class Biases:
+    """Those that one optimizer steps beside the weights of their modules."""
+
+    def __init__(self, entries: Iterable[Entry], own: Iterable[Tensor]) -> None:
+        steps = {id(p) for p in own}
+        self._all = [
+            Bias(entry, i, bias)
+            for entry in entries
+            for i, bias in enumerate(entry.binding.biases)
+            if bias is not None and id(bias) in steps
+        ]
+        self._going: list[Bias] = []
+
+    def look(self) -> None:
+        """Look at the rows again."""
+        for one in self._all:
+            one.look()
+        self._going = [one for one in self._all if one.going is not None]
+
+    @property
+    def any(self) -> bool:
+        """Whether any bias goes."""
+        return bool(self._going)
+
+    def hold(self) -> None:
+        """Before a step."""
+        for one in self._going:
+            one.hold()
+
+    def settle(self, states: Mapping[Tensor, State]) -> None:
+        """After a step."""
+        for one in self._going:
+            one.settle(states.get(one.bias, {}))
