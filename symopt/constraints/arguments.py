@@ -40,7 +40,7 @@ def shown(own: tuple[Field[object], ...], of: object) -> list[str]:
 def _accepts(cls: type, args: tuple[object, ...], given: dict[str, object]) -> bool:
     try:
         cls(*args, **given)
-    except (TypeError, ValueError):
+    except Exception:  # whatever a value of the wrong kind runs into
         return False
     return True
 

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from symopt.constraints import Constraint, GroupSparse
-from symopt.module.annotation import Annotation
+from symopt.module.annotation import Annotation, callers_level
 from symopt.module.roles import (
     Named,
     component,
@@ -93,7 +93,7 @@ def notes(
 def warn(texts: list[str]) -> None:
     """One warning, at the line that called ``constrain``."""
     if texts:
-        warnings.warn("constrain: " + "\n".join(texts), stacklevel=5)
+        warnings.warn("constrain: " + "\n".join(texts), stacklevel=callers_level())
 
 
 def _kept_free(kept: dict[str, str]) -> list[str]:

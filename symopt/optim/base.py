@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from symopt.constraints import Constraint
 from symopt.optim import checkpoint, compiled, dispatch, registry
 from symopt.optim.binding import Binding
 from symopt.optim.direction import Direction, Options, ParamGroup, State
@@ -37,14 +39,11 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         imbalance: initial plasticity c of each tensor, in units of its root mean square; 0 locks signs and makes zeros
             permanent from the start.  It decays by itself, or with ``total_steps`` by a schedule.
         backend: which kernel steps the constrained tensors: None for the best that can (:func:`symopt.explain` lists
-            them), ``"native"``, ``"triton"`` or ``"reference"``; a named one is used or an error says why not, and the
-            first two then step unconstrained tensors too, with float32 moments for those in half precision.
-        total_steps: length of the whole training in optimizer steps; every call of :meth:`step` counts but one that
-            GradScaler skips.  The imbalance is multiplied by ``exp(-25 / total_steps)`` per step, and budgets, which
-            need it, are ramped in and committed (docs/budgets.md).
-        commit: share of training, in (0, 1), after which structure is final: strengths are 0 from then on, so zeros
-            stay and the rest trains without shrinkage.  None: a strength never ends, a budget is committed at 60 %
-            (``LowRank`` at 14 %).
+            them), or ``"native"``, ``"triton"``, ``"reference"``: used, or an error says why not.  The first two then
+            step unconstrained tensors too, with float32 moments for those in half precision.
+        total_steps: length of the whole training in optimizer steps, all but those that GradScaler skips.  The
+            imbalance falls by ``exp(-25 / total_steps)`` per step; budgets, which need it, are ramped in and committed.
+        commit: share of training, in (0, 1), after which structure is final; None: 60 % for budgets, 14 % for ranks.
 
     ``weight_decay`` keeps torch's meaning and applies to unconstrained parameters only.
     """
@@ -61,9 +60,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         check_group(given, type(self).__name__)
         super().__init__(parameters_of(params), *args, **kwargs)
         self.defaults.update(given)
-        for group in self.param_groups:
-            for key, value in given.items():
-                group.setdefault(key, value)
+        for group, (key, value) in product(self.param_groups, given.items()):
+            group.setdefault(key, value)
         self.membership.look_up(self.param_groups)
         self.number = compiled.register(self)
         registry.register_owner(self)
@@ -84,6 +82,10 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         for group in self.param_groups:
             for binding in self.membership.of(group, self.param_groups).bindings:
                 yield group, binding
+
+    def constrained(self) -> Iterator[tuple[ParamGroup, Tensor, str, Constraint]]:
+        """Group, parameter, name and constraint of every constrained parameter."""
+        return ((group, p, b.name(p), b.constrained_by) for group, b in self.bindings() for p in b.parameters)
 
     def binding(self, p: Tensor) -> Binding:
         """What binds ``p``; without a constraint if nothing does."""
@@ -164,8 +166,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
     def load_state_dict(self, state_dict: ParamGroup) -> None:
         """As torch's, and loads torch.optim checkpoints; float state keeps the precision it was saved in.
 
-        Second moments saved per weight are averaged over each unit that shares one; group options that torch knows
-        nothing of stay as they are if the checkpoint has none.
+        Second moments saved per weight are averaged over each unit; options that the checkpoint lacks stay as they are,
+        and so do ``total_steps`` and ``commit`` if they were given.
 
         Raises:
             ValueError, TypeError: if it is no such optimizer's state, or another's, or does not fit the weights;
@@ -194,6 +196,5 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
             registry.register_owner(self)
         if self._loading is not None:
             self._loading.restore(self.param_groups, self.state, self.binding, self.direction)
-        for group in self.param_groups:
-            for key, value in DEFAULTS.items():
-                group.setdefault(key, self.defaults.get(key, value))
+        for group, (key, value) in product(self.param_groups, DEFAULTS.items()):
+            group.setdefault(key, self.defaults.get(key, value))

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import symopt
-from support.bound import constrained
 from support.cases import cases
 from support.table import ANY_SHAPE, CONSTRAINTS, ConstraintRow, OptimizerRow, constrained_parameter
 
@@ -50,7 +49,7 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 
 def bound_by(opt: Any) -> list[symopt.Constraint]:
-    return [constraint for *_, constraint in constrained(opt)]
+    return [constraint for *_, constraint in opt.constrained()]
 
 
 # ---------------------------------------------------------------------------------- constrain changes nothing you see
@@ -113,7 +112,7 @@ def test_class_decorator() -> None:
 def test_subclass_of_a_decorated_class() -> None:
     child = Child(3)
     assert symopt.constraints(child) == {"weight": GROUP}
-    assert [p for _, p, _, _ in constrained(symopt.SGD(child))] == [child.weight]
+    assert [p for _, p, _, _ in symopt.SGD(child).constrained()] == [child.weight]
     assert symopt.constraints(Grandchild(3)) == {"weight": GROUP, "extra": SPARSE}
     assert symopt.constraints(Child(3)) == {"weight": GROUP}
 
@@ -204,7 +203,7 @@ def test_tied_weights_are_one_constrained_tensor(row: OptimizerRow, pattern: str
     ends = []
     for module, params in ((net, symopt.param_groups(net)), (alone, alone.parameters())):
         opt = row.cls(params, lr=row.lr, **row.options)
-        assert [p for _, p, _, _ in constrained(opt)] == [next(module.parameters())]
+        assert [p for _, p, _, _ in opt.constrained()] == [next(module.parameters())]
         ends.append(next(iter(train(module, opt).values())))
     assert torch.equal(*ends)
 
@@ -282,7 +281,7 @@ def test_the_constraint_moves_with_the_module(move: Callable[[nn.Module], nn.Mod
     with pytest.warns(UserWarning, match=LOOSE):
         moved(torch.ones(2, 4))
     opt = symopt.AdamW(moved.parameters(), lr=0.01)
-    assert [p for _, p, _, _ in constrained(opt)] == [moved[0].weight, moved[2].weight]  # type: ignore[index]
+    assert [p for _, p, _, _ in opt.constrained()] == [moved[0].weight, moved[2].weight]  # type: ignore[index]
     assert same(train(moved, opt), want)
 
 
@@ -392,7 +391,7 @@ def test_weights_taken_away_from_the_module_are_not_forgotten() -> None:
 def test_an_optimizer_speaks_of_weights_by_their_qualified_names(given: Callable[[nn.Module], Any]) -> None:
     net = bound_mlp()
     opt = symopt.SGD(given(net), lr=0.1)
-    assert [name for _, _, name, _ in constrained(opt)] == ["0.weight", "2.weight"]
+    assert [name for _, _, name, _ in opt.constrained()] == ["0.weight", "2.weight"]
     index = torch.tensor([[0]])
     net[2].weight.grad = torch.sparse_coo_tensor(index, torch.ones(1, 6), (3, 6), check_invariants=True)
     with pytest.raises(RuntimeError, match=r"^2\.weight: sparse"):

@@ -31,7 +31,7 @@ def shared(constraint: symopt.Constraint, *names: str) -> nn.Sequential:
 def take_step(net: nn.Module, *optimizers: symopt.SGD) -> None:
     for opt in optimizers:
         opt.reschedule(2_000)
-    net(torch.randn(5, 4, generator=torch.Generator().manual_seed(0))).square().mean().backward()
+    net(torch.randn(5, net[0].in_features, generator=torch.Generator().manual_seed(0))).square().mean().backward()
     for opt in optimizers:
         opt.step()
 
@@ -114,7 +114,7 @@ def test_other_networks_with_equal_constraints_are_others(constraint: symopt.Con
 
 @cases(constraint=SHARED.values())
 def test_budgets_of_calls_of_their_own_on_parts_are_not_mixed_up(constraint: symopt.Constraint) -> None:
-    net = network()
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
     for k in (0, 2):
         symopt.constrain(net[k], {"weight": constraint})
     opts = [symopt.SGD(net[k].parameters(), lr=0.5) for k in (0, 2)]

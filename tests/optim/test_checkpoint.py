@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import symopt
-from support.bound import constrained
 from support.cases import cases, pairs
 from support.table import ANY_SHAPE, CONSTRAINTS, ConstraintRow, OptimizerRow, constrained_parameter
 from support.tolerances import tolerance
@@ -139,7 +138,7 @@ def test_an_optimizer_copied_without_its_module_keeps_the_constraint(
     pair = (module := build(FEW[0]), optimizer(row, module))
     steps(pair, 0, 5)
     alone = copied(pair[1])
-    assert [c for _, _, _, c in constrained(alone)] == list(symopt.constraints(module).values())
+    assert [c for _, _, _, c in alone.constrained()] == list(symopt.constraints(module).values())
     steps(pair, 5, 20)
     params = alone.param_groups[0]["params"]
     for t in range(5, 20):
@@ -157,7 +156,7 @@ def test_a_deepcopy_of_the_module_alone_is_constrained(row: OptimizerRow, bound:
     for pair in pairs:
         steps(pair, 0, 20)
     assert_same(*pairs)
-    assert len(list(constrained(pairs[1][1]))) == 1
+    assert len(list(pairs[1][1].constrained())) == 1
 
 
 @cases(row=SOME, bound=FEW, low=[torch.bfloat16, torch.float16])
@@ -406,7 +405,7 @@ def test_an_averaged_copy_is_never_silently_plain(kind: str) -> None:
     average.eval()(torch.ones(2, 4))  # evaluation is what averages are for: no warning (the suite makes one an error)
     with pytest.warns(UserWarning, match=r"0\.weight.*1\.weight"):
         average.train()(torch.ones(2, 4))
-    assert len(list(constrained(symopt.AdamW(average.parameters())))) == 2
+    assert len(list(symopt.AdamW(average.parameters()).constrained())) == 2
 
 
 # ------------------------------------------------------------------------------------------------ refusals and hooks

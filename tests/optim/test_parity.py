@@ -20,7 +20,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import symopt
-from support.bound import constrained
 from support.cases import cases, pairs
 from support.table import OPTIMIZERS, OptimizerRow
 from support.tolerances import tolerance
@@ -605,7 +604,7 @@ def test_every_form_of_construction_binds_the_constraints(row: OptimizerRow) -> 
         if form == "add_param_group":
             opt.add_param_group({"params": module.bound1})
             opt.add_param_group({"params": [module.plain1, module.bound0, module.scalar, module.plain2]})
-        assert {name: c for _, _, name, c in constrained(opt)} == symopt.constraints(module)
+        assert {name: c for _, _, name, c in opt.constrained()} == symopt.constraints(module)
         for t in range(STEPS):
             set_gradients(dict(module.named_parameters()), t)
             opt.step()
@@ -667,7 +666,7 @@ def test_differentiable_constrained_steps(row: OptimizerRow, constraint: symopt.
         w = start.clone() * torch.ones_like(grad)
         module._parameters["weight"] = w  # type: ignore[assignment]
         opt = row.cls([w], lr=row.lr, differentiable=True, **row.options)
-        assert len(list(constrained(opt))) == 1
+        assert len(list(opt.constrained())) == 1
         for t in range(3):
             w.grad = grad * (1 + t)
             opt.step()

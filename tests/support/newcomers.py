@@ -147,7 +147,7 @@ class Columns(Constraint):
 
     @property
     def same(self) -> symopt.GroupSparse:
-        return symopt.GroupSparse("in", self.strength)
+        return symopt.GroupSparse("in", strength=self.strength)
 
     def partition(self, w: Tensor, index: Tensor | None = None) -> Groups:
         found = self.same.partition(w)

@@ -85,7 +85,7 @@ def padded(c: Constraint, state: State, p: Tensor) -> dict[str, Tensor]:
     found = {}
     for key, value in state.items():
         if key.startswith("factor_") and value.dim() == 2:
-            found[key] = torch.nn.functional.pad(value, (0, max(0, most - live)))
+            found[key] = torch.cat([value, value.new_zeros(len(value), max(0, most - live))], dim=1)
     return found
 
 
