@@ -73,6 +73,8 @@ def settle_parametrized(model: nn.Module) -> None:
             if binding.parameter(i) is None and parametrize.is_parametrized(owner, attribute):
                 training = owner.training
                 owner.eval()  # in which spectral norms do not iterate
+                kind = type(owner)  # torch removes the weight from the class, which a copy shares with the original
+                owner.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
                 with torch.enable_grad():  # or torch takes it for a constant
                     parametrize.remove_parametrizations(owner, attribute)
                 owner.training = training

@@ -52,8 +52,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
     """What it makes of a gradient."""
 
     def __init__(self, params: Params, *args: Any, **kwargs: Any) -> None:
-        self.membership = Membership(type(self).__name__, self.direction)
-        self.schedule = Schedule(self.direction)
+        self.membership, self.schedule = Membership(type(self).__name__, self.direction), Schedule(self.direction)
         self._slots: dispatch.Slots = {}
         self._loading: checkpoint.Loading | None = None
         given = {key: kwargs.pop(key, value) for key, value in DEFAULTS.items()}

@@ -48,8 +48,8 @@ def _step_whole(slot: Slot, options: Options, grad_scale: Tensor | None) -> None
     grad = _minimised(grad, options, grad_scale)
     if options.get("differentiable", False):
         w = w.clone()  # the step saves it for backward and then overwrites it
+    lr, strength = _rates(slot, options, grad.dtype)
     update, gain = direction.update(options, state, grad, groups, decoupled=slot.decoupled)
-    lr, strength = _rates(slot, options, update.dtype)
     if binding.automatic(options) if constraint.is_plane else False:  # for the steps to come
         decoupled = direction.decoupled(options)
         if decoupled:
