@@ -100,7 +100,7 @@ def test_all_weights_are_in_one_warning_and_those_that_are_met_are_not():
 def test_a_shared_budget_is_judged_as_a_whole(scope):
     """A tensor that died leaves its room to others, and what is over is said of every tensor."""
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6))
-    symopt.constrain(net, {"*.weight": symopt.GroupSparse("out", keep=0.5, scope=scope)})
+    symopt.constrain(net, {("0.weight", "2.weight"): symopt.GroupSparse("out", keep=0.5, scope=scope)})
     with torch.no_grad():
         net[0].weight.zero_()
         net[2].weight[5:] = 0
