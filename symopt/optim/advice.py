@@ -113,6 +113,8 @@ class Advice:
         if total is None or p in self._judged:
             return None
         lr = max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
+        if lr == 0 and constraint.budget is not None:
+            return None  # it will not stay so
         options = {**group, "lr": lr}
         active, own, decoupled = total if group["commit"] is None else group["commit"] * total, None, None
         if constraint.budget is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 from torch import Tensor
 
@@ -64,9 +64,11 @@ def commit(entries: Iterable[Entry], direction: Direction) -> None:
 
 
 def restore(entries: Iterable[Entry], direction: Direction) -> None:
-    """Meet committed budgets again where weights were loaded that do not."""
+    """Meet committed budgets again where weights were loaded that do not; what is frozen stays as it is."""
     weights = {weight_of(e.binding, e.states): e for e in entries}
-    exceeded = [pool for pool in _pools(weights) if pool.exceeded]
+    settled = {weight for weight, e in weights.items() if e.committed and e.frozen}
+    waiting = {weight for weight, e in weights.items() if not e.committed}
+    exceeded = [pool for pool in _pools(weights, settled, waiting) if pool.exceeded]
     found = [(weights[weight], weight.live, weight.units) for pool in exceeded for weight in pool.weights]
     for pool in exceeded:
         _prune(pool, [weights[weight] for weight in pool.weights], direction)
@@ -82,10 +84,12 @@ def _aligned(entries: Iterable[Entry]) -> dict[BudgetedWeight, Entry]:
     return found
 
 
-def _pools(weights: Members, settled: Iterable[BudgetedWeight] = ()) -> list[Pool]:
-    found = pools(weights, set(settled))
+def _pools(
+    weights: Members, settled: Set[BudgetedWeight] = frozenset(), waiting: Set[BudgetedWeight] = frozenset()
+) -> list[Pool]:
+    found = pools(weights, settled, waiting)
     for pool in found:
-        members = [weights[weight] for weight in (*pool.weights, *pool.settled)]
+        members = [weights[weight] for weight in (*pool.weights, *pool.settled, *pool.waiting)]
         if len({e.course for e in members}) > 1:
             raise ValueError(advice.different_lengths([e.binding for e in members]))
     return found

@@ -196,7 +196,7 @@ class Schedule:
             if any(not e.committed and not e.frozen for e in entries):
                 budgeting.commit(entries, self.direction)
             elif step % course.plan.every == 0:
-                budgeting.restore([e for e in entries if e.committed and not e.frozen], self.direction)
+                budgeting.restore(entries, self.direction)
             if step == last:
                 advice.frozen_at_commit([e for e in entries if not e.committed])
         if self._every and (self.steps == 1 or self.steps % self._every == 0):
