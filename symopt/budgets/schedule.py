@@ -97,8 +97,10 @@ def ramp(pool: Pool, scheduled: Iterable[Scheduled], course: Course, step: int) 
     items = _of_pool(pool, scheduled)
     limits, enough = pool.thresholds(pool.at(left)), _enough(pool, items, course)
     for item, limit in zip(items, limits, strict=True):
-        kept = limit if enough is None else torch.where(enough, limit, -1.0)
-        yield Decision(item, _strengths(item, pool, course, kept, left))
+        if enough is not None:
+            size = limit if isinstance(limit, Tensor) else torch.tensor(limit, dtype=torch.float64)
+            limit = torch.where(enough.to(size.device), size, -1.0)
+        yield Decision(item, _strengths(item, pool, course, limit, left))
 
 
 def _enough(pool: Pool, items: list[Scheduled], course: Course) -> Tensor | None:

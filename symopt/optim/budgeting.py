@@ -9,7 +9,7 @@ from torch import Tensor
 from symopt.budgets import schedule as rules
 from symopt.budgets.pools import BudgetedWeight, Pool, pools
 from symopt.budgets.schedule import Course, Decision
-from symopt.budgets.state import BUDGET
+from symopt.budgets.state import BUDGET, BudgetState
 from symopt.constraints.planes.plane import parts
 from symopt.optim import advice
 from symopt.optim.budgeted import before, scheduled, weight_of
@@ -28,10 +28,12 @@ def has_changed(entry: Entry) -> bool:
     return (float(old.target), int(old.run)) != (weight.target, weight.run)
 
 
-def begin(entries: Iterable[Entry], direction: Direction, grad_scale: Tensor | None) -> None:
+def begin(
+    entries: Iterable[Entry], direction: Direction, grad_scale: Tensor | None, *, placeholders: bool = False
+) -> None:
     """Give budgets that have no numbers yet their first ones; a weight that meets its budget is committed.
 
-    ``entries`` are all that have a budget; numbers from before the first step are only placeholders.
+    ``entries`` are all that have a budget; ``placeholders``, which change nothing, stand until the first step.
     """
     weights = {weight_of(e.binding, e.states): e for e in entries}
     for pool in _pools(weights):
@@ -46,7 +48,12 @@ def begin(entries: Iterable[Entry], direction: Direction, grad_scale: Tensor | N
         for e in members:
             if e.course is None:
                 raise ValueError(advice.no_length(e.binding))
-        _ramp(pool, members, direction, grad_scale)
+        if not placeholders:
+            _ramp(pool, members, direction, grad_scale)
+            continue
+        for weight, e in zip(pool.weights, members, strict=True):
+            item = scheduled(e, weight, direction)
+            _write(e, Decision(item, BudgetState(target=weight.target, run=weight.run)))
 
 
 def select(entries: Iterable[Entry], direction: Direction, grad_scale: Tensor | None) -> None:

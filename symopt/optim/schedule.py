@@ -34,12 +34,14 @@ States = Mapping[Tensor, State]
 _RATE = 25.0  # exp(-25 k / N) passes SNAP after 55 % of training: the rest settles what is left with zeros permanent
 
 
-def in_force(group: Options, steps: int) -> ParamGroup:
-    """The options of a param group with what its schedule adds after ``steps`` steps.
+def in_force(group: Options, steps: int | None) -> ParamGroup:
+    """The options of a param group with what its schedule adds after ``steps`` steps; None: in a step that is none.
 
     ``imbalance_factor`` multiplies the imbalance in the step (None: the automatic law), and from the commit on
     (``committed``) the structure that a strength has found is final.
     """
+    if steps is None:
+        return {**group, "imbalance_factor": 1.0, "committed": False}
     total, commit = group["total_steps"], group["commit"]
     if total is None:
         return {**group, "imbalance_factor": None, "committed": False}
@@ -68,6 +70,11 @@ class Schedule:
         self._only_creates_state = False
         self._advice = advice.Advice(direction)
 
+    @property
+    def taken(self) -> int | None:
+        """Steps counted, or None in the step that distributed checkpoints take so that state exists."""
+        return None if self._only_creates_state else self.steps
+
     def forget(self) -> None:
         """Read the state again, which has been replaced."""
         self._read = False
@@ -85,7 +92,7 @@ class Schedule:
         elif self.steps:
             return
         if not self.steps and not self._only_creates_state:
-            self._advice.before(self._entries)
+            self._advice.before(self._entries, grad_scale)
 
     def _holds(self, pairs: Pairs, states: States) -> bool:
         if not self._read or len(pairs) != len(self._seen):
@@ -141,7 +148,8 @@ class Schedule:
         for entry in self._entries:
             if entry.course is not None:
                 self._courses.setdefault((entry.clock, entry.course), []).append(entry)
-        budgeting.begin([e for e in self._entries if e.budgeted], self.direction, grad_scale)
+        budgeted = [e for e in self._entries if e.budgeted]
+        budgeting.begin(budgeted, self.direction, grad_scale, placeholders=self._only_creates_state)
         self._read = True
 
     def _course(self, group: ParamGroup, binding: Binding) -> Course | None:
@@ -200,7 +208,7 @@ class Schedule:
             if step == last:
                 advice.frozen_at_commit([e for e in entries if not e.committed])
         if self._every and (self.steps == 1 or self.steps % self._every == 0):
-            self._advice.after(self._entries, self.steps)
+            self._advice.after(self._entries, self.steps, grad_scale)
 
 
 def _counted(states: list[State]) -> list[int]:
