@@ -77,9 +77,11 @@ class Pool:
     weights: tuple[BudgetedWeight, ...]
     settled: tuple[BudgetedWeight, ...] = ()
     """Others that share it and whose support is committed: what lives of them is taken from it."""
+    waiting: tuple[BudgetedWeight, ...] = ()
+    """Others that share it and whose support is not chosen yet: one unit of each is left to them."""
 
     def __post_init__(self) -> None:
-        every = (*self.weights, *self.settled)
+        every = (*self.weights, *self.settled, *self.waiting)
         units = sum(m.units * m.cost for m in every)
         if (
             self.budget.scope != "tensor" and self.budget.count(units) > units
@@ -117,9 +119,10 @@ class Pool:
     @property
     def count(self) -> float:
         """What the units that live in the end may take: their number, or multiply-adds."""
-        taken = sum(m.live * m.cost for m in self.settled)
-        whole = self.budget.count(self.total + sum(m.units * m.cost for m in self.settled))
-        return max(whole - taken, self._least) if self.settled else whole
+        others = (*self.settled, *self.waiting)
+        taken = sum(m.live * m.cost for m in self.settled) + sum(m.cost for m in self.waiting)
+        whole = self.budget.count(self.total + sum(m.units * m.cost for m in others))
+        return max(whole - taken, self._least) if others else whole
 
     @property
     def live(self) -> int:
@@ -194,10 +197,14 @@ class Pool:
         return [~x for x in kept]
 
 
-def pools(weights: Iterable[BudgetedWeight], settled: Container[BudgetedWeight] = ()) -> list[Pool]:
+def pools(
+    weights: Iterable[BudgetedWeight],
+    settled: Container[BudgetedWeight] = (),
+    waiting: Container[BudgetedWeight] = (),
+) -> list[Pool]:
     """Weights with equal constraints share a budget if its scope is not a tensor; every other has its own.
 
-    Those that are ``settled`` stay as they are; a pool of which all are is left out.
+    Those that are ``settled`` or ``waiting`` stay as they are; a pool of which all are is left out.
     """
     shared: dict[Constraint, list[BudgetedWeight]] = {}
     alone: list[list[BudgetedWeight]] = []
@@ -207,8 +214,10 @@ def pools(weights: Iterable[BudgetedWeight], settled: Container[BudgetedWeight] 
             shared.setdefault(m.constraint.shared_budget(), []).append(m)
         elif budget is not None:
             alone.append([m])
-    found = [
-        (tuple(m for m in members if m not in settled), tuple(m for m in members if m in settled))
-        for members in (*alone, *shared.values())
-    ]
-    return [Pool(open_, closed) for open_, closed in found if open_]
+    found = []
+    for members in (*alone, *shared.values()):
+        closed, later = ([m for m in members if m in some] for some in (settled, waiting))
+        open_ = [m for m in members if m not in settled and m not in waiting]
+        if open_:
+            found.append(Pool(tuple(open_), tuple(closed), tuple(later)))
+    return found

@@ -18,6 +18,7 @@ from symopt.budgets.selection import Threshold
 from symopt.budgets.state import BudgetState
 from symopt.constraints import Constraint
 from symopt.constraints.budget import BudgetPlan
+from symopt_kernels.reference.gauge import SNAP
 
 __all__ = ["Course", "Decision", "Scheduled", "commit", "committed", "largest_decay", "ramp"]
 
@@ -66,6 +67,8 @@ class Scheduled:
     """Given for the units kept, or None."""
     largest_decay: Tensor | None
     """Bound from :func:`largest_decay`; None: no bound."""
+    metric_scale: Tensor
+    """What sizes are measured by: a unit that falls below SNAP times this dies."""
     before: BudgetState
     """As the last selection left it."""
 
@@ -91,8 +94,26 @@ def _of_pool(pool: Pool, scheduled: Iterable[Scheduled]) -> list[Scheduled]:
 def ramp(pool: Pool, scheduled: Iterable[Scheduled], course: Course, step: int) -> Iterator[Decision]:
     """What the weights of a pool, all of which are ``scheduled``, decay by until the next selection."""
     left = course.remaining(step)
-    for item, limit in zip(_of_pool(pool, scheduled), pool.thresholds(pool.at(left)), strict=True):
+    items = _of_pool(pool, scheduled)
+    limits, enough = pool.thresholds(pool.at(left)), _enough(pool, items, course)
+    for item, limit in zip(items, limits, strict=True):
+        if enough is not None:
+            size = limit if isinstance(limit, Tensor) else torch.tensor(limit, dtype=torch.float64)
+            limit = torch.where(enough.to(size.device), size, -1.0)
         yield Decision(item, _strengths(item, pool, course, limit, left))
+
+
+def _enough(pool: Pool, items: list[Scheduled], course: Course) -> Tensor | None:
+    """Whether the budget is filled by units that outlive the steps until the next selection, even if all decay.
+
+    Else no unit is pruned for so long: units without a gradient would die together, and the budget would be missed.
+    None where decay is not bounded.
+    """
+    if not all(_bounded(item, pool) for item in items):
+        return None
+    least = SNAP * (1 - MAX_RELATIVE_DECAY) ** (-2 * course.plan.every)
+    found = [(item.weight.sizes().abs() > least * item.metric_scale).sum() * item.weight.cost for item in items]
+    return torch.stack([n.to(found[0].device) for n in found]).sum() >= pool.count
 
 
 def commit(pool: Pool, scheduled: Iterable[Scheduled]) -> Iterator[Decision]:
@@ -122,10 +143,14 @@ def _strengths(item: Scheduled, pool: Pool, course: Course, limit: Threshold, le
         kept, pruned = item.before.strength_kept, item.before.strength_pruned
     # Units without a gradient fill a large budget, and do not come back: what drifts over the threshold must be alive
     # when the next selection looks.
-    bounded = not pool.pattern and item.largest_decay is not None and pool.share > LARGE_BUDGET
-    most = item.largest_decay if bounded and item.largest_decay is not None else math.inf
+    most = item.largest_decay if _bounded(item, pool) and item.largest_decay is not None else math.inf
     factor = math.exp(-plan.plasticity / course.last)
     return BudgetState(kept, pruned, limit, factor, most, item.weight.target, item.weight.run)
+
+
+def _bounded(item: Scheduled, pool: Pool) -> bool:
+    """Whether a pruned unit decays by no more than its bound."""
+    return not pool.pattern and item.largest_decay is not None and pool.share > LARGE_BUDGET
 
 
 def largest_decay(constraint: Constraint, gain: float | Tensor, metric_scale: Tensor) -> Tensor | None:

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -89,16 +89,16 @@ class Advice:
         self._judged: set[Tensor] = set()
         self._dead: set[Tensor] = set()
 
-    def before(self, entries: Sequence[Entry]) -> None:
+    def before(self, entries: Sequence[Entry], grad_scale: Tensor | None) -> None:
         """Warn where the steps are too few for what is asked, as far as it is known before a step."""
-        found = [(e, x) for e in entries if (x := self._too_few(e)) is not None]
+        found = [(e, x) for e in entries if (x := self._too_few(e, grad_scale)) is not None]
         for budgets in (True, False):
             _too_few_steps([(e, x) for e, x in found if (e.course is not None) == budgets], self._direction)
 
-    def after(self, entries: Sequence[Entry], steps: int) -> None:
+    def after(self, entries: Sequence[Entry], steps: int, grad_scale: Tensor | None) -> None:
         """Warn of what shows after a step."""
         if steps == 1:
-            self.before(entries)  # Adam's preconditioner is known only now
+            self.before(entries, grad_scale)  # Adam's preconditioner is known only now
         dead = []
         for e in entries:
             if e.group["total_steps"] is None:
@@ -114,21 +114,26 @@ class Advice:
                 "strength, or a budget, which every tensor survives"
             )
 
-    def _too_few(self, entry: Entry) -> tuple[float, float, float] | None:
-        """Steps needed, steps there are, and the lr of both; None if all is well, not known yet or judged before."""
+    def _too_few(self, entry: Entry, grad_scale: Tensor | None) -> _Lack | None:
+        """None if all is well, not known yet or judged before."""
         group, binding, state, course = entry.group, entry.binding, entry.states[0], entry.course
         constraint, total, p = binding.constrained_by, group["total_steps"], binding.parameters[0]
         if total is None or p in self._judged:
             return None
         lr = max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
+        if lr == 0 and constraint.budget is not None:
+            return None  # it will not stay so
         options = {**group, "lr": lr}
-        active, own, decoupled = total if group["commit"] is None else group["commit"] * total, None, None
+        share, own, decoupled = 1.0 if group["commit"] is None else group["commit"], None, None
+        rounding, active = 0.0, float(share * total)
         if constraint.budget is not None:
             assert course is not None
             # What leaves the budget last has from the end of the ramp to the commit.
-            active = max(1, round(course.last * (1 - course.plan.ramp / course.plan.commit)))
+            plan = course.plan
+            commit, last = plan.commit if course.commit is None else course.commit, 1 - plan.ramp / plan.commit
+            share, rounding, active = commit * last, 0.5 / commit, max(1.0, course.last * last)
             units = weight_of(binding, entry.states).units
-            unit = float(unit_of(binding, self._direction, entry.states, units, None))
+            unit = float(unit_of(binding, self._direction, entry.states, units, grad_scale))
             if unit == 0 or not math.isfinite(unit):
                 return None
             own, decoupled = course.plan.strength_pruned * unit, True
@@ -136,20 +141,34 @@ class Advice:
         if needed is None:
             return None
         self._judged.add(p)
-        return None if needed <= active else (needed, active, lr)
+        if needed <= active:
+            return None
+        return _Lack(needed / active, active, lr, needed / share + rounding)
 
 
-def _too_few_steps(found: list[tuple[Entry, tuple[float, float, float]]], direction: Direction) -> None:
+@final
+class _Lack(NamedTuple):
+    """What a training lacks for what is asked of it."""
+
+    factor: float
+    """Steps needed over those there are."""
+    active: float
+    """Steps there are."""
+    lr: float
+    enough: float
+    """``total_steps`` that would do."""
+
+
+def _too_few_steps(found: list[tuple[Entry, _Lack]], direction: Direction) -> None:
     if not found:
         return
     names = _names(e.binding.label for e, _ in found)
-    entry, (needed, active, lr) = max(found, key=lambda x: x[1][0] / x[1][1])
+    entry, (factor, active, lr, enough) = max(found, key=lambda x: x[1].factor)
     group, constraint, total = entry.group, entry.binding.constrained_by, entry.group["total_steps"]
-    factor = needed / active
     if entry.course is not None and not math.isinf(factor):
         _warn(
             f"{names}: {total} steps at lr {lr:.4g} are too few to ramp {_its(found)} budget in; what is cut will not "
-            f"have decayed; use lr >= {_up(lr * factor)} or {math.ceil(total * factor)} steps"
+            f"have decayed; use lr >= {_up(lr * factor)} or {math.ceil(enough)} steps"
         )
         return
     listed = isinstance(constraint, Composed)  # its strength multiplies those in the list
@@ -158,7 +177,7 @@ def _too_few_steps(found: list[tuple[Entry, tuple[float, float, float]]], direct
         fix = "give an lr > 0" if lr == 0 else "give a strength > 0"
     else:
         more = f"strengths {_up(factor)} times as large" if listed else f"strength >= {_up(strength * factor)}"
-        fix = f"use lr >= {_up(lr * factor)}, {more}, or {math.ceil(total * factor)} steps"
+        fix = f"use lr >= {_up(lr * factor)}, {more}, or {math.ceil(enough)} steps"
     at = f"lr {lr:.4g}" if listed else f"lr {lr:.4g} and strength {strength:.4g}"
     before = "" if group["commit"] is None else " before the commit"
     _warn(

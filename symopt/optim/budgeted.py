@@ -42,15 +42,15 @@ def scheduled(
     constraint = binding.constrained_by
     p, count = binding.parameters[0], sum(q.numel() for q in binding.parameters)
     normalised = direction.scaled_by is not None
-    scale = torch.ones((), dtype=weight.w.dtype, device=p.device)
-    if options["time_scale"] == "saturated":
-        scale = metric_scale(binding, options, states[0]).to(scale)
+    scale = metric_scale(binding, options, states[0]).to(dtype=weight.w.dtype, device=p.device)
+    of_step = scale if options["time_scale"] == "saturated" else torch.ones_like(scale)
     gain = direction.gain(options, 1.0, None, p.shape, decoupled=True)
     if normalised:
         gain = gain * math.sqrt(count / weight.units)
     given = options["strength"] if options["strength"] is not None else constraint.strength
     found = unit(binding, direction, states, weight.units, grad_scale)
-    return Scheduled(weight, found, given, largest_decay(constraint, gain, scale), before(states))
+    most = largest_decay(constraint, gain, of_step)
+    return Scheduled(weight, found, given, most, scale, before(states))
 
 
 def unit(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 from torch import Tensor
 
 from symopt.budgets import schedule as rules
 from symopt.budgets.pools import BudgetedWeight, Pool, pools
 from symopt.budgets.schedule import Course, Decision
-from symopt.budgets.state import BUDGET
+from symopt.budgets.state import BUDGET, BudgetState
 from symopt.constraints.planes.plane import parts
 from symopt.optim import advice
 from symopt.optim.budgeted import before, scheduled, weight_of
@@ -28,10 +28,12 @@ def has_changed(entry: Entry) -> bool:
     return (float(old.target), int(old.run)) != (weight.target, weight.run)
 
 
-def begin(entries: Iterable[Entry], direction: Direction, grad_scale: Tensor | None) -> None:
+def begin(
+    entries: Iterable[Entry], direction: Direction, grad_scale: Tensor | None, *, placeholders: bool = False
+) -> None:
     """Give budgets that have no numbers yet their first ones; a weight that meets its budget is committed.
 
-    ``entries`` are all that have a budget; numbers from before the first step are only placeholders.
+    ``entries`` are all that have a budget; ``placeholders``, which change nothing, stand until the first step.
     """
     weights = {weight_of(e.binding, e.states): e for e in entries}
     for pool in _pools(weights):
@@ -46,7 +48,12 @@ def begin(entries: Iterable[Entry], direction: Direction, grad_scale: Tensor | N
         for e in members:
             if e.course is None:
                 raise ValueError(advice.no_length(e.binding))
-        _ramp(pool, members, direction, grad_scale)
+        if not placeholders:
+            _ramp(pool, members, direction, grad_scale)
+            continue
+        for weight, e in zip(pool.weights, members, strict=True):
+            item = scheduled(e, weight, direction)
+            _write(e, Decision(item, BudgetState(target=weight.target, run=weight.run)))
 
 
 def select(entries: Iterable[Entry], direction: Direction, grad_scale: Tensor | None) -> None:
@@ -64,9 +71,11 @@ def commit(entries: Iterable[Entry], direction: Direction) -> None:
 
 
 def restore(entries: Iterable[Entry], direction: Direction) -> None:
-    """Meet committed budgets again where weights were loaded that do not."""
+    """Meet committed budgets again where weights were loaded that do not; what is frozen stays as it is."""
     weights = {weight_of(e.binding, e.states): e for e in entries}
-    exceeded = [pool for pool in _pools(weights) if pool.exceeded]
+    settled = {weight for weight, e in weights.items() if e.committed and e.frozen}
+    waiting = {weight for weight, e in weights.items() if not e.committed}
+    exceeded = [pool for pool in _pools(weights, settled, waiting) if pool.exceeded]
     found = [(weights[weight], weight.live, weight.units) for pool in exceeded for weight in pool.weights]
     for pool in exceeded:
         _prune(pool, [weights[weight] for weight in pool.weights], direction)
@@ -82,10 +91,12 @@ def _aligned(entries: Iterable[Entry]) -> dict[BudgetedWeight, Entry]:
     return found
 
 
-def _pools(weights: Members, settled: Iterable[BudgetedWeight] = ()) -> list[Pool]:
-    found = pools(weights, set(settled))
+def _pools(
+    weights: Members, settled: Set[BudgetedWeight] = frozenset(), waiting: Set[BudgetedWeight] = frozenset()
+) -> list[Pool]:
+    found = pools(weights, settled, waiting)
     for pool in found:
-        members = [weights[weight] for weight in (*pool.weights, *pool.settled)]
+        members = [weights[weight] for weight in (*pool.weights, *pool.settled, *pool.waiting)]
         if len({e.course for e in members}) > 1:
             raise ValueError(advice.different_lengths([e.binding for e in members]))
     return found

@@ -117,8 +117,10 @@ class Loading:
             length = ("total_steps", "commit") if before["total_steps"] is not None else ()
             group.update({key: value for key, value in before.items() if key not in saved or key in length})
             for i, p in zip(saved["params"], group["params"], strict=True):
-                constrained = binding(p).constraint is not None
-                for key, value in self.final["state"].get(i, {}).items():
+                loaded = self.final["state"].get(i, {})
+                # It may be constrained only after this.
+                constrained = binding(p).constraint is not None or PROGRESS in loaded
+                for key, value in loaded.items():
                     if key == "step" and isinstance(value, Tensor):
                         states[p][key] = states[p][key].clone()  # torch keeps the checkpoint's own tensor
                     elif constrained and key == "group_index" and value.is_floating_point():

@@ -63,7 +63,7 @@ def step_groups(
             schedule.complete(binding, pairs, states, grad_scale)
             return _looked_up(binding, membership.direction, options, states, key)
 
-        options = in_force(group, schedule.steps, creates_state=schedule.only_creates_state)
+        options = in_force(group, schedule.taken)
         _step_group(
             of_group, membership.direction, group, options, states, slots, look_up, step_plain, grad_scale, found_inf
         )

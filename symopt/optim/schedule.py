@@ -35,14 +35,16 @@ States = Mapping[Tensor, State]
 _RATE = 25.0  # exp(-25 k / N) passes SNAP after 55 % of training: the rest settles what is left with zeros permanent
 
 
-def in_force(group: Options, steps: int, *, creates_state: bool = False) -> ParamGroup:
-    """The options of a param group with what its schedule adds after ``steps`` steps.
+def in_force(group: Options, steps: int | None) -> ParamGroup:
+    """The options of a param group with what its schedule adds after ``steps`` steps; None: in a step that is none.
 
     ``imbalance_factor`` multiplies the imbalance in the step (None: the automatic law), and from the commit on
     (``committed``) the structure that a strength has found is final.  ``creates_state``: the step does nothing else.
     """
+    if steps is None:
+        return {**group, "creates_state": True, "imbalance_factor": 1.0, "committed": False}
     total, commit = group["total_steps"], group["commit"]
-    own = {"creates_state": creates_state, "imbalance_factor": None, "committed": False}
+    own = {"creates_state": False, "imbalance_factor": None, "committed": False}
     if total is None:
         return {**group, **own}
     committed = commit is not None and steps >= commit * total
@@ -68,10 +70,15 @@ class Schedule:
         self._seen: list[tuple[GroupBindings, int | None, float | None]] = []
         self._every = 0
         """Steps between two looks for weights that have died; 0 without a length."""
-        self.only_creates_state = False
+        self._only_creates_state = False
         self._biases = Biases((), ())
         self._bias_goes = False
         self._advice = advice.Advice(direction)
+
+    @property
+    def taken(self) -> int | None:
+        """Steps counted, or None in the step that distributed checkpoints take so that state exists."""
+        return None if self._only_creates_state else self.steps
 
     def forget(self) -> None:
         """Read the state again, which has been replaced."""
@@ -89,13 +96,13 @@ class Schedule:
     def _begin(self, pairs: Pairs, states: States, grad_scale: Tensor | None) -> None:
         if not self._holds(pairs, states):
             self._resume(pairs, states, grad_scale)
-        elif self.only_creates_state:  # as the step before did
-            self.only_creates_state = False
+        elif self._only_creates_state:  # as the step before did
+            self._only_creates_state = False
             budgeting.begin([e for e in self._entries if e.budgeted], self.direction, grad_scale)
         elif self.steps:
             return
-        if not self.steps and not self.only_creates_state:
-            self._advice.before(self._entries)
+        if not self.steps and not self._only_creates_state:
+            self._advice.before(self._entries, grad_scale)
 
     def _holds(self, pairs: Pairs, states: States) -> bool:
         if not self._read or len(pairs) != len(self._seen):
@@ -127,7 +134,7 @@ class Schedule:
         bound = [(group, binding) for group, found in pairs for binding in found.bindings]
         own = [[states[p] for p in binding.parameters] for _, binding in bound]
         counts = [_counted(states) for states in own]
-        self.only_creates_state = not any(counts) and not self._read and _is_empty(pairs)
+        self._only_creates_state = not any(counts) and not self._read and _is_empty(pairs)
         written = [t._version == v for c in self._clocks for t, v in zip(c.tensors, c.versions, strict=True)]
         if not self._read or not all(written):
             self.steps = max((x for found in counts for x in found), default=0)
@@ -151,7 +158,8 @@ class Schedule:
         for entry in self._entries:
             if entry.course is not None:
                 self._courses.setdefault((entry.clock, entry.course), []).append(entry)
-        budgeting.begin([e for e in self._entries if e.budgeted], self.direction, grad_scale)
+        budgeted = [e for e in self._entries if e.budgeted]
+        budgeting.begin(budgeted, self.direction, grad_scale, placeholders=self._only_creates_state)
         self._read = True
         self._biases = Biases(self._entries, [b.parameters[0] for _, found in pairs for b in found.unconstrained])
         self._look_at_biases()
@@ -180,7 +188,7 @@ class Schedule:
     @torch.no_grad()
     def end(self, states: States, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Count the step, and do what has come due."""
-        if self.only_creates_state:
+        if self._only_creates_state:
             return
         self.steps += 1
         for clock in self._clocks:
@@ -215,13 +223,13 @@ class Schedule:
                 budgeting.commit(entries, self.direction)
                 self._look_at_biases()
             elif step % course.plan.every == 0:
-                budgeting.restore([e for e in entries if e.committed and not e.frozen], self.direction)
+                budgeting.restore(entries, self.direction)
             if step == last:
                 advice.frozen_at_commit([e for e in entries if not e.committed])
         if self.steps % biases.EVERY == 0:
             self._look_at_biases()
         if self._every and (self.steps == 1 or self.steps % self._every == 0):
-            self._advice.after(self._entries, self.steps)
+            self._advice.after(self._entries, self.steps, grad_scale)
 
 
 def _counted(states: list[State]) -> list[int]:

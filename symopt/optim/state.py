@@ -148,7 +148,7 @@ def _begin(binding: Binding, options: Options, states: list[State]) -> None:
         locked = automatic or (constraint.budget is not None and is_committed(state))
         c, scale = constraint.start(w, 0.0 if locked else options["imbalance"], binding.groups(state))
         # The step of a distributed checkpoint that only creates state sees the weights of one that is being loaded.
-        if (locked and not automatic) or options["creates_state"]:
+        if (locked and not automatic) or options.get("creates_state", False):
             scale = torch.where(scale > 0, scale, 1.0)
         if not bool(scale > 0):
             raise ValueError(

@@ -155,7 +155,7 @@ def _keep(state: State, live: Tensor) -> None:
 
 def align(group: Options, state: State, p: Tensor) -> None:
     """Singular directions as of now, for a budget that is about to choose among them."""
-    if "factor_u" in state and float(state["factor_age"]) > 0 and not group["differentiable"]:
+    if "factor_u" in state and float(state["factor_age"]) > 0 and not group.get("differentiable", False):
         turn(state, group["time_scale"] == "saturated", None)
         write(state, p)
 
