@@ -17,6 +17,7 @@ from torch import Tensor
 from symopt.budgets.state import BUDGET, BudgetState
 from symopt.optim.direction import State
 from symopt.optim.entry import Entry
+from symopt.optim.options import ROWS
 from symopt_kernels.reference.gauge import math_dtype
 
 __all__ = ["EVERY", "Biases"]
@@ -27,6 +28,9 @@ EVERY = 20
 DECAY = 0.8
 """What multiplies a bias per step while its row goes; a running mean with momentum .1 follows."""
 
+DEAD = 2
+"""In the state: the row is zero for good; 1: it goes, 0: it lives."""
+
 NOISE = 1e-4
 """Relative to the gradient of its row, that of a bias on which nothing depends."""
 
@@ -36,21 +40,25 @@ FADED = 0.02
 
 @final
 class Bias:
-    """The bias of one weight's rows."""
+    """The bias of one weight's rows; which of them go is state of the weight, so that a resumed run knows it."""
 
-    __slots__ = ("before", "bias", "dead", "entry", "going", "i")
+    __slots__ = ("before", "bias", "entry", "goes", "i", "rows")
 
     def __init__(self, entry: Entry, i: int, bias: Tensor) -> None:
         self.entry, self.i, self.bias = entry, i, bias
-        self.going: Tensor | None = None
-        """Rows whose bias decays; None: none."""
-        self.dead: Tensor | None = None
-        """Those of them that are zero for good."""
+        state = entry.states[i]
+        if ROWS not in state:
+            state[ROWS] = torch.zeros(bias.shape, dtype=torch.uint8, device=bias.device)
+        self.rows: Tensor = state[ROWS]
+        self.goes = self._any()
         self.before: Tensor | None = None
+
+    def _any(self) -> bool:
+        """Whether any row goes; on a device, where the host does not wait to know, perhaps."""
+        return not self.rows.is_cpu or bool(self.rows.numpy().any())
 
     def look(self) -> None:
         """Which rows go, and which have gone."""
-        self.going = self.dead = None
         binding, state = self.entry.binding, self.entry.states[0]
         p, constraint, imbalance = binding.parameters[self.i], binding.constrained_by, state.get("imbalance")
         if constraint.is_plane or constraint.is_matrix or not isinstance(imbalance, Tensor):
@@ -65,14 +73,14 @@ class Bias:
             elif groups is not None:
                 pruned = constraint.pruned(p.detach(), threshold, groups)
                 going |= constraint.units(pruned, p.detach(), groups).reshape(p.shape).flatten(1).all(1)
-        if not going.is_cpu or bool(going.any()):
-            self.going, self.dead = going, dead
+        self.rows.copy_(torch.where(dead, DEAD, going))
+        self.goes = self._any()
 
     def _idle(self, p: Tensor) -> Tensor:
         """Whether the loss does not depend on the bias at all, as in front of a BatchNorm: its gradient is rounding."""
         if p.grad is None or self.bias.grad is None:
             return torch.zeros((), dtype=torch.bool, device=p.device)
-        rows, own = p.grad.flatten(1).norm(dim=1), self.bias.grad.abs()
+        rows, own = p.grad.flatten(1).abs().amax(1), self.bias.grad.abs()
         return (own <= NOISE * rows).all() & (rows > 0).any()
 
     def hold(self) -> None:
@@ -81,13 +89,14 @@ class Bias:
 
     def settle(self, state: State) -> None:
         """Undo what the step has done to those that go."""
-        if self.going is None or self.dead is None or self.before is None:
+        if self.before is None:
             return
-        self.bias.copy_(torch.where(self.going, DECAY * self.before, self.bias))
-        self.bias.masked_fill_(self.dead, 0.0)
+        going = self.rows > 0
+        self.bias.copy_(torch.where(going, DECAY * self.before, self.bias))
+        self.bias.masked_fill_(self.rows == DEAD, 0.0)
         for value in state.values():
             if isinstance(value, Tensor) and value.shape == self.bias.shape and value.is_floating_point():
-                value.masked_fill_(self.going, 0.0)
+                value.masked_fill_(going, 0.0)
 
 
 @final
@@ -102,13 +111,13 @@ class Biases:
             for i, bias in enumerate(entry.binding.biases)
             if bias is not None and id(bias) in steps
         ]
-        self._going: list[Bias] = []
+        self._going = [one for one in self._all if one.goes]
 
     def look(self) -> None:
         """Look at the rows again."""
         for one in self._all:
             one.look()
-        self._going = [one for one in self._all if one.going is not None]
+        self._going = [one for one in self._all if one.goes]
 
     @property
     def any(self) -> bool:

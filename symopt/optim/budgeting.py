@@ -19,7 +19,7 @@ from symopt.optim.own_step import own_step
 
 __all__ = ["begin", "commit", "has_changed", "restore", "select"]
 
-Members = Mapping[BudgetedWeight, Entry]
+Weights = Mapping[BudgetedWeight, Entry]
 
 
 def has_changed(entry: Entry) -> bool:
@@ -37,21 +37,21 @@ def begin(
     """
     weights = {weight_of(e.binding, e.states): e for e in entries}
     for pool in _pools(weights):
-        members = [weights[weight] for weight in pool.weights]
-        if all(BUDGET in e.states[0] and e.clock.steps for e in members):
+        rows = [weights[weight] for weight in pool.weights]
+        if all(BUDGET in e.states[0] and e.clock.steps for e in rows):
             continue
-        if pool.met and not any(BUDGET in e.states[0] and e.clock.steps for e in members):
-            for weight, e in zip(pool.weights, members, strict=True):
+        if pool.met and not any(BUDGET in e.states[0] and e.clock.steps for e in rows):
+            for weight, e in zip(pool.weights, rows, strict=True):
                 item = scheduled(e, weight, direction)
                 _write(e, Decision(item, rules.committed(weight), commits=True))
             continue
-        for e in members:
+        for e in rows:
             if e.course is None:
                 raise ValueError(advice.no_length(e.binding))
         if not placeholders:
-            _ramp(pool, members, direction, grad_scale)
+            _ramp(pool, rows, direction, grad_scale)
             continue
-        for weight, e in zip(pool.weights, members, strict=True):
+        for weight, e in zip(pool.weights, rows, strict=True):
             item = scheduled(e, weight, direction)
             _write(e, Decision(item, BudgetState(target=weight.target, run=weight.run)))
 
@@ -92,13 +92,13 @@ def _aligned(entries: Iterable[Entry]) -> dict[BudgetedWeight, Entry]:
 
 
 def _pools(
-    weights: Members, settled: Set[BudgetedWeight] = frozenset(), waiting: Set[BudgetedWeight] = frozenset()
+    weights: Weights, settled: Set[BudgetedWeight] = frozenset(), waiting: Set[BudgetedWeight] = frozenset()
 ) -> list[Pool]:
     found = pools(weights, settled, waiting)
     for pool in found:
-        members = [weights[weight] for weight in (*pool.weights, *pool.settled, *pool.waiting)]
-        if len({e.course for e in members}) > 1:
-            raise ValueError(advice.different_lengths([e.binding for e in members]))
+        rows = [weights[weight] for weight in (*pool.weights, *pool.settled, *pool.waiting)]
+        if len({e.course for e in rows}) > 1:
+            raise ValueError(advice.different_lengths([e.binding for e in rows]))
     return found
 
 
@@ -107,17 +107,17 @@ def _course(entry: Entry) -> Course:
     return entry.course
 
 
-def _ramp(pool: Pool, members: list[Entry], direction: Direction, grad_scale: Tensor | None) -> None:
-    items = [scheduled(e, weight, direction, grad_scale) for e, weight in zip(members, pool.weights, strict=True)]
-    course = _course(members[0])
-    step = min(members[0].clock.steps, course.last)
-    for e, decision in zip(members, rules.ramp(pool, items, course, step), strict=True):
+def _ramp(pool: Pool, rows: list[Entry], direction: Direction, grad_scale: Tensor | None) -> None:
+    items = [scheduled(e, weight, direction, grad_scale) for e, weight in zip(rows, pool.weights, strict=True)]
+    course = _course(rows[0])
+    step = min(rows[0].clock.steps, course.last)
+    for e, decision in zip(rows, rules.ramp(pool, items, course, step), strict=True):
         _write(e, decision)
 
 
-def _prune(pool: Pool, members: list[Entry], direction: Direction) -> None:
-    items = [scheduled(e, weight, direction) for e, weight in zip(members, pool.weights, strict=True)]
-    for e, decision in zip(members, rules.commit(pool, items), strict=True):
+def _prune(pool: Pool, rows: list[Entry], direction: Direction) -> None:
+    items = [scheduled(e, weight, direction) for e, weight in zip(rows, pool.weights, strict=True)]
+    for e, decision in zip(rows, rules.commit(pool, items), strict=True):
         if not e.frozen:
             _write(e, decision)
 

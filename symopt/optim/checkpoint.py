@@ -17,7 +17,7 @@ from torch import Tensor
 from symopt.budgets.state import BUDGET, BudgetState
 from symopt.optim.binding import Binding
 from symopt.optim.direction import Direction, Options, ParamGroup, State
-from symopt.optim.options import DEFAULTS, PROGRESS, check_group
+from symopt.optim.options import DEFAULTS, PROGRESS, ROWS, check_group
 from symopt.optim.own_step import own_step
 from symopt.optim.state import OWN_STATE, pack_moments
 
@@ -231,6 +231,8 @@ def _check_state(
             raise ValueError(f"{where}: {key} is a {type(value).__name__}, must be a tensor")
         if key == BUDGET:
             fits = BudgetState.fits(value)
+        elif key == ROWS:
+            fits = value.shape == p.shape[:1]
         elif factor:  # a matrix's factors have a rank, which is theirs to know
             fits = not value.is_complex() and (value.shape == p.shape or not key[len("factor_") :].isdigit())
         elif constraint is not None and key in moments and moments[key].per_unit:

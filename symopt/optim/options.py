@@ -11,10 +11,13 @@ from torch.optim.optimizer import ParamsT
 from symopt.backends import check_backend
 from symopt.constraints.base import check_number
 
-__all__ = ["DEFAULTS", "PROGRESS", "Params", "check_group", "check_length", "parameters_of"]
+__all__ = ["DEFAULTS", "PROGRESS", "ROWS", "Params", "check_group", "check_length", "parameters_of"]
 
 PROGRESS = "progress"
 """State key of a 0-dim float32 tensor: steps that the schedule has counted."""
+
+ROWS = "bias_rows"
+"""State key, uint8, one per row of a weight whose module has a bias: whether that goes, because the row does."""
 
 DEFAULTS: dict[str, Any] = {
     "strength": None,

@@ -162,7 +162,7 @@ class Schedule:
         budgeting.begin(budgeted, self.direction, grad_scale, placeholders=self._only_creates_state)
         self._read = True
         self._biases = Biases(self._entries, [b.parameters[0] for _, found in pairs for b in found.unconstrained])
-        self._look_at_biases()
+        self._bias_goes = self._biases.any
 
     def _look_at_biases(self) -> None:
         self._biases.look()

@@ -9,13 +9,13 @@ from symopt.budgets.state import BUDGET, is_committed
 from symopt.constraints import Constraint
 from symopt.optim.binding import Binding, shared_moment
 from symopt.optim.direction import Direction, Options, State
-from symopt.optim.options import PROGRESS
+from symopt.optim.options import PROGRESS, ROWS
 from symopt.optim.own_step import own_step
 from symopt_kernels.reference.gauge import math_dtype
 
 __all__ = ["OWN_STATE", "fit_plain", "flat_state", "pack_moments", "prepare", "refresh", "write_back"]
 
-OWN_STATE = ("imbalance", "metric_scale", "master", "group_index", BUDGET, "critical", PROGRESS)
+OWN_STATE = ("imbalance", "metric_scale", "master", "group_index", BUDGET, "critical", PROGRESS, ROWS)
 """State keys of the constraint, which torch.optim does not have."""
 
 _SHARED = ("step", "imbalance", "metric_scale", "critical", BUDGET)

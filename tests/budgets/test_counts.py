@@ -43,7 +43,8 @@ def test_one_of_all_units_is_not_refused(row: OptimizerRow) -> None:
 def test_a_part_of_a_module_with_a_shared_count_can_be_folded() -> None:
     net = symopt.constrain(three(), {NAMES[:2]: symopt.GroupSparse("out", keep=20, scope="global")})
     assert symopt.fold(net[1:2])[0].weight.shape == (12, 18)
-    assert int((symopt.fold(net[:2])[0].weight != 0).any(1).sum()) <= 20
+    with pytest.warns(UserWarning, match="2 budgets were not met"):
+        assert int((symopt.fold(net[:2])[0].weight != 0).any(1).sum()) <= 20
 
 
 @cases(constraint=[symopt.GroupSparse("out", keep=100), symopt.LowRank(rank=100)])

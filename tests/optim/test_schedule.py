@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import warnings
-from typing import Any
 
 import pytest
 import torch
@@ -13,9 +10,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 import symopt
-from support.cases import cases, pairs, some
+from support.cases import cases, pairs
 from support.courses import KINDS, MAKE, STEPS, Kind, Run, backward, begun, bits, network, optimizer, same, train
-from support.table import EVERY, ANY_SHAPE, EVERY_OPTIMIZER, available, bound_module
+from support.table import EVERY, EVERY_OPTIMIZER, available, bound_module
 
 few = pytest.mark.filterwarnings("ignore:.* are too few to (ramp|bring)")
 pytestmark = few

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import symopt
-from support.cases import cases, pairs, some
-from support.courses import KINDS, MAKE, STEPS, Kind, Run, backward, begun, bits, network, optimizer, same, train
+from support.cases import pairs
+from support.courses import KINDS, MAKE, STEPS, Kind, Run, backward, begun, bits, optimizer, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are too few to ramp (its|their) budget in")
 
@@ -171,7 +171,9 @@ HIGH = {"sgd": 1.0, "sgd-momentum": 0.3, "adam": 3e-2, "adamw": 3e-2, "lion": 1e
 
 
 def _has(budget, name, backend, **_):
-    return backend != "native" or budget != "rank" and not (name == "lion" and budget in ("in-half", "in-most", "out"))
+    return backend != "native" or (
+        budget != "rank" and not (name == "lion" and budget in ("in-half", "in-most", "out"))
+    )
 
 
 @pairs(

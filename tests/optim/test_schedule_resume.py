@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 from torch import nn
 
 import symopt
-from support.cases import cases, pairs, some
-from support.courses import KINDS, MAKE, STEPS, Kind, Run, begun, bits, network, optimizer, same, train
+from support.cases import pairs
+from support.courses import KINDS, MAKE, STEPS, Kind, Run, begun, network, optimizer, same, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are too few to ramp (its|their) budget in")
 

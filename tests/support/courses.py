@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import symopt
 
-__all__ = ["KINDS", "MAKE", "STEPS", "Kind", "Run", "batch", "bits", "begun", "network", "optimizer", "same", "train"]
+__all__ = ["KINDS", "MAKE", "STEPS", "Kind", "Run", "batch", "begun", "bits", "network", "optimizer", "same", "train"]
 
 STEPS = 100
 INPUTS, HIDDEN, OUTPUTS = 20, 32, 4

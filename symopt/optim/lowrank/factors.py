@@ -95,7 +95,7 @@ def strip(state: State) -> None:
         return
     live = int(state[RANK])
     for key, value in state.items():
-        if key.startswith("factor_") and value.dim() == 2:
+        if key.startswith("factor_") and value.dim() == 2 and value.shape[1] > live:
             state[key] = value[:, :live].clone()
 
 

@@ -54,6 +54,7 @@ class LowRankStep(OwnStep):
         """Factors that compose to the weight and moments for them; where the weight was changed from outside, anew."""
         p, c = binding.parameters[0], _constraint(binding)
         matrix = p.detach().flatten(1).to(math_dtype(p))
+        strip(state)  # loaded before the constraint was known
         if RANK not in state:
             state[RANK] = torch.zeros((), dtype=torch.float32)
         if "factor_u" not in state or "factor_v" not in state:
