@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,22 @@ from torch import Tensor, nn
 
 import symopt
 
-__all__ = ["KINDS", "MAKE", "STEPS", "Kind", "Run", "batch", "begun", "bits", "network", "optimizer", "same", "train"]
+__all__ = [
+    "FEW_KINDS",
+    "KINDS",
+    "MAKE",
+    "STEPS",
+    "Kind",
+    "Run",
+    "backward",
+    "batch",
+    "begun",
+    "bits",
+    "network",
+    "optimizer",
+    "same",
+    "train",
+]
 
 STEPS = 100
 INPUTS, HIDDEN, OUTPUTS = 20, 32, 4
@@ -46,12 +61,16 @@ KINDS = [
     Kind("rank", lambda: symopt.LowRank(rank=2), 2),
 ]
 
+FEW_KINDS = [kind for kind in KINDS if kind.id in ("density", "rows", "global", "rank")]
+
 MAKE: dict[str, Callable[..., Any]] = {
     "sgd": lambda net, **options: symopt.SGD(net, **{"lr": 0.3, **options}),
     "sgd-momentum": lambda net, **options: symopt.SGD(net, **{"lr": 0.1, "momentum": 0.9, **options}),
     "adam": lambda net, **options: symopt.Adam(net, **{"lr": 1e-2, **options}),
     "adamw": lambda net, **options: symopt.AdamW(net, **{"lr": 1e-2, **options}),
     "lion": lambda net, **options: symopt.Lion(net, **{"lr": 3e-3, **options}),
+    "sgd-reference": lambda net, **options: symopt.SGD(net, **{"lr": 0.3, "backend": "reference", **options}),
+    "adamw-reference": lambda net, **options: symopt.AdamW(net, **{"lr": 1e-2, "backend": "reference", **options}),
 }
 Run = tuple[nn.Sequential, Any]
 
@@ -88,12 +107,11 @@ def backward(net: nn.Module, t: int, scale: Callable[[Tensor], Tensor] = lambda 
     scale(nn.functional.cross_entropy(net(x.to(next(net.parameters()).dtype)).float(), y)).backward()
 
 
-def train(run: Run, steps: Sequence[int] | Iterator[int], each: Callable[[int], object] = lambda t: None) -> Run:
-    """``each`` is called before every step."""
+def train(run: Run, steps: Iterable[int]) -> Run:
+    """Take these steps."""
     net, opt = run
     for t in steps:
         opt.zero_grad()
-        each(t)
         backward(net, t)
         opt.step()
     return run
