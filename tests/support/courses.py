@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import symopt
 
 __all__ = [
+    "BOTH",
+    "FEW",
     "FEW_KINDS",
     "KINDS",
     "MAKE",
@@ -72,6 +74,8 @@ MAKE: dict[str, Callable[..., Any]] = {
     "sgd-reference": lambda net, **options: symopt.SGD(net, **{"lr": 0.3, "backend": "reference", **options}),
     "adamw-reference": lambda net, **options: symopt.AdamW(net, **{"lr": 1e-2, "backend": "reference", **options}),
 }
+FEW = ["sgd-momentum", "adamw", "lion", "adamw-reference"]
+
 Run = tuple[nn.Sequential, Any]
 
 
