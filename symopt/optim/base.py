@@ -55,7 +55,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         self.membership, self.schedule = Membership(type(self).__name__, self.direction), Schedule(self.direction)
         self._slots: dispatch.Slots = {}
         self._loading: checkpoint.Loading | None = None
-        self._given = given = {key: kwargs.pop(key, value) for key, value in DEFAULTS.items()}
+        given = {key: kwargs.pop(key, value) for key, value in DEFAULTS.items()}
         check_group(given, type(self).__name__)
         super().__init__(parameters_of(params), *args, **kwargs)
         self.defaults.update(given)
@@ -67,7 +67,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
-            check_group({**self._given, **param_group}, type(self).__name__)
+            check_group(param_group, type(self).__name__)
         super().add_param_group(param_group)
         if self.membership.complete:  # not while torch's constructor adds the first groups
             try:

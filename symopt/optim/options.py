@@ -59,7 +59,8 @@ def check_group(group: dict[str, Any], owner: str) -> None:
     if group.get("time_scale", "saturated") not in ("saturated", "none"):
         raise ValueError(f"{owner}: time_scale must be 'saturated' or 'none', got {group['time_scale']!r}")
     check_backend(owner, group.get("backend"))
-    check_length(owner, group.get("total_steps"), group.get("commit"))
+    # A group without a length has the optimizer's.
+    check_length(owner, group.get("total_steps", 1), group.get("commit"))
 
 
 def check_length(owner: str, total_steps: object, commit: object, *, optional: bool = True) -> None:
