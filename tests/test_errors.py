@@ -382,7 +382,7 @@ def test_a_zero_weight_without_imbalance_could_never_train(row: OptimizerRow, co
     module[0].weight.grad = torch.ones_like(module[0].weight)
     with pytest.raises(ValueError, match=r"0\.weight is zero everywhere.*imbalance > 0 or initialise"):
         opt.step()
-    assert not module[0].weight.any() and set(opt.state.get(module[0].weight, ())) <= {"progress"}
+    assert not module[0].weight.any() and set(opt.state.get(module[0].weight, ())) <= {"progress", "bias_rows"}
 
 
 # ------------------------------------------------------------------------------------- what torch refuses, and how

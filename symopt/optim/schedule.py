@@ -194,9 +194,8 @@ class Schedule:
         for clock in self._clocks:
             clock.steps += 1
             for i, tensor in enumerate(clock.tensors):
-                # On a device, GradScaler's skipped steps are not counted; the host does not wait to know.
-                on_device = found_inf is not None and not tensor.is_cpu
-                tensor.add_(1 - found_inf.to(tensor).reshape(()) if found_inf is not None and on_device else 1)
+                # Steps that GradScaler skips on a device are not counted; the host does not wait to know.
+                tensor.add_(1 if found_inf is None else 1 - found_inf.to(tensor).reshape(()))
                 clock.versions[i] = tensor._version
         if self._bias_goes:
             self._biases.settle(states)

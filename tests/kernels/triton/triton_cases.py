@@ -60,7 +60,7 @@ def run(case: Case, problem: Problem, **changes: Any) -> int:
     there = on_device(problem)
     state = {k: v for k, v in there.items() if k not in ("w", "g")}
     if case.budgeted:
-        budget = [STRENGTH, OUTSIDE, THRESHOLD, case.imbalance_factor]
+        budget = [STRENGTH, OUTSIDE, THRESHOLD, case.imbalance_factor, math.inf]
         state["budget"] = torch.tensor(budget, dtype=torch.float64, device=DEVICE)
     entry = triton_launch.Entry()
     triton_launch.fill(
