@@ -616,3 +616,21 @@ def test_large_budgets_are_met_at_high_rates(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(schedule, "MAX_RELATIVE_DECAY", math.inf)
     monkeypatch.setattr(schedule, "_enough", lambda *_: None)
     assert all(lived(lr, keep, seed) < round(64 * keep) for lr, keep, seed in cases)
+
+
+@cases(optimizer=OPTIMIZERS, kind=["density", "rows"], lr=[1e-3, 0.3])
+def test_the_bound_on_the_decay_holds_at_the_lr_of_the_step(optimizer: str, kind: str, lr: float) -> None:
+    """Whatever lr was at the selection: the step is that of the strength with which it keeps to the bound."""
+    ends = []
+    for bounded in (True, False):
+        net, opt, x, y = budgeted(kind, optimizer, 1000, dtype=torch.float64)
+        train(net, opt, x, y, 21)
+        opt.param_groups[0]["lr"] = lr
+        for name in NAMES:
+            state = opt.state[net.get_parameter(name)]["budget"]
+            state[2] = net.get_parameter(name).detach().abs().max() * 10  # every unit is pruned
+            state[1], state[4] = (30.0, 1e-3) if bounded else (min(30.0, 1e-3 / lr), math.inf)
+        train(net, opt, x, y, 24, 21)
+        ends.append([p.detach() for p in net.parameters()])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance("backends"), atol=tolerance("backends"))
