@@ -57,9 +57,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
         self.schedule = Schedule(self.direction)
         self._slots: dispatch.Slots = {}
         self._loading: checkpoint.Loading | None = None
-        given = {key: kwargs.pop(key, value) for key, value in DEFAULTS.items()}
+        given = self._given = {key: kwargs.pop(key, value) for key, value in DEFAULTS.items()}
         check_group(given, type(self).__name__)
-        self._given = given
         super().__init__(parameters_of(params), *args, **kwargs)
         self.defaults.update(given)
         for group in self.param_groups:
@@ -71,8 +70,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer, ABC):
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
-            given = self.defaults if self.membership.complete else self._given
-            check_group({**{key: given[key] for key in DEFAULTS}, **param_group}, type(self).__name__)
+            check_group({**getattr(self, "_given", self.defaults), **param_group}, type(self).__name__)
         super().add_param_group(param_group)
         if self.membership.complete:  # not while torch's constructor adds the first groups
             try:
