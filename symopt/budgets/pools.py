@@ -215,9 +215,9 @@ def pools(
         elif budget is not None:
             alone.append([m])
     found = []
-    for rows in (*alone, *shared.values()):
-        closed, later = ([m for m in rows if m in some] for some in (settled, waiting))
-        open_ = [m for m in rows if m not in settled and m not in waiting]
+    for sharing in (*alone, *shared.values()):
+        closed, later = ([m for m in sharing if m in some] for some in (settled, waiting))
+        open_ = [m for m in sharing if m not in settled and m not in waiting]
         if open_:
             found.append(Pool(tuple(open_), tuple(closed), tuple(later)))
     return found

@@ -19,7 +19,7 @@ from symopt.optim.own_step import own_step
 
 __all__ = ["begin", "commit", "has_changed", "restore", "select"]
 
-Weights = Mapping[BudgetedWeight, Entry]
+Entries = Mapping[BudgetedWeight, Entry]
 
 
 def has_changed(entry: Entry) -> bool:
@@ -36,24 +36,24 @@ def begin(
     ``entries`` are all that have a budget; ``placeholders``, which change nothing, stand until the first step.
     """
     weights = {weight_of(e.binding, e.states): e for e in entries}
+    ramped = []
     for pool in _pools(weights):
-        rows = [weights[weight] for weight in pool.weights]
-        if all(BUDGET in e.states[0] and e.clock.steps for e in rows):
+        sharing = [weights[weight] for weight in pool.weights]
+        begun = [BUDGET in e.states[0] and e.clock.steps > 0 for e in sharing]
+        if all(begun):
             continue
-        if pool.met and not any(BUDGET in e.states[0] and e.clock.steps for e in rows):
-            for weight, e in zip(pool.weights, rows, strict=True):
-                item = scheduled(e, weight, direction)
-                _write(e, Decision(item, rules.committed(weight), commits=True))
-            continue
-        for e in rows:
-            if e.course is None:
+        finished = pool.met and not any(begun)
+        for e in sharing:
+            if e.course is None and not finished:
                 raise ValueError(advice.no_length(e.binding))
-        if not placeholders:
-            _ramp(pool, rows, direction, grad_scale)
+        ramped.append((pool, sharing, finished))
+    for pool, sharing, finished in ramped:  # nothing is written before all is known to be right
+        if not finished and not placeholders:
+            _ramp(pool, sharing, direction, grad_scale)
             continue
-        for weight, e in zip(pool.weights, rows, strict=True):
-            item = scheduled(e, weight, direction)
-            _write(e, Decision(item, BudgetState(target=weight.target, run=weight.run)))
+        for weight, e in zip(pool.weights, sharing, strict=True):
+            numbers = rules.committed(weight) if finished else BudgetState(target=weight.target, run=weight.run)
+            _write(e, Decision(scheduled(e, weight, direction), numbers, commits=finished))
 
 
 def select(entries: Iterable[Entry], direction: Direction, grad_scale: Tensor | None) -> None:
@@ -92,13 +92,13 @@ def _aligned(entries: Iterable[Entry]) -> dict[BudgetedWeight, Entry]:
 
 
 def _pools(
-    weights: Weights, settled: Set[BudgetedWeight] = frozenset(), waiting: Set[BudgetedWeight] = frozenset()
+    weights: Entries, settled: Set[BudgetedWeight] = frozenset(), waiting: Set[BudgetedWeight] = frozenset()
 ) -> list[Pool]:
     found = pools(weights, settled, waiting)
     for pool in found:
-        rows = [weights[weight] for weight in (*pool.weights, *pool.settled, *pool.waiting)]
-        if len({e.course for e in rows}) > 1:
-            raise ValueError(advice.different_lengths([e.binding for e in rows]))
+        sharing = [weights[weight] for weight in (*pool.weights, *pool.settled, *pool.waiting)]
+        if len({e.course for e in sharing}) > 1:
+            raise ValueError(advice.different_lengths([e.binding for e in sharing]))
     return found
 
 
@@ -107,17 +107,17 @@ def _course(entry: Entry) -> Course:
     return entry.course
 
 
-def _ramp(pool: Pool, rows: list[Entry], direction: Direction, grad_scale: Tensor | None) -> None:
-    items = [scheduled(e, weight, direction, grad_scale) for e, weight in zip(rows, pool.weights, strict=True)]
-    course = _course(rows[0])
-    step = min(rows[0].clock.steps, course.last)
-    for e, decision in zip(rows, rules.ramp(pool, items, course, step), strict=True):
+def _ramp(pool: Pool, sharing: list[Entry], direction: Direction, grad_scale: Tensor | None) -> None:
+    items = [scheduled(e, weight, direction, grad_scale) for e, weight in zip(sharing, pool.weights, strict=True)]
+    course = _course(sharing[0])
+    step = min(sharing[0].clock.steps, course.last)
+    for e, decision in zip(sharing, rules.ramp(pool, items, course, step), strict=True):
         _write(e, decision)
 
 
-def _prune(pool: Pool, rows: list[Entry], direction: Direction) -> None:
-    items = [scheduled(e, weight, direction) for e, weight in zip(rows, pool.weights, strict=True)]
-    for e, decision in zip(rows, rules.commit(pool, items), strict=True):
+def _prune(pool: Pool, sharing: list[Entry], direction: Direction) -> None:
+    items = [scheduled(e, weight, direction) for e, weight in zip(sharing, pool.weights, strict=True)]
+    for e, decision in zip(sharing, rules.commit(pool, items), strict=True):
         if not e.frozen:
             _write(e, decision)
 

@@ -146,6 +146,8 @@ class Schedule:
             entry = Entry(group, binding, state, clock, self._course(group, binding), is_committed(state[0]))
             self._entries.append(entry)
         self._restart(clocks)
+        budgeted = [e for e in self._entries if e.budgeted]
+        budgeting.begin(budgeted, self.direction, grad_scale, placeholders=self._only_creates_state)
         for entry in self._entries:
             for p, state_of in zip(entry.binding.parameters, entry.states, strict=True):
                 on_device = entry.group.get("capturable") or entry.group.get("fused")
@@ -158,8 +160,6 @@ class Schedule:
         for entry in self._entries:
             if entry.course is not None:
                 self._courses.setdefault((entry.clock, entry.course), []).append(entry)
-        budgeted = [e for e in self._entries if e.budgeted]
-        budgeting.begin(budgeted, self.direction, grad_scale, placeholders=self._only_creates_state)
         self._read = True
         self._biases = Biases(self._entries, [b.parameters[0] for _, found in pairs for b in found.unconstrained])
         self._bias_goes = self._biases.any

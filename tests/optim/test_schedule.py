@@ -86,7 +86,7 @@ def test_a_budget_without_a_length_is_an_error_before_anything_moves(kind: Kind,
     for _ in range(2):
         with pytest.raises(ValueError, match=r"0\.weight.*budget.*total_steps=N"):
             run[1].step()
-        unmoved(run, before)
+        same(run, before)
     run[1].reschedule(total_steps=STEPS)
     same(train(run, range(62)), begun(kind, name, 62))
 
