@@ -139,6 +139,11 @@ class Pool:
         return self.live > self.count
 
     @property
+    def short(self) -> bool:
+        """Whether fewer live than the budget has room for; not judged where units differ in cost."""
+        return self.pattern is None and self.budget.scope != "flops" and self.live < int(self.count)
+
+    @property
     def met(self) -> bool:
         """Whether exactly the budget lives and something does not, as a commit leaves it."""
         live = self.live

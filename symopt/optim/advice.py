@@ -20,7 +20,16 @@ from symopt.optim.collapse import collapse_steps
 from symopt.optim.direction import Direction
 from symopt.optim.entry import Entry
 
-__all__ = ["Advice", "different_lengths", "frozen_at_commit", "no_length", "restarted", "restored", "truncated"]
+__all__ = [
+    "Advice",
+    "different_lengths",
+    "frozen_at_commit",
+    "no_length",
+    "restarted",
+    "restored",
+    "short",
+    "truncated",
+]
 
 _OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
@@ -58,6 +67,19 @@ def frozen_at_commit(entries: Sequence[Entry]) -> None:
         _warn(
             f"{_names(e.binding.label for e in entries)}: frozen (requires_grad=False) at the commit, so the budget is "
             "not imposed; it will be in the first step after they are trained again, and symopt.fold imposes it"
+        )
+
+
+def short(found: Iterable[tuple[int, int, list[Binding]]]) -> None:
+    """Budgets that are committed with fewer units than they may keep."""
+    rows = list(found)
+    if rows:
+        live, count, bindings = rows[0]
+        names = _names(b.label for _, _, sharing in rows for b in sharing)
+        _warn(
+            f"{names}: fewer live at the commit than the budget keeps ({bindings[0].label}: {live}, the budget is "
+            f"{count}), because the others were zero already; start from weights that are not zero, and let lr rise "
+            "less from one selection (every 20 steps) to the next"
         )
 
 

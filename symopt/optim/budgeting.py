@@ -66,7 +66,11 @@ def select(entries: Iterable[Entry], direction: Direction, grad_scale: Tensor | 
 def commit(entries: Iterable[Entry], direction: Direction) -> None:
     """The support of everything that trains becomes final; what is frozen is left alone until it does."""
     weights = _aligned(entries)
-    for pool in _pools(weights, {weight for weight, e in weights.items() if e.committed}):
+    found = _pools(weights, {weight for weight, e in weights.items() if e.committed})
+    advice.short(
+        (pool.live, int(pool.count), [weights[w].binding for w in pool.weights]) for pool in found if pool.short
+    )
+    for pool in found:
         _prune(pool, [weights[weight] for weight in pool.weights], direction)
 
 

@@ -609,6 +609,7 @@ def lived(lr: float, keep: float, seed: int) -> int:
     return int(net.get_parameter("0.weight").any(1).sum())
 
 
+@pytest.mark.filterwarnings("ignore:.* fewer live at the commit than the budget keeps")
 def test_large_budgets_are_met_at_high_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """At these rates a unit outside dies in three steps, and one without a gradient, like a dead ReLU, stays so."""
     cases = [(0.1, 0.7, 0), (0.1, 0.7, 1), (0.1, 0.9, 0)]
@@ -634,3 +635,17 @@ def test_the_bound_on_the_decay_holds_at_the_lr_of_the_step(optimizer: str, kind
         ends.append([p.detach() for p in net.parameters()])
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance("backends"), atol=tolerance("backends"))
+
+
+def test_a_budget_that_is_committed_with_fewer_units_warns_with_numbers() -> None:
+    net, opt, *_ = budgeted("density", "adamw", 100)
+    with torch.no_grad():
+        for name in NAMES:
+            net.get_parameter(name).view(-1)[3:] = 0.0
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.warns(
+        UserWarning, match=r"0\.weight, 2\.weight: fewer live at the commit .*\(0\.weight: 3, the budget is"
+    ):
+        for _ in range(100):
+            opt.step()

@@ -121,14 +121,19 @@ def write(state: State, p: Tensor) -> None:
     _probes[u] = _probe(p)
 
 
-def turn(state: State, balance: bool, before: tuple[Tensor, Tensor] | None) -> None:
-    """Turn columns into singular directions; seen from where the last step began, drop those that still shrink to 0."""
+def turn(state: State, balance: bool, before: tuple[Tensor, Tensor] | None, least: int = 0) -> None:
+    """Turn columns into singular directions; seen from where the last step began, drop those that still shrink to 0.
+
+    The ``least`` largest, which a budget keeps, are dropped only if nothing is left of them.
+    """
     u, v, turn_u, turn_v = kernel.align(*pair(state), balance=balance)
     size = kernel.column_sizes(u, v)
     dead = size == 0
     if before is not None:
         shrinks = size < kernel.column_sizes(before[0] @ turn_u, before[1] @ turn_v)
-        dead |= (size <= SNAP * state["metric_scale"]) & shrinks
+        gone = (size <= SNAP * state["metric_scale"]) & shrinks
+        gone[size.argsort(descending=True, stable=True)[:least]] = False
+        dead |= gone
     move(state, (u, v), turn_v, turn_u)
     state["factor_age"].zero_()
     if bool(dead.any()):

@@ -184,7 +184,7 @@ class LowRankStep(OwnStep):
         state["factor_age"] += 1
         if state["factor_age"] >= period(factors[0].shape[1]):
             snaps = saturated and bool(torch.as_tensor(decay).max() > 0)
-            turn(state, saturated, factors if snaps else None)
+            turn(state, saturated, factors if snaps else None, 0 if c.rank is None else c.rank)
         write(state, p)
 
     def sizes(self, constraint: Constraint, state: State, p: Tensor) -> Tensor:
