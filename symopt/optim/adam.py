@@ -149,7 +149,7 @@ class Adam(ConstrainedOptimizer, torch.optim.Adam):
         >>> net(torch.randn(8, 3)).square().mean().backward()
         >>> opt.step()
         >>> sorted(opt.state[net.weight])
-        ['exp_avg', 'exp_avg_sq', 'imbalance', 'metric_scale', 'progress', 'step']
+        ['bias_rows', 'exp_avg', 'exp_avg_sq', 'imbalance', 'metric_scale', 'progress', 'step']
     """
 
     direction = AdamDirection()

@@ -68,7 +68,7 @@ class Lion(ConstrainedOptimizer):
         >>> net(torch.randn(8, 3)).square().mean().backward()
         >>> opt.step()
         >>> sorted(opt.state[net.weight])
-        ['exp_avg', 'imbalance', 'metric_scale', 'progress']
+        ['bias_rows', 'exp_avg', 'imbalance', 'metric_scale', 'progress']
     """
 
     direction = LionDirection()

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 import symopt
-from support.cases import cases
+from support.cases import cases, some
 
 SPARSE, GROUP = symopt.Sparse(strength=0.3), symopt.GroupSparse("in", strength=0.3)
 
@@ -141,7 +141,7 @@ MOVES: dict[str, Callable[[Net], nn.Module]] = {
 }
 
 
-@cases(move=MOVES.values(), how=["optimizer", "constraints", "groups", "report"])
+@some(move=MOVES.values(), how=["optimizer", "constraints", "groups", "report"])
 def test_what_takes_the_place_of_a_module_is_constrained(move: Callable[[Net], nn.Module], how: str) -> None:
     net = move(bound())
     gc.collect()

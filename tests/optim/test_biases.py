@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import symopt
-from support.cases import cases
+from support.cases import cases, some
 
 STEPS = 400
 
@@ -69,7 +69,7 @@ def accuracies(net: nn.Module) -> tuple[float, float]:
     return found[0], found[1]
 
 
-@cases(make=["keep", "heads"], optimizer=OPTIMIZERS, affine=[True, False])
+@some(make=["keep", "heads"], optimizer=OPTIMIZERS, affine=[True, False])
 def test_from_the_commit_on_evaluation_is_what_was_trained(make: str, optimizer: str, affine: bool) -> None:
     net = network(MAKES[make], affine=affine)
     opt = OPTIMIZERS[optimizer](net)

@@ -193,7 +193,7 @@ def in_default(dtype: torch.dtype, run: Callable[[], Run]) -> dict[str, Tensor]:
         torch.set_default_dtype(before)
 
 
-@pairs(
+@some(
     available,
     row=EVERY,
     opt_row=[row for row in ANY_SHAPE if row.id in ("sgd-momentum", "adam-amsgrad", "adamw", "lion")],
