@@ -2,8 +2,10 @@
 
 A channel whose weights are zero is its bias.  Behind it the running variance of a BatchNorm goes to zero while the bias
 still moves and the running mean follows late, so that evaluation sees the difference, divided by the root of eps, where
-training sees none.  So the bias goes as its row goes: from when the row is chosen to go or has all but gone, by a
-factor per step that the running mean can follow, and it stays zero while the row is.
+training sees none.  So where rows are units, the bias goes as its row goes: from when a budget has chosen it, by a
+factor per step that the running mean can follow, and it stays zero while the row is zero for good.  Whatever the
+constraint, a bias on which the loss does not depend goes, too: in front of a BatchNorm its gradient is only rounding,
+of which Adam makes steps of lr.
 """
 
 from __future__ import annotations
@@ -34,9 +36,6 @@ DEAD = 2
 NOISE = 1e-4
 """Relative to the gradient of its row, that of a bias on which nothing depends."""
 
-FADED = 0.02
-"""A row whose size is this share of the root mean square of its weight's is about to go."""
-
 
 @final
 class Bias:
@@ -63,14 +62,14 @@ class Bias:
         p, constraint, imbalance = binding.parameters[self.i], binding.constrained_by, state.get("imbalance")
         if constraint.is_plane or constraint.is_matrix or not isinstance(imbalance, Tensor):
             return
-        size = p.detach().flatten(1).to(math_dtype(p)).norm(dim=1)
-        dead = (size == 0) & ~imbalance.any()
-        going = dead | (size <= FADED * size.square().mean().sqrt()) | self._idle(p)
-        if isinstance(state.get(BUDGET), Tensor) and not binding.several:
-            threshold, groups = BudgetState.read(state, size).threshold, binding.groups(state)
-            if groups is None and (constraint.budget is None or constraint.budget.pattern is None):
-                going |= p.detach().flatten(1).abs().amax(1) <= threshold
-            elif groups is not None:
+        going = self._idle(p).expand(len(p)).clone()
+        dead = torch.zeros_like(going)
+        groups = None if binding.several else binding.groups(state)
+        if groups is not None:  # rows are units, or parts of them
+            dead = ~p.detach().flatten(1).any(1) & ~imbalance.any()
+            going |= dead
+            if isinstance(state.get(BUDGET), Tensor):
+                threshold = BudgetState.read(state, p.detach().to(math_dtype(p)).flatten()[:0]).threshold
                 pruned = constraint.pruned(p.detach(), threshold, groups)
                 going |= constraint.units(pruned, p.detach(), groups).reshape(p.shape).flatten(1).all(1)
         self.rows.copy_(torch.where(dead, DEAD, going))
