@@ -6,7 +6,7 @@ Pure functions of the step: they decide, and the optimizer writes the decisions 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -86,15 +86,9 @@ class Decision:
     """Whether the support is final from now on."""
 
 
-def _of_pool(pool: Pool, scheduled: Iterable[Scheduled]) -> list[Scheduled]:
-    by_weight = {item.weight: item for item in scheduled}
-    return [by_weight[weight] for weight in pool.weights]
-
-
-def ramp(pool: Pool, scheduled: Iterable[Scheduled], course: Course, step: int) -> Iterator[Decision]:
-    """What the weights of a pool, all of which are ``scheduled``, decay by until the next selection."""
+def ramp(pool: Pool, items: list[Scheduled], course: Course, step: int) -> Iterator[Decision]:
+    """What the weights of a pool, one of ``items`` each, decay by until the next selection."""
     left = course.remaining(step)
-    items = _of_pool(pool, scheduled)
     limits, enough = pool.thresholds(pool.at(left)), _enough(pool, items, course)
     for item, limit in zip(items, limits, strict=True):
         if enough is not None:
@@ -116,9 +110,9 @@ def _enough(pool: Pool, items: list[Scheduled], course: Course) -> Tensor | None
     return torch.stack([n.to(found[0].device) for n in found]).sum() >= pool.count
 
 
-def commit(pool: Pool, scheduled: Iterable[Scheduled]) -> Iterator[Decision]:
-    """The support of a pool becomes final."""
-    for item, pruned in zip(_of_pool(pool, scheduled), pool.pruned(), strict=True):
+def commit(pool: Pool, items: list[Scheduled]) -> Iterator[Decision]:
+    """The support of a pool, whose weights are one of ``items`` each, becomes final."""
+    for item, pruned in zip(items, pool.pruned(), strict=True):
         yield Decision(item, committed(item.weight), pruned, commits=True)
 
 

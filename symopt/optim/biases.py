@@ -69,7 +69,7 @@ class Bias:
             dead = ~p.detach().flatten(1).any(1) & ~imbalance.any()
             going |= dead
             if isinstance(state.get(BUDGET), Tensor):
-                threshold = BudgetState.read(state, p.detach().to(math_dtype(p)).flatten()[:0]).threshold
+                threshold = BudgetState.read(state, p.new_empty(0, dtype=math_dtype(p))).threshold
                 pruned = constraint.pruned(p.detach(), threshold, groups)
                 going |= constraint.units(pruned, p.detach(), groups).reshape(p.shape).flatten(1).all(1)
         self.rows.copy_(torch.where(dead, DEAD, going))
@@ -110,25 +110,21 @@ class Biases:
             for i, bias in enumerate(entry.binding.biases)
             if bias is not None and id(bias) in steps
         ]
-        self._going = [one for one in self._all if one.goes]
+        self.going = [one for one in self._all if one.goes]
+        """Those of which any row goes."""
 
     def look(self) -> None:
         """Look at the rows again."""
         for one in self._all:
             one.look()
-        self._going = [one for one in self._all if one.goes]
-
-    @property
-    def any(self) -> bool:
-        """Whether any bias goes."""
-        return bool(self._going)
+        self.going = [one for one in self._all if one.goes]
 
     def hold(self) -> None:
         """Before a step."""
-        for one in self._going:
+        for one in self.going:
             one.hold()
 
     def settle(self, states: Mapping[Tensor, State]) -> None:
         """After a step."""
-        for one in self._going:
+        for one in self.going:
             one.settle(states.get(one.bias, {}))

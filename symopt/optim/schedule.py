@@ -72,7 +72,6 @@ class Schedule:
         """Steps between two looks for weights that have died; 0 without a length."""
         self._only_creates_state = False
         self._biases = Biases((), ())
-        self._bias_goes = False
         self._advice = advice.Advice(direction)
 
     @property
@@ -90,7 +89,7 @@ class Schedule:
     def begin(self, pairs: Pairs, states: States, grad_scale: Tensor | None) -> None:
         """Complete the state of every constrained parameter, with a gradient or not."""
         self._begin(pairs, states, grad_scale)
-        if self._bias_goes:
+        if self._biases.going:
             self._biases.hold()
 
     def _begin(self, pairs: Pairs, states: States, grad_scale: Tensor | None) -> None:
@@ -162,11 +161,6 @@ class Schedule:
                 self._courses.setdefault((entry.clock, entry.course), []).append(entry)
         self._read = True
         self._biases = Biases(self._entries, [b.parameters[0] for _, found in pairs for b in found.unconstrained])
-        self._bias_goes = self._biases.any
-
-    def _look_at_biases(self) -> None:
-        self._biases.look()
-        self._bias_goes = self._biases.any
 
     def _course(self, group: ParamGroup, binding: Binding) -> Course | None:
         constraint = binding.constrained_by
@@ -197,7 +191,7 @@ class Schedule:
                 # Steps that GradScaler skips on a device are not counted; the host does not wait to know.
                 tensor.add_(1 if found_inf is None else 1 - found_inf.to(tensor).reshape(()))
                 clock.versions[i] = tensor._version
-        if self._bias_goes:
+        if self._biases.going:
             self._biases.settle(states)
         if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
             self._do_due(grad_scale)
@@ -215,18 +209,18 @@ class Schedule:
         for (clock, course), entries in self._courses.items():
             step, last = clock.steps, course.last
             if step < last:
-                if step == 1 or step % course.plan.every == 0:
+                if course.is_due(step):
                     budgeting.select([e for e in entries if not e.committed], self.direction, grad_scale)
                 continue
             if any(not e.committed and not e.frozen for e in entries):
                 budgeting.commit(entries, self.direction)
-                self._look_at_biases()
+                self._biases.look()
             elif step % course.plan.every == 0:
                 budgeting.restore(entries, self.direction)
             if step == last:
                 advice.frozen_at_commit([e for e in entries if not e.committed])
         if self.steps % biases.EVERY == 0:
-            self._look_at_biases()
+            self._biases.look()
         if self._every and (self.steps == 1 or self.steps % self._every == 0):
             self._advice.after(self._entries, self.steps, grad_scale)
 
