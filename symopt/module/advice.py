@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from symopt.constraints import Constraint, GroupSparse
-from symopt.module.annotation import Annotation, callers_level
+from symopt.module.annotation import Annotation
 from symopt.module.roles import (
     Named,
     component,
@@ -21,6 +21,7 @@ from symopt.module.roles import (
     is_recurrent,
     unit_dims,
 )
+from symopt.optim.callers import callers_level
 
 __all__ = ["check_layout", "listed", "notes", "warn"]
 

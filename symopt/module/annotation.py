@@ -8,7 +8,6 @@ module's parameter of that name anew each time.  Optimizers find it through :mod
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from symopt.constraints import Constraint
 from symopt.optim import registry
 from symopt.optim.binding import Binding
+from symopt.optim.callers import callers_level
 
 __all__ = [
     "REMEMBERED",
@@ -29,7 +29,6 @@ __all__ = [
     "Guard",
     "Seen",
     "annotated",
-    "callers_level",
     "guard_of",
     "watch",
 ]
@@ -241,11 +240,3 @@ def watch(module: nn.Module) -> None:
     """Register a :class:`Guard` on ``module``, once."""
     if guard_of(module) is None:
         module.register_forward_pre_hook(Guard())
-
-
-def callers_level() -> int:
-    """``stacklevel`` of the code outside of torch and of this package that led to the caller of this."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "symopt"):
-        frame, level = frame.f_back, level + 1
-    return level

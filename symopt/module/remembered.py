@@ -16,12 +16,13 @@ from typing import final
 from torch import Tensor, nn
 
 from symopt.constraints import Constraint
-from symopt.module.annotation import REMEMBERED, Annotation, Seen, callers_level, guard_of
+from symopt.module.annotation import REMEMBERED, Annotation, Seen, guard_of
 from symopt.module.explicit import Factorised, explicit
 from symopt.module.patterns import KeyTable, Match, Rows
 from symopt.module.tree import Tree
 from symopt.module.whereabouts import followed, now
 from symopt.optim import registry
+from symopt.optim.callers import callers_level
 
 __all__ = ["Remembered", "check", "find", "forget", "remember"]
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple, final
 
 import torch
@@ -16,6 +14,7 @@ from symopt.constraints import Composed
 from symopt.optim.binding import Binding
 from symopt.optim.budgeted import unit as unit_of
 from symopt.optim.budgeted import weight_of
+from symopt.optim.callers import callers_level
 from symopt.optim.collapse import collapse_steps
 from symopt.optim.direction import Direction
 from symopt.optim.entry import Entry
@@ -30,8 +29,6 @@ __all__ = [
     "short",
     "truncated",
 ]
-
-_OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
 
 def no_length(binding: Binding) -> str:
@@ -228,7 +225,4 @@ def _names(labels: Iterable[str], most: int = 3) -> str:
 
 def _warn(message: str) -> None:
     """As seen from the code that called the optimizer."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, stacklevel=callers_level())
